@@ -2,8 +2,11 @@
 
 import atexit
 import gc
+import os
 import pkgutil
 import sys
+
+from moe.program import ended
 
 # Each subcommand: the module whose `main` carries it out, and what it does.
 COMMANDS = {
@@ -24,23 +27,32 @@ def carry_out(command: str) -> int:
     Imports create a million objects, none of which is garbage. So Python does not search these for garbage, neither
     during the imports nor when the process ends.
     """
-    gc.disable()
-    atexit.register(gc.freeze)
-    main = pkgutil.resolve_name(f"{COMMANDS[command][0]}:main")
-    gc.enable()
-    return int(main() or 0)
+
+    def imported() -> int:
+        gc.disable()
+        atexit.register(gc.freeze)
+        main = pkgutil.resolve_name(f"{COMMANDS[command][0]}:main")
+        gc.enable()
+        return int(main() or 0)
+
+    return imported() if command == "train" else ended(imported, f"moe {command}")  # a run has its own end by a signal
+
+
+def _typed() -> str:
+    """Return how the user called this module."""
+    return "python -m moe" if os.path.basename(sys.argv[0]) == "__main__.py" else "moe"
 
 
 def main() -> int:
     """Carry out the subcommand in `sys.argv`, and return the exit status."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        sys.argv = [f"moe {name}", *sys.argv[2:]]
+        sys.argv = [f"{_typed()} {name}", *sys.argv[2:]]
         return carry_out(name)
     if name not in ("", "-h", "--help"):
         from moe.checks import unknown
 
-        print(f"moe: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        print(f"{_typed()}: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     width = max(map(len, COMMANDS))
     print("Research on Mixture-of-Experts routing: change one setting, train a grid, test the differences.\n")

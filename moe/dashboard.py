@@ -24,6 +24,7 @@ from moe.metrics.metric import Metric
 from moe.metrics.summary import summarize
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.program import ended, program
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
 from moe.routing.decision import LABELS, Context, Knobs
@@ -37,6 +38,7 @@ def _names(metrics: list[Metric]) -> list[str]:
     return [metric.name for metric in metrics]
 
 
+USUAL = "python -m moe.dashboard"
 UNDER_A_LIMIT = ("routing/drop_rate", "routing/capacity_usage")  # of training steps, because evaluations are dropless
 LIMIT = [*_names(select(group="capacity limit")), *(f"train/{name}" for name in UNDER_A_LIMIT)]
 ASSIGNED = [name for name in _names(select(group="capacity")) if name.removeprefix("train/") not in UNDER_A_LIMIT]
@@ -203,7 +205,7 @@ def _title(panel: Panel) -> str:
 
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe.dashboard", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program(USUAL), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("experiment", help="name of an experiment, a file in conf/experiment")
     add("overrides", nargs="*", metavar="key=value", help="other settings given to train.py, such as noise=0.1")
@@ -223,7 +225,7 @@ def main(command: list[str] | None = None) -> int:
         else:
             print(_save(built))
     except ConfigError as error:
-        print(f"moe.dashboard: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -237,4 +239,4 @@ def _save(built: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, USUAL))

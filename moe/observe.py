@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ import pandas as pd
 
 from moe.config.words import quoted, with_words
 from moe.metrics.agreement import overlap
+from moe.program import ended, program
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
 
@@ -42,7 +42,7 @@ COLUMNS = (
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="moe observe", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=program("moe observe"), description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder or hub name of a Mixture of Experts")
     parser.add_argument("overrides", nargs="*", help="settings of data, batch size and so on, as moe train takes them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write runs.csv, report and tokens.html to")
@@ -79,11 +79,8 @@ def main(command: list[str] | None = None) -> int:
             raise ValueError(f"--out {out}: must be a folder, or not exist yet")
         report, page = _observe(arguments)
     except (ValueError, OSError) as error:
-        print(f"moe observe: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("moe observe: interrupted; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
     print(f"report: {shown(report.with_suffix('.html'))}; metrics: {shown(out / 'runs.csv')}")
     if page.exists():
         print(f"text colored by expert: {shown(page)}")
@@ -172,7 +169,12 @@ def _evaluated(words: list[str]) -> "Run":
     process = multiprocessing.get_context("spawn").Process(target=_evaluate, args=(words,))
     folder = read_one(words).folder
     process.start()
-    process.join()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.join()
+        raise
     if process.exitcode:
         raise ConfigError(f"moe train {shlex.join(words)}: ended with status {process.exitcode}; see what it printed")
     return load_run(folder)
@@ -203,4 +205,4 @@ def compare_routing(first: Path, other: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "moe observe"))

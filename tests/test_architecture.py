@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # The layers of the code, lowest first. A package may import packages of lower layers only. A single file in moe/ counts
 # as a package here.
 LAYERS = [
-    {"checks", "files"},
+    {"checks", "files", "program"},
     {"distributed", "routing", "data"},
     {"config", "metrics", "routers"},
     {"model", "runs"},
@@ -36,7 +36,7 @@ TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that ar
 TO_CHECK = {"hydra", "omegaconf", "orjson", "safetensors", "yaml"}
 TO_TRAIN = {*TORCH, *TO_CHECK, "filelock", "jaxtyping", "jinja2", "numpy", "tokenizers", "tqdm"}
 # Packages that must start quickly. Importing torch takes seconds.
-WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files"}
+WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files", "program"}
 
 
 class Import(NamedTuple):

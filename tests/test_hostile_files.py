@@ -249,7 +249,7 @@ def test_wrong_weights_are_refused_in_one_line(
     one_line(raised.value)
     assert specialization([str(folder)]) == 2
     refusal = capsys.readouterr().err.splitlines()[-1]
-    assert refusal.startswith("moe.specialization: ")
+    assert refusal.startswith("python -m moe.specialization: ")
     assert not ran.exists()
 
 
@@ -628,7 +628,7 @@ def test_a_wrong_level_of_specialization_json_is_one_line(
     assert line.count("\n") == 1
     assert line.endswith("; delete the file and measure the run again\n")
     [drawn] = specialization_drawings(load_runs([folder]))
-    assert (drawn.figure, drawn.reason) == (None, line.removeprefix("moe.specialization: ").rstrip("\n"))
+    assert (drawn.figure, drawn.reason) == (None, line.removeprefix("python -m moe.specialization: ").rstrip("\n"))
 
 
 MARKUP = '<script>alert(1)</script>"><img src=x onerror=alert(2)>[x](javascript:alert(3))$\\foo{$|`'

@@ -1,7 +1,9 @@
 """Tests of the command `moe`, which a wheel installs, and of its subcommands."""
 
+import signal
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 from moe.__main__ import COMMANDS, main
 from moe.config.options import CONF
+from moe.program import ended, program
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -41,7 +44,56 @@ def test_every_subcommand_has_help(
     except SystemExit as end:  # argparse
         status = end.code
     assert status == 0
-    assert len(capsys.readouterr().out) > 100
+    out = capsys.readouterr().out
+    assert len(out) > 100
+    assert out.startswith(f"usage: moe {name} ") or (name == "train" and "\n  moe train router=" in out)
+
+
+def test_usage_and_errors_name_the_other_ways_to_call_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/moe/__main__.py", "export", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith("usage: python -m moe export ")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/moe/__main__.py", "trian"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("python -m moe: unknown command 'trian'")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/moe/specialization/__main__.py"])
+    assert program("python -m moe.specialization") == "python -m moe.specialization"
+    monkeypatch.setattr(sys, "argv", ["../analyze.py", "multirun"])
+    assert program("moe analyze") == "analyze.py"
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Install the handlers of signals again after a test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])  # tests/faults/test_kills.py
+def test_a_signal_ends_every_command_with_one_line(
+    name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        signal.raise_signal(number)
+        pytest.fail("the command goes on")
+
+    monkeypatch.setattr("pkgutil.resolve_name", lambda _: work)
+    assert call(monkeypatch, name) == 128 + number
+    assert capsys.readouterr().err == f"moe {name}: stopped by {number.name}\n"
+    assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends it at once
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_command_in_the_background_keeps_ignoring_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert ended(lambda: signal.raise_signal(signal.SIGINT), "moe plan") == 0
 
 
 @pytest.mark.parametrize(

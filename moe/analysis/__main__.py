@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moe.program import ended, program
+
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
     parser = argparse.ArgumentParser(
-        description="Compare finished runs, judge their claims, and write report.html with its tables and figures."
+        prog=program("moe analyze"),
+        description="Compare finished runs, judge their claims, and write report.html with its tables and figures.",
     )
     add = parser.add_argument
     add("folders", nargs="*", default=["multirun"], help="run folders or folders above them (default: multirun)")
@@ -121,4 +124,4 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "moe analyze"))

@@ -56,7 +56,9 @@ VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Ship the tables of studies, and write their pages.")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe.analysis.pages", description="Ship the tables of studies, and write their pages."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("ship", help="write the tables of the runs in a folder")
     one.add_argument("runs", type=Path, help="the folder of the sweep")

@@ -13,8 +13,10 @@ from moe.bench.options import OneLineParser, new_file, whole
 from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
 from moe.launch.run import processor
+from moe.program import ended, program
 from moe.training import process
 
+USUAL = "python -m moe.bench"
 QUESTIONS = {
     "layer": layer,
     "step": step,
@@ -33,19 +35,19 @@ QUESTIONS = {
 
 def main() -> int:
     """Carry out the command in `sys.argv`, and return the exit status."""
-    program = "moe bench" if sys.argv[0] == "moe bench" else "python -m moe.bench"
+    typed = program(USUAL)
     try:
-        arguments = _read(program, sys.argv[1:])
+        arguments = _read(typed, sys.argv[1:])
         _answer(arguments)
     except ConfigError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{typed}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _read(program: str, words: list[str]) -> argparse.Namespace:
+def _read(typed: str, words: list[str]) -> argparse.Namespace:
     """Return the options of a command. Raises ConfigError for words and values that cannot be used."""
-    parser = OneLineParser(prog=program, description=__doc__)
+    parser = OneLineParser(prog=typed, description=__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
     of_question = {}
     for name, module in QUESTIONS.items():
@@ -60,7 +62,7 @@ def _read(program: str, words: list[str]) -> argparse.Namespace:
         return of_question[first].read(words[1:])
     having = [name for name, each in of_question.items() if first.partition("=")[0] in each.options()]
     if having and first not in ("-h", "--help"):
-        raise ConfigError(f"{first}: name the question first, such as {program} {having[0]} {' '.join(words)}")
+        raise ConfigError(f"{first}: name the question first, such as {typed} {having[0]} {' '.join(words)}")
     if not first.startswith("-"):
         raise unknown("question", first, QUESTIONS)
     return parser.parse_args(["-h"] if having else words)  # prints the help, or raises
@@ -89,4 +91,4 @@ def _answer(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, USUAL))

@@ -5,10 +5,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from itertools import chain, islice, product, repeat
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from moe.bench.analyze import made_up_record
 from moe.bench.candidates import looks_table, variance_table
 from moe.bench.options import several, whole
 from moe.bench.timing import TimingTable
+from moe.bench.workers import workers
 from moe.config.claim import OURS, ClaimConfig
 from moe.results.table import FACTS
 from moe.runs.record import RunRecord
@@ -61,7 +60,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     yield looks_table(arguments.tests)
     cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in arguments.experiments]
     every: list[dict[str, float]] = []
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as executor:
+    with workers(arguments.jobs) as executor:
         shares = executor.map(error_shares, *zip(*chain(*cases), strict=True), repeat(arguments.studies))
         for of_experiment in cases:
             found = list(islice(shares, len(of_experiment)))

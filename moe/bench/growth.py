@@ -2,8 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ from torch import nn
 from moe.bench.options import whole
 from moe.bench.step import bare_step
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
+from moe.bench.workers import workers
 from moe.config.model import ModelConfig
 from moe.config.schema import Config
 from moe.config.sections import DataConfig, OptimizerConfig
@@ -47,7 +46,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name, settings in CURVES.items():
         points = []
         for setting in settings:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            with workers(1) as executor:
                 settings_of_point = {**BASE, **setting, "rounds": arguments.rounds, "threads": arguments.threads}
                 points.append(executor.submit(measure_point, **settings_of_point).result())
         sizes = [next(iter(setting.values())) for setting in settings]

@@ -5,8 +5,6 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ from moe.analysis.studies.published import experiment_claims
 from moe.bench.errors import GRIDS, MEAN, null_runs, write_record
 from moe.bench.options import positive, whole
 from moe.bench.timing import TimingTable
+from moe.bench.workers import workers
 from moe.config.claim import ClaimConfig
 from moe.results.table import level
 
@@ -50,7 +49,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     """Simulate each claim in a process of its own. The tables show how often the report supports it."""
     for experiment in arguments.experiments:
         cases = planned(experiment, arguments.effect)
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as executor:
+        with workers(arguments.jobs) as executor:
             count = len(cases)
             shares = executor.map(share_supported, [experiment] * count, cases, [arguments.studies] * count)
             rows = [

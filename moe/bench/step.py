@@ -103,7 +103,8 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     )
     require(by_layer is None, layer_experts.KEY, by_layer, allowed)
     config, _ = choose(cells[0].config, folder / "run")
-    with Signals() as signals, EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
+    signals = Signals()
+    with EventLog(folder / "parts.jsonl", step=0) as events, suppress(Interrupted):
         turns = Turns([*step_variants(config), *part_variants(config, events)], signals, stop_after=steps)
         train(config, folder, signals=signals, listeners=[turns])
     tokens = config.batch_size * config.grad_accum * config.data.seq_len

@@ -30,12 +30,13 @@ from moe.foreign.folder import (
 )
 from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
+from moe.program import ended, program
 
 WAYS = ("auto", *TARGETS, "gguf")
 
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe export", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("moe export"), description=__doc__)
     parser.add_argument(
         "model", type=Path, help="folder of a run, of a saved model, or of a Mixture of Experts of transformers"
     )
@@ -55,7 +56,7 @@ def main(command: list[str] | None = None) -> int:
         capacity = None if source.record is None else source.record.typed_config().capacity
         done = _export(source, arguments.to, arguments.out, arguments.max_shard_size)
     except (ValueError, OSError) as error:
-        print(f"moe export: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
         return 2
     if source.tokenizer is None:
         print(f"{source.folder}: has no tokenizer, so {arguments.out} has none", file=sys.stderr)
@@ -83,4 +84,4 @@ def _export(source: Source, to: str, out: Path, shards: str | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "moe export"))

@@ -16,6 +16,7 @@ from moe.config.question import parts_of, text_of
 from moe.config.schema import Config, allowed_values
 from moe.launch.hints import hint
 from moe.launch.option_files import named_in, read_option, values_of
+from moe.program import program
 
 WIDTH = 80
 INTRODUCTION = """\
@@ -39,7 +40,13 @@ Keys, with their defaults, or the value in the group's usual option:"""
 
 def help_text() -> str:
     """Return the text about all keys and all options."""
-    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(_explained(usual_values(), {})), *map(group_text, GROUPS)])
+    return "\n\n".join([_introduction() + "\n" + "\n".join(_explained(usual_values(), {})), *map(group_text, GROUPS)])
+
+
+def _introduction() -> str:
+    """Return the introduction, whose examples call the command as the user did."""
+    typed = program("train.py")
+    return INTRODUCTION if typed == "train.py" else INTRODUCTION.replace("python train.py", typed)
 
 
 def topic_text(word: str) -> str:

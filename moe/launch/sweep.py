@@ -17,6 +17,7 @@ from moe.files import shown, walk
 from moe.launch.plans import kept_claims, record_plan
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
+from moe.program import program
 from moe.runs.folder import (
     delete_checkpoints,
     difference,
@@ -31,12 +32,8 @@ from moe.runs.folder import (
 )
 from moe.runs.record import CommandsRecord, RecordError, SweepRecord
 
+USUAL = "train.py"  # how a user starts training in a checkout
 SAID = ("out", "tune", "tune_seeds")  # free keys that the place of the runs and their grid say
-
-
-def program() -> str:
-    """Return how the user started this program: train.py, or moe train."""
-    return "moe train" if sys.argv[0] == "moe train" else "train.py"
 
 
 def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool = True) -> int:
@@ -81,7 +78,7 @@ def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool =
             launch()
         except Refused as refused:
             refusal = refused.reason
-            print(f"{program()}: {refusal}", file=sys.stderr, flush=True)
+            print(f"{program(USUAL)}: {refusal}", file=sys.stderr, flush=True)
         except SystemExit as stop:
             if stop.code != 1:  # Hydra exits with 1 if a cell raised an error; the report below still follows then
                 raise
@@ -259,8 +256,10 @@ def _next_stage(cells: list[Cell]) -> str:
 def next_step(folder: Path) -> str:
     """Return the command that analyzes the runs in a folder, as it works in the user's working folder."""
     script = os.path.join(os.path.dirname(sys.argv[0]), "analyze.py")
-    in_checkout = program() == "train.py" and os.path.isfile(script)
-    analyze = f"python {shlex.quote(script)}" if in_checkout else "moe analyze"
+    typed = program(USUAL)
+    in_checkout = typed == USUAL and os.path.isfile(script)
+    caller = "moe" if typed == USUAL else typed.removesuffix(" train")
+    analyze = f"python {shlex.quote(script)}" if in_checkout else f"{caller} analyze"
     return f"next: {analyze} {shlex.quote(str(shown(folder)))}"
 
 

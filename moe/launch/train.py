@@ -23,6 +23,7 @@ from moe.files import LinkError
 from moe.launch import command_line, search, sweep
 from moe.launch.cells import job_cell
 from moe.launch.revisions import pinned_by_first_rank
+from moe.program import program
 from moe.runs import place
 from moe.runs.folder import finished
 from moe.runs.place import Place
@@ -84,5 +85,5 @@ def main(*, tables: bool = True) -> int:
     except (ConfigError, RecordError, LinkError) as error:
         if not ranks.is_first():  # the first rank prints the same error, and the launcher then ends this rank
             time.sleep(10)
-        print(f"{sweep.program()}: {error}", file=sys.stderr)
+        print(f"{program(sweep.USUAL)}: {error}", file=sys.stderr)
         return 2

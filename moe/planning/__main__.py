@@ -20,6 +20,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pandas as pd
+
 from moe.analysis.sentences import level_text
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
@@ -33,6 +35,7 @@ from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_pilot
 from moe.planning.pilot import runs_of_pilot
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
 from moe.planning.seeds import UNIT, Effect, Need
+from moe.program import ended, program
 from moe.runs.place import duration
 from moe.runs.record import RecordError
 
@@ -54,20 +57,21 @@ def main() -> int:
         cells, trials = _cells(request)
         request = _with_folders(request)
         pilot = None if arguments.pilot is None else runs_of_pilot(arguments.pilot)
-        speed = None if pilot is None else speed_of_pilot(pilot)
-        plan = make_plan(request, cells, pilot, speed or _measured(cells), trials)
+        if pilot is None:
+            _say_without_pilot(request, cells)
+        plan = make_plan(request, cells, pilot, lambda: _speed(cells, pilot), trials)
         write_json(arguments.out, plan.as_json())
     except (ConfigError, RecordError) as error:
-        print(f"moe plan: {error}", file=sys.stderr)
+        print(f"{program('moe plan')}: {error}", file=sys.stderr)
         return 2
-    print("\n".join(_lines(plan, pilot_command(request, cells) if pilot is None else "")))
+    print("\n".join(_lines(plan)))
     print(f"\nplan: {shown(arguments.out)}")
     return 0
 
 
 def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     """Return the options of a command line. Raises ConfigError for words that cannot be used."""
-    parser = OneLineParser(prog="moe plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = OneLineParser(prog=program("moe plan"), description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("words", nargs="*", metavar="KEY=VALUE", help="experiment=NAME, effect=SIZE, and settings as for `moe train`")
     add("--config-dir", metavar="DIR", help="a folder of options outside of this project")
@@ -128,25 +132,34 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
         cells = read_command(["-m", *with_words(request.words, "tune=null")]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
+    if not cells[0].config.claims:
+        raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
     return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
 
 
-def _measured(cells: list[Cell]) -> Speed:
+def _say_without_pilot(request: Request, cells: list[Cell]) -> None:
+    """Print what a plan lacks without a pilot, and the commands that train and name one."""
+    print(*textwrap.wrap(WITHOUT_PILOT.format(unit=UNIT), WIDTH), sep="\n")
+    print(f"  {pilot_command(request, cells)}")
+    words = shlex.join([*request.words, f"effect={request.effect.text}"])
+    print(f"  python -m moe plan {words} --pilot pilot", flush=True)
+
+
+def _speed(cells: list[Cell], pilot: pd.DataFrame | None) -> Speed:
+    """Return the speed of the pilot's runs, or that of a short measurement if they do not tell it."""
+    if pilot is not None and (speed := speed_of_pilot(pilot)):
+        return speed
     print("measuring the speed: a few steps of the setting with the most FLOPs", flush=True)
     return measured_speed(max((cell.config for cell in cells), key=flops_of))
 
 
-def _lines(plan: Plan, pilot: str) -> Iterator[str]:
-    """Yield the plan as text. pilot: the command of a pilot, if there was none."""
+def _lines(plan: Plan) -> Iterator[str]:
+    """Yield the plan as text."""
     request = plan.request
     yield f"power {request.power:g}, after the correction for all tests that the report will make"
-    if pilot:
-        yield from textwrap.wrap(WITHOUT_PILOT.format(unit=UNIT), WIDTH)
-        yield f"  {pilot}"
-        yield f"  python -m moe plan {shlex.join([*request.words, f'effect={request.effect.text}'])} --pilot pilot"
     if plan.differences:
         yield "The pilot has other settings, so its spread and speed may be those of other runs:"
         yield from (f"  {each}" for each in plan.differences)
@@ -165,8 +178,9 @@ def _lines(plan: Plan, pilot: str) -> Iterator[str]:
     tuned = f" + {plan.trials} that tune" if plan.trials else ""
     seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}; {NO_NUMBER}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
-    yield f"time: about {duration(plan.seconds)} of one run after another on this machine, from {plan.seconds_from}"
-    yield from textwrap.wrap(NOTES, WIDTH)
+    if plan.seconds is not None:
+        yield f"time: about {duration(plan.seconds)} of one run after another on this machine, from {plan.seconds_from}"
+        yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
 
 
@@ -194,4 +208,4 @@ def _basis(each: Need) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "moe plan"))

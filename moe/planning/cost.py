@@ -80,8 +80,8 @@ def measured_speed(config: Config) -> Speed:
     steps = min(config.steps, MEASURED_STEPS)
     short = replace(config, steps=steps, eval_every=max(1, steps), save_every=max(1, steps), save_model="none")
     times = _Times()
-    with tempfile.TemporaryDirectory() as folder, Signals() as signals, redirect_stdout(StringIO()):
-        train(short, Path(folder), signals=signals, listeners=[times])
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        train(short, Path(folder), signals=Signals(), listeners=[times])
     of_step = median(times.steps[steps // 2 :]) if times.steps else 0.0
     return Speed(
         of_step / flops_of(replace(config, steps=1)),

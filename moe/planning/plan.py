@@ -2,13 +2,12 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from moe.analysis.power import Prediction, seeds_for
-from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
 from moe.config.words import key_of, quoted, with_words
@@ -45,7 +44,7 @@ class Request(NamedTuple):
 class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
-    seeds: empty if no claim has a number of seeds. command is then null, and tokens and seconds are those of one seed.
+    seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
     trials: the number of runs that tune. differences: see `moe.planning.pilot`. table: without a pilot, for each level
     of a test, the seeds that effects of several sizes need.
     """
@@ -56,8 +55,8 @@ class Plan(NamedTuple):
     settings: int
     trials: int
     tokens: int
-    seconds: float
-    seconds_from: str
+    seconds: float | None
+    seconds_from: str | None
     command: str | None
     differences: list[str]
     table: dict[int, dict[float, int | None]]
@@ -82,7 +81,7 @@ class Plan(NamedTuple):
             "settings": self.settings,
             "runs_that_tune": self.trials,
             "tokens": self.tokens if self.seeds else None,
-            "seconds": round(self.seconds) if self.seeds else None,
+            "seconds": None if self.seconds is None else round(self.seconds),
             "seconds_from": self.seconds_from,
             "pilot_differs": self.differences,
             "power": self.request.power,
@@ -116,15 +115,18 @@ def _need_as_json(each: Need) -> dict[str, Any]:
 
 
 def make_plan(
-    request: Request, cells: list[Cell], pilot: pd.DataFrame | None, speed: Speed, trials: Sequence[Cell] = ()
+    request: Request,
+    cells: list[Cell],
+    pilot: pd.DataFrame | None,
+    speed: Callable[[], Speed],
+    trials: Sequence[Cell] = (),
 ) -> Plan:
-    """Return the plan for the cells of a sweep. Raises ConfigError if the experiment has no claims.
+    """Return the plan for the cells of a sweep, whose experiment has claims.
 
-    pilot: see `moe.planning.pilot.runs_of_pilot`. speed: of training here. trials: the runs that tune.
+    pilot: see `moe.planning.pilot.runs_of_pilot`. speed: measures that of training here, which takes a while. It is
+    called only if some claim has a number of seeds. trials: the runs that tune.
     """
     claims = cells[0].config.claims
-    if not claims:
-        raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
     needs = [_need(request, claim, ahead, pilot) for claim, ahead in zip(claims, tests_ahead(cells), strict=True)]
     own = list(dict.fromkeys(cell.config.seed for cell in cells))
     wanted = max((each.seeds for each in needs if each.seeds), default=0)
@@ -132,7 +134,7 @@ def make_plan(
     seeds = free_seeds(own, {*of_pilot, *cells[0].config.tune_seeds}, wanted)
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
     runs = [cell.config for cell in (*trials, *of_one_seed * max(1, wanted))]
-    tokens, seconds = sum(map(tokens_of, runs)), sum(map(speed.seconds, runs))
+    measured = speed() if seeds else None
     command = study_command(request, seeds) if seeds else None
     levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
@@ -142,9 +144,9 @@ def make_plan(
         seeds=seeds,
         settings=len(of_one_seed),
         trials=len(trials),
-        tokens=tokens,
-        seconds=seconds,
-        seconds_from=speed.source,
+        tokens=sum(map(tokens_of, runs)),
+        seconds=sum(map(measured.seconds, runs)) if measured else None,
+        seconds_from=measured.source if measured else None,
         command=command,
         differences=[] if pilot is None else differences(cells, pilot),
         table=table,

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 from moe.config.options import use
 from moe.files import read_text
+from moe.program import ended, program
 from moe.results.table import load_runs
 from moe.runs.folder import changed_code
 from moe.runs.record import RunRecord, SpecializationRecord
@@ -23,9 +24,11 @@ from moe.specialization.study import OWN_TEXT, compare_seeds, study, write_own_t
 from moe.training import process
 from moe.training.setup import observed
 
+USUAL = "python -m moe.specialization"
+
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe.specialization", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program(USUAL), description=__doc__)
     parser.add_argument("folders", nargs="+", help="run folders, or folders that contain some")
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
     parser.add_argument(
@@ -62,7 +65,7 @@ def main(command: list[str] | None = None) -> int:
             for folder in finished:
                 print(f"{write_own_text(folder, text, trusted=arguments.trust)}: written", flush=True)
     except (ValueError, OSError) as error:
-        print(f"moe.specialization: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     for row in runs[runs["status"] == "unreadable"].itertuples():
         print(f"unreadable: {row.error}", file=sys.stderr)
@@ -113,4 +116,4 @@ def _own_text(arguments: argparse.Namespace) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, USUAL))

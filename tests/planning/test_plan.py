@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+import signal
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -30,12 +31,13 @@ from moe.launch.command_line import read_cells
 from moe.launch.option_files import read_option
 from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.__main__ import _lines, _read, _with_folders, main
-from moe.planning.cost import Speed, flops_of, flops_of_token, speed_of_pilot, tokens_of
+from moe.planning.cost import Speed, flops_of, flops_of_token, measured_speed, speed_of_pilot, tokens_of
 from moe.planning.pilot import differences, runs_of_pilot
 from moe.planning.plan import Request, free_seeds, make_plan, pilot_command, study_command
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
+from moe.program import Stopped
 from moe.results.table import level
 from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
 
@@ -194,14 +196,14 @@ def test_tokens_are_those_of_each_setting_and_time_follows_from_its_flops() -> N
     assert flops_of(wide[0].config) > 1.5 * flops_of(cells[0].config)  # with as many tokens
     tokens, flops, of_token = tokens_of(cells[0].config) // 4, flops_of(cells[0].config), flops_of_token(base())
     speed = Speed(4 * 2.0 / flops, 3.0 / of_token, "a test")  # 2 seconds for a step, and 3 for an evaluation
-    plan = make_plan(REQUEST, cells, None, speed)
+    plan = make_plan(REQUEST, cells, None, lambda: speed)
     assert (plan.runs, len(plan.seeds)) == (10, 5)
     assert plan.tokens == 5 * 44 * tokens
     assert plan.seconds == pytest.approx(5 * (44 * 2 + (2 + 5) * 3))
-    tuned = make_plan(REQUEST, cells, None, speed, cells_of([1], steps=(8,)))
+    tuned = make_plan(REQUEST, cells, None, lambda: speed, cells_of([1], steps=(8,)))
     assert (tuned.runs, tuned.trials, tuned.tokens) == (11, 1, plan.tokens + 8 * tokens)
     assert tuned.seconds == pytest.approx(plan.seconds + 8 * 2 + 2 * 3)
-    of_both = make_plan(REQUEST, [*cells, *wide], None, speed)
+    of_both = make_plan(REQUEST, [*cells, *wide], None, lambda: speed)
     assert of_both.seconds == pytest.approx(plan.seconds * (1 + flops_of_token(wide[0].config) / of_token))
 
 
@@ -209,8 +211,8 @@ def test_tokens_are_those_of_each_setting_and_time_follows_from_its_flops() -> N
 def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> None:
     """A command for another effect than the one that was asked for would be wrong. The table of effects in sd stays."""
     request = REQUEST._replace(effect=Effect("0.5%"))
-    plan = make_plan(request, cells_of([7, 8]), None, Speed(1e-9, 0.0, "a test"))
-    written, printed = plan.as_json(), "\n".join(_lines(plan, "the command of a pilot"))
+    plan = make_plan(request, cells_of([7, 8]), None, lambda: pytest.fail("the speed was measured in vain"))
+    written, printed = plan.as_json(), "\n".join(_lines(plan))
     [claim] = written["claims"]
     assert (claim["seeds"], claim["reachable"], claim["effect"]) == (None, None, None)
     assert [written[key] for key in ("runs", "tokens", "seconds", "command")] == [None] * 4
@@ -218,10 +220,38 @@ def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> No
     assert "an effect of 0.5% can be compared only with a spread" in printed
     assert "runs: 1 settings x 1 seed; no claim has a number of seeds" in printed
     assert "command: none" in printed
-    in_sd = make_plan(REQUEST, cells_of([7, 8]), None, Speed(1e-9, 0.0, "a test"))
+    assert "time:" not in printed
+    in_sd = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
     assert in_sd.as_json()["claims"][0]["reachable"]
-    text = "\n".join(_lines(in_sd, "the command of a pilot"))
+    text = "\n".join(_lines(in_sd))
     assert "distance to the bound 2 sd, level 5 %; without a pilot" in text
+
+
+def test_what_a_plan_lacks_without_a_pilot_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also before the speed is measured, which a signal ends as it ends every other work."""
+
+    def work(*_: object) -> None:
+        out = capsys.readouterr().out
+        assert "This plan has no pilot" in out
+        assert "seed=1,2,3 out=pilot\n" in out
+        assert out.endswith("python -m moe plan experiment=noise_lb_seed effect=2sd --pilot pilot\n")
+        raise ConfigError("no more")
+
+    monkeypatch.setattr("moe.planning.__main__.make_plan", work)
+    monkeypatch.setattr("moe.planning.__main__._cells", lambda request: (cells_of([42]), []))
+    monkeypatch.setattr("sys.argv", ["moe plan", "experiment=noise_lb_seed", "effect=2sd", f"--out={tmp_path / 'x'}"])
+    assert main() == 2
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object, **__: object) -> None:
+        assert signal.getsignal(signal.SIGINT) is before
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("moe.training.loop.train", stop)
+    with pytest.raises(Stopped):
+        measured_speed(base())
 
 
 @pytest.fixture

@@ -466,4 +466,6 @@ def test_a_wrong_command_gets_a_one_line_error(tmp_path: Path, capsys: Any) -> N
     write_record(tmp_path, config={"seed": 1})
     write_metrics(tmp_path, {})
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"moe.specialization: {tmp_path / 'run.json'}: config.router is ")
+    assert capsys.readouterr().err.startswith(
+        f"python -m moe.specialization: {tmp_path / 'run.json'}: config.router is "
+    )
