@@ -19,7 +19,16 @@ import pandas as pd
 
 from moe.analysis.comparisons import NAN, Comparison, compared
 from moe.analysis.power import SIGNIFICANCE, Freedom, Prediction, detectable_effect, seeds_for, seeds_needed
-from moe.analysis.sentences import UNDECIDED, UNTESTED, detectable_note, deterministic_verdict, enumerated, unit_of
+from moe.analysis.sentences import (
+    UNDECIDED,
+    UNTESTED,
+    detectable_note,
+    deterministic_verdict,
+    enumerated,
+    p_equals,
+    p_text,
+    unit_of,
+)
 from moe.analysis.statistics import (
     corrected,
     divisors,
@@ -86,8 +95,9 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return a row for each claim: supported, contradicted or undecided by these runs, or not tested, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
-    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`, `mean`,
-    `reference mean`, `difference` and its interval show one of them. `choice` says which one, and `p` covers all:
+    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`, `level`, `reference`,
+    `mean`, `reference mean`, `difference` and its interval show one of them. `choice` says which one, and `p` covers
+    all:
 
     - The claim holds if every comparison holds. Its p is then the largest p of the comparisons (intersection-union).
     - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's
@@ -139,11 +149,17 @@ def decided(
 
 
 def evidence_sentence(judged: pd.Series) -> str:
-    """Return a row of `judge` in words: the levels compared, the means, the difference, its p, and the reason."""
+    """Return a row of `judge` in words: the levels compared, the means, the difference, its p, and the reason.
+
+    Of an interaction the means are those of the change at each of the two levels, which stand beside them.
+    """
     j = judged
     if j["n"] == 0:
         return str(j["reason"])
-    text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
+    if j["kind"] == "interaction":
+        text = f"{j['compared']}: {j['mean']:+.4g} at {j['level']} vs {j['reference mean']:+.4g} at {j['reference']}"
+    else:
+        text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
         text += f" ({j['difference'] / j['reference mean']:+.1%})"
     if j["deterministic"]:
@@ -152,7 +168,7 @@ def evidence_sentence(judged: pd.Series) -> str:
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
         if math.isfinite(j["claimed_low"]) and math.isfinite(j["claimed_high"]):
             text += f" where {j['claimed_low']:.3g} to {j['claimed_high']:.3g} is claimed"
-        text += f", p={j['p']:.2g} (Holm {j['p Holm']:.2g})"
+        text += f", {p_equals(j['p'])} (Holm {p_text(j['p Holm'])})"
     return plain("; ".join(filter(None, (f"{text}, n={j['n']}", j["choice"], j["reason"]))))
 
 
@@ -206,11 +222,13 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
     labels = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
-    text = f"{claim.factor} {labels[0][a]} vs {labels[1][b]}{_where(claim)}"
+    sides = {"level": labels[0][a], "reference": labels[1][b]}
+    text = f"{claim.factor} {' vs '.join(sides.values())}{_where(claim)}"
     untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
-    return _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
+    row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
+    return row | sides
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
@@ -249,6 +267,8 @@ def _row(
 ) -> dict[str, Any]:
     return {
         "compared": compared,
+        "level": "",
+        "reference": "",
         "choice": choice,
         "n": comparison.n,
         "mean": comparison.mean,
