@@ -13,6 +13,7 @@ from moe.results.comparable import NOT_COMPARABLE
 
 SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "deterministic"
 UNDECIDED, UNTESTED = "undecided", "not tested"
+SMALLEST_P = 0.0001  # that is shown as a number
 DETECTABLE = """\
 After an undecided result, the **smallest detectable effect** is the true difference that so many seeds would have found
 in 80 % of cases. A smaller one would often have been missed. In parentheses is the 95 % interval of this number, which
@@ -53,7 +54,7 @@ def contrast_sentence(contrast: pd.Series, subject: str, *, unit: str, up: str =
         text += f", n={c['n']}: **not tested**"
     else:
         text += f" [{c['ci_low']:.3g}, {c['ci_high']:.3g}]"
-        text += f", p={c['p']:.2g} (Holm {c['p Holm']:.2g})" if up else ""
+        text += f", {p_equals(c['p'])} (Holm {p_text(c['p Holm'])})" if up else ""
         text += f", n={c['n']}" + (f": {_verdict(c, unit, up, down)}" if up else "")
     return plain(with_note(text, c["note"]))
 
@@ -72,6 +73,16 @@ def detectable_note(effect: float, low: float, high: float, *, tests: int, unit:
     """
     size = f"{effect:.2g} {unit}".rstrip()
     return f"smallest detectable effect {size} ({low:.2g} to {high:.2g}) at the level {level_text(tests)}"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value with two digits, such as "0.031"; or "< 0.0001", as its digits would say more than is known."""
+    return f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else f"{p:.2g}"
+
+
+def p_equals(p: float) -> str:
+    """Return a p-value with its letter, such as "p=0.031" or "p < 0.0001"."""
+    return f"p {text}" if (text := p_text(p)).startswith("<") else f"p={text}"
 
 
 def level_text(tests: int | float) -> str:
@@ -134,7 +145,7 @@ def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
     c, significant = contrast, standing(contrast) == SIGNIFICANT
     direction = up if c["difference"] > 0 else down
     if is_equivalent(c):
-        holm = f"(TOST, Holm {c['p TOST Holm']:.2g})"
+        holm = f"(TOST, Holm {p_text(c['p TOST Holm'])})"
         if significant:
             return f"**within the margin** of {c['margin']:.3g}, {direction} by less {holm}"
         return f"**equivalent** within {c['margin']:.3g} {holm}"

@@ -8,7 +8,9 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from moe.analysis.power import detectable_effect
-from moe.analysis.sentences import contrast_sentence
+from moe.analysis.report.html import cells
+from moe.analysis.report.markdown import table_as_markdown
+from moe.analysis.sentences import contrast_sentence, p_equals
 from moe.analysis.statistics import (
     as_one_family,
     completed,
@@ -406,3 +408,16 @@ def test_a_gap_is_filled_by_the_effects_of_seed_and_cell() -> None:
     pd.testing.assert_frame_equal(completed(gaps), additive)
     apart = pd.DataFrame([[1.0, np.nan], [np.nan, 2.0]])
     pd.testing.assert_frame_equal(completed(apart), apart)
+
+
+def test_a_tiny_p_has_no_digits_in_sentences_and_tables_but_tables_sort_by_it() -> None:
+    assert [p_equals(p) for p in (0.5, 0.0312, 0.0001, 0.00009999, 4.7e-134)] == [
+        *("p=0.5", "p=0.031", "p=0.0001", "p < 0.0001", "p < 0.0001")
+    ]
+    table = pd.DataFrame({"p Holm": [0.25, 3e-9, 4.7e-134], "ppl": [1.0, 3e-9, 2.0]})
+    assert table_as_markdown(table).count("| &lt; 0.0001 | ") == 2
+    _, rows = cells(table)
+    assert [(row[0].text, row[0].value) for row in rows] == [
+        *(("0.25", None), ("< 0.0001", 3e-9), ("< 0.0001", 4.7e-134))
+    ]
+    assert [row[1].value for row in rows] == [None] * 3

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import DASHES, PALETTE, RC, plain_log_labels, shared_legend
 from moe.analysis.power import SIGNIFICANCE
-from moe.analysis.sentences import levels_compared
+from moe.analysis.sentences import levels_compared, p_equals
 
 MOST_ROWS = 60
 LONGEST = 90  # characters of a row's name
@@ -102,7 +102,7 @@ def contrast_rows(contrasts: pd.DataFrame) -> list[Row]:
             each.ci_low,
             each.ci_high,
             row["p Holm"] <= SIGNIFICANCE,
-            f"p={row['p Holm']:.2g} after correction",
+            f"{p_equals(row['p Holm'])} after correction",
         )
         for (_, row), each in zip(contrasts.iterrows(), contrasts.itertuples(), strict=True)
     ]

@@ -36,7 +36,7 @@ from moe.analysis.report.blocks import (
     Term,
     truncation_note,
 )
-from moe.analysis.report.markdown import numeric_columns, table_cells, without_constants
+from moe.analysis.report.markdown import numeric_columns, p_columns, table_cells, without_constants
 from moe.checks import one_line, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
@@ -47,10 +47,11 @@ ARROW = 12  # length of the arrow at an open end of a claimed range
 
 
 class Cell(NamedTuple):
-    """A cell of an HTML table; `kind` is its CSS class, or empty."""
+    """A cell of an HTML table; `kind` is its CSS class, or empty. `value`: what it is sorted by, if not by its text."""
 
     text: str
     kind: str
+    value: float | None = None
 
 
 class Library(NamedTuple):
@@ -324,12 +325,17 @@ def cells(table: pd.DataFrame) -> tuple[list[Cell], list[list[Cell]]]:
     Cells with long text may wrap.
     """
     table, _ = without_constants(table)
-    numeric = numeric_columns(table)
-    head, *rows = table_cells(table.head(MAX_ROWS))
+    numeric, of_p = numeric_columns(table), p_columns(table)
+    shown = table.head(MAX_ROWS)
+    head, *rows = table_cells(shown)
     return [Cell(text, "number" if right else "") for text, right in zip(head, numeric, strict=True)], [
         [
-            Cell(text, "number" if right else "long" if len(text) > LONG_TEXT else "")
-            for text, right in zip(row, numeric, strict=True)
+            Cell(
+                text,
+                "number" if right else "long" if len(text) > LONG_TEXT else "",
+                float(value) if is_p and text.startswith("<") else None,
+            )
+            for text, right, is_p, value in zip(row, numeric, of_p, values, strict=True)
         ]
-        for row in rows
+        for row, values in zip(rows, shown.itertuples(index=False, name=None), strict=True)
     ]

@@ -18,6 +18,7 @@ from moe.analysis.sentences import (
     is_equivalent,
     levels_compared,
     noun,
+    p_equals,
     standing,
 )
 from moe.checks import plain
@@ -234,7 +235,7 @@ def _certainty(judged: Judgment) -> str:
         return ", the same in every seed"
     if math.isnan(judged.p):
         return ""
-    return f" [{judged.low:.3g}, {judged.high:.3g}], p={judged.p:.2g} after correction"
+    return f" [{judged.low:.3g}, {judged.high:.3g}], {p_equals(judged.p)} after correction"
 
 
 def _span(judged: list[Judgment]) -> tuple[float, float]:

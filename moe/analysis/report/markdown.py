@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ from moe.analysis.report.blocks import (
     literal,
     truncation_note,
 )
+from moe.analysis.sentences import p_text
 from moe.checks import escaped, plain
 
 FEW_COLUMNS = 5  # a table with fewer columns keeps those that are the same in every row
@@ -92,15 +94,20 @@ def numeric_columns(table: pd.DataFrame) -> list[bool]:
     return [pd.api.types.is_numeric_dtype(table[column]) for column in table]
 
 
+def p_columns(table: pd.DataFrame) -> list[bool]:
+    """Return for each column whether it holds p-values, by its name."""
+    return [bool(P_VALUE.search(str(column))) for column in table]
+
+
 def table_cells(table: pd.DataFrame) -> list[list[str]]:
     """Return the head and the rows of a table as text.
 
-    Floats have five significant digits, p-values two. NaN and None are shown as a dash.
+    Floats have five significant digits, and p-values what `p_text` gives them. NaN and None are shown as a dash.
     """
-    digits = [".2g" if P_VALUE.search(str(column)) else ".5g" for column in table]
+    texts = [p_text if is_p else "{:.5g}".format for is_p in p_columns(table)]
     rows = table.itertuples(index=False, name=None)
     return [[str(column) for column in table]] + [
-        [_cell_text(value, d) for value, d in zip(row, digits, strict=True)] for row in rows
+        [_cell_text(value, text) for value, text in zip(row, texts, strict=True)] for row in rows
     ]
 
 
@@ -122,7 +129,7 @@ def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return table.iloc[:, [place for place in range(len(head)) if place not in same]], " ".join(parts)
 
 
-def _cell_text(value: Any, digits: str) -> str:
+def _cell_text(value: Any, text: Callable[[float], str]) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    return plain(format(value, digits)) if isinstance(value, float) else str(value)
+    return plain(text(value)) if isinstance(value, float) else str(value)

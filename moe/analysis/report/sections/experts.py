@@ -17,6 +17,7 @@ from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.specialization import measured_runs
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.sentences import p_equals
 from moe.analysis.statistics import corrected
 from moe.checks import plain
 
@@ -124,7 +125,7 @@ def _domains(found: dict[str, Any]) -> Iterator[Finding]:
     count = int((p <= SIGNIFICANCE).sum())
     fact = f"The choices depend on the domain in {count} of {len(tested)} layers, compared with domains that are "
     fact += f"shuffled over the {found['documents']} documents (p at most 5 % after Holm's correction for the layers"
-    fact += f"; the smallest is {np.nanmin(p):.2g})" if np.isfinite(p).any() else ")"
+    fact += f"; the smallest: {p_equals(float(np.nanmin(p)))})" if np.isfinite(p).any() else ")"
     if (adjusted > 0).any():
         most = int(np.nanargmax(adjusted))
         fact += f". Most in layer {most}: beyond chance, the domain tells {adjusted[most]:.1%} of what it could tell "

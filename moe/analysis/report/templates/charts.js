@@ -229,7 +229,8 @@
         const down = head.ariaSort === "ascending";
         table.querySelectorAll("thead th").forEach((other) => other.removeAttribute("aria-sort"));
         head.ariaSort = down ? "descending" : "ascending";
-        const text = (row) => row.cells[column].textContent.trim().replace("−", "-");
+        const shown = (cell) => cell.dataset.value ?? cell.textContent.trim().replace("−", "-");
+        const text = (row) => shown(row.cells[column]);
         const rows = [...table.tBodies[0].rows];
         const order = new Intl.Collator("en", { numeric: true });
         const compare = (a, b) => {
