@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe.metrics import formulas
-from moe.runs.collapse import Collapse
+from moe.runs.collapse import Collapse, sentences
 
 IN_EVALUATION = ("routing/utilization", "routing/collapsed")  # how the names begin of what is read here
 
@@ -25,6 +25,15 @@ def in_evaluation(values: Mapping[str, Any]) -> list[Collapse]:
         if unused := np.flatnonzero(share == 0).tolist():
             found.append(Collapse(layer, "unused", unused, len(share), 0, None))
     return found
+
+
+def collapse_lines(values: Mapping[str, Any], told: list[Collapse]) -> list[str]:
+    """Return what a run showed of collapsed layers, a sentence each: while it trained, and in its last evaluation.
+
+    The terminal and the report both print these. values: an event of the last evaluation. told: from training.
+    """
+    evaluated = not_told(in_evaluation(values), told)
+    return [*sentences(told), *(f"{each.sentence()} in the last evaluation" for each in evaluated)]
 
 
 def not_told(evaluated: Iterable[Collapse], told: Iterable[Collapse]) -> list[Collapse]:

@@ -11,7 +11,8 @@ from moe.config.schema import Config
 from moe.distributed import ranks
 from moe.model.cost import count_parameters, flops_per_token, peak_memory_gb
 from moe.runs import traces
-from moe.runs.evaluated import in_evaluation
+from moe.runs.collapse import Collapse
+from moe.runs.evaluated import collapse_lines, in_evaluation
 from moe.runs.events import RunListener
 from moe.runs.place import Place
 from moe.runs.signals import Interrupted, Signals
@@ -81,24 +82,23 @@ def train(
                 if stop:
                     raise Interrupted(stop, done)
             progress.trained(values)
+        collapses = _collapses(training, latest)
+        progress.ended(collapse_lines(latest, collapses))
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
     save_adapter(training, folder / "adapter")
-    known = facts(training, clock, latest, unigram)
-    return known | {"process": known["process"] | precision}
+    known = facts(training, clock, latest)
+    known |= {"process": known["process"] | precision, "unigram_perplexity": unigram}
+    return known | {"collapses": [each._asdict() for each in collapses]}
 
 
-def facts(training: Training, clock: Clock, latest: dict[str, Any], unigram: float) -> dict[str, Any]:
-    """Return the facts about a finished run for its run record.
+def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts about a finished run for its run record that the trained objects tell.
 
-    latest: the values of the last evaluation. Its number of active experts per token determines the FLOPs. unigram: the
-    validation perplexity of a unigram model.
+    latest: the values of the last evaluation. Its number of active experts per token determines the FLOPs.
     """
     config, model, device = training.config, training.model, training.accelerator.device
     active = [latest[f"routing/active_experts/layer{index:02d}"] for index in range(len(training.routers))]
-    collapses = training.watch.findings()
-    if config.steps == 0:
-        collapses = [each for each in in_evaluation(latest) if can_collapse(training.routers[each.layer])]
     return {
         "parameters": count_parameters(model)._asdict(),
         "flops_per_token": flops_per_token(model, config.data.seq_len, active=active),
@@ -111,6 +111,11 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any], unigram: flo
         "experts_kernel": model.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
         "loss_kernel": "whole" if config.compile else model.loss_kernel(),
         "data": training.data.manifest,
-        "collapses": [each._asdict() for each in collapses],
-        "unigram_perplexity": unigram,
     }
+
+
+def _collapses(training: Training, latest: dict[str, Any]) -> list[Collapse]:
+    """Return the layers whose routing collapsed in training; without training, those of the evaluation."""
+    if training.config.steps:
+        return training.watch.findings()
+    return [each for each in in_evaluation(latest) if can_collapse(training.routers[each.layer])]

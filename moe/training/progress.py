@@ -96,6 +96,11 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
+    def ended(self, collapses: list[str]) -> None:
+        """Print what the report will say of layers whose routing collapsed (`moe.runs.evaluated.collapse_lines`)."""
+        for line in collapses:
+            self._say(f"collapse: {line}")
+
     def _say(self, line: str) -> None:
         if ranks.is_first():
             _say(f"{self._place.prefix}{line}")

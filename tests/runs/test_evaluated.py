@@ -1,7 +1,7 @@
 """Tests of what an evaluation shows of collapsed layers, and of what it adds to what training steps showed."""
 
 from moe.runs.collapse import Collapse, sentences
-from moe.runs.evaluated import in_evaluation, not_told
+from moe.runs.evaluated import collapse_lines, in_evaluation, not_told
 
 FEW, UNUSED = Collapse(0, "few", [0, 1], 4, 0, None), Collapse(0, "unused", [2, 3], 4, 0, None)
 
@@ -25,3 +25,11 @@ def test_an_evaluation_adds_what_training_did_not_show_at_its_end() -> None:
     in_training = [Collapse(0, "unused", [2], 4, 30, None)]
     assert not_told([UNUSED], in_training) == [UNUSED], "expert 3 is new"
     assert not_told([UNUSED], [*in_training, Collapse(0, "unused", [3], 4, 40, None)]) == []
+
+
+def test_the_lines_of_terminal_and_report_have_what_training_and_the_last_evaluation_showed() -> None:
+    values = {"routing/utilization": [[0.5, 0.5, 0, 0]], "routing/collapsed/layer00": 0.0}
+    assert collapse_lines(values, [Collapse(0, "unused", [2], 4, 30, None)]) == [
+        "layer 0: no token takes 1 of 4 experts (2) since step 30",
+        "layer 0: no token takes 2 of 4 experts (2, 3) in the last evaluation",
+    ]

@@ -10,6 +10,7 @@ from small_runs import run, untimed
 
 from moe.metrics.formulas import Sums, collapsed, constant
 from moe.runs.collapse import Collapse, sentences
+from moe.runs.evaluated import collapse_lines
 from moe.training.watch import HOLD, LoadWatch
 
 E, T = 8, 100
@@ -183,3 +184,7 @@ def test_a_run_that_collapses_says_so_in_the_terminal_in_events_and_in_its_facts
     printed = capsys.readouterr().out
     assert any("of 8 experts" in text and "take" in text for text in events.values())
     assert all(f"step {step:>5}/26  {text}" in printed for step, text in events.items())
+    last = [event for event in untimed(one.folder) if event["kind"] == "eval"][-1]
+    at_the_end = collapse_lines(last, [Collapse(**each) for each in facts["collapses"]])
+    assert at_the_end
+    assert all(f"collapse: {line}\n" in printed for line in at_the_end), "as in the report"

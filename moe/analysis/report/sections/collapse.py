@@ -7,8 +7,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
-from moe.runs.collapse import sentences
-from moe.runs.evaluated import IN_EVALUATION, in_evaluation, not_told
+from moe.runs.evaluated import IN_EVALUATION, collapse_lines
 
 MEANING = """\
 Few experts are at most half of all, and at most a quarter of the way from the fewest that the number of experts per
@@ -32,10 +31,8 @@ def collapse(inputs: ReportInputs) -> Iterator[ReportBlock]:
             continue
         known += 1
         name = "" if len(runs) == 1 else f"{literal(str(run['condition']))}, seed {run.get('seed', 'unknown')}, "
-        told = record.facts.collapses
-        evaluated = not_told(in_evaluation(last.get(str(run["folder"]), {})), told)
-        lines += [f"{name}{sentence}" for sentence in sentences(told)]
-        lines += [f"{name}{each.sentence()} in the last evaluation" for each in evaluated]
+        found = collapse_lines(last.get(str(run["folder"]), {}), record.facts.collapses)
+        lines += [f"{name}{sentence}" for sentence in found]
     if known:
         yield Heading("Collapse")
         yield Paragraph(MEANING if lines else f"{NONE} {NONE_TOLD}" if inputs.trained else NONE)
