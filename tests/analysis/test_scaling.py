@@ -13,7 +13,7 @@ from scipy.optimize import curve_fit
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.scaling import tokens_along
-from moe.analysis.report.blocks import BulletList, TableBlock
+from moe.analysis.report.blocks import BulletList, Paragraph, TableBlock
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import _speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
@@ -248,6 +248,14 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     assert charts(figure) is not None, "the page shows values"
     few = inputs._replace(runs=inputs.runs[inputs.runs["parameters.active"] == 10**5])
     assert list(scaling_laws(few)) == []
+    two = inputs._replace(runs=inputs.runs[inputs.runs["parameters.active"] < 4 * 10**5])
+    [_, said] = scaling_laws(two)
+    assert isinstance(said, Paragraph)
+    assert " ".join(said.text.split()) == (
+        "No law: the runs have 2 sizes and 3 numbers of tokens, in 18 combinations. A law needs at least 3 of each, "
+        "and 6 combinations."
+    )
+    assert laws_in_words(two) == ""
 
 
 def test_the_minimum_of_a_budget_is_that_of_its_parabola_if_it_lies_between_the_sizes() -> None:

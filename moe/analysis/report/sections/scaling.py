@@ -12,7 +12,7 @@ from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.scaling import EXPERTS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
+from moe.analysis.scaling import EXPERTS, LEAST_BUDGETS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
 from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
@@ -38,23 +38,36 @@ MINIMA_EXPLAINED = """\
 of the size is fitted to their losses (the second approach of Hoffmann et al., 2203.15556), without the law above. Its
 minimum counts only if it lies between the smallest and the largest size. In brackets is the 95 % t interval over the
 minima of single seeds, if all seeds have one there."""
+NO_LAW = """\
+No law{place}: the runs have {sizes} sizes and {tokens} numbers of tokens, in {points} combinations. A law needs at
+least {least} of each, and {parameters} combinations."""
 NO_MINIMUM = "none between the sizes"
 
 
 class _Fitted(NamedTuple):
-    """The law of one setting: its other levels, the points, the form of the law, and the fit."""
+    """The law of one setting: its other levels, the points, the form of the law, and the fit; None without one."""
 
     cell: dict[str, Any]
     points: pd.DataFrame
     law: Law
-    found: Fit
+    found: Fit | None
 
 
 def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield the law of each setting that was trained at three sizes and three numbers of tokens or more."""
-    for number, (cell, points, law, found) in enumerate(_laws(inputs)):
+    """Yield the law of each setting that was trained at three sizes and three numbers of tokens or more.
+
+    Of a setting with two of each, yield what a law needs.
+    """
+    number, of_settings = 0, [each for each in _of_settings(inputs) if each.found or _could_have_law(each)]
+    if of_settings:
+        yield Heading("Scaling law")
+    for setting in of_settings:
+        if setting.found is None:
+            yield Paragraph(_no_law(setting))
+    for cell, points, law, found in of_settings:
+        if found is None:
+            continue
         if not number:
-            yield Heading("Scaling law")
             yield Paragraph(LAW_EXPLAINED.format(resamples=RESAMPLES))
         if cell:
             yield Paragraph(f"**{literal(name_cell(cell))}**")
@@ -66,15 +79,34 @@ def scaling_laws(inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield Paragraph(MINIMA_EXPLAINED)
             yield TableBlock(_minima_table(minima))
         yield csv_file(f"scaling_{number}", points, "the points of this law.")
+        number += 1
+
+
+def _could_have_law(setting: _Fitted) -> bool:
+    """Return whether runs of a setting vary in size and in tokens, so that a reader may look for a law."""
+    return bool((setting.points[[ACTIVE, TOKENS]].nunique() > 1).all())
+
+
+def _no_law(setting: _Fitted) -> str:
+    """Return what a law needs, beside what the runs of a setting have."""
+    names = [name for _, name in setting.law.exponents]
+    sizes, tokens = (setting.points[name].nunique() for name in (ACTIVE, TOKENS))
+    return NO_LAW.format(
+        place=f" at {literal(name_cell(setting.cell))}" if setting.cell else "",
+        sizes=sizes,
+        tokens=tokens,
+        points=len(setting.points[names].drop_duplicates()),
+        least=LEAST_BUDGETS,
+        parameters=setting.law.parameters,
+    )
 
 
 def laws_in_words(inputs: ReportInputs) -> str:
     """Return how the loss falls, which size is best for a budget, and what the fits carry; empty without a law."""
-    return " ".join(_in_words(each) for each in _laws(inputs))
+    return " ".join(_in_words(*each[:3], each.found) for each in _of_settings(inputs) if each.found)
 
 
-def _in_words(fitted: _Fitted) -> str:
-    cell, points, law, found = fitted
+def _in_words(cell: dict[str, Any], points: pd.DataFrame, law: Law, found: Fit) -> str:
     sentences = [f"At {name_cell(cell)}:"] if cell else []
     minima = iso_flop_minima(points)
     inside = minima[minima["inside"]]
@@ -103,7 +135,7 @@ def _in_words(fitted: _Fitted) -> str:
     return " ".join([*sentences, _check(points, law)])
 
 
-def _laws(inputs: ReportInputs) -> Iterator[_Fitted]:
+def _of_settings(inputs: ReportInputs) -> Iterator[_Fitted]:
     if inputs.search or LOSS not in inputs.runs:
         return
     others = [factor for factor in inputs.factors if not (is_scale(factor) or _is_budget(inputs.runs, factor))]
@@ -111,9 +143,10 @@ def _laws(inputs: ReportInputs) -> Iterator[_Fitted]:
         points = _points(members)
         law = Law(((ACTIVE, EXPERTS) if points[EXPERTS].nunique() > 1 else (ACTIVE,), (TOKENS,)))
         try:
-            yield _Fitted(cell, points, law, fit(points, law, resamples=RESAMPLES))
+            found = fit(points, law, resamples=RESAMPLES)
         except ValueError:
-            continue  # no grid over sizes and tokens
+            found = None  # no grid over sizes and tokens
+        yield _Fitted(cell, points, law, found)
 
 
 def _minima_table(minima: pd.DataFrame) -> pd.DataFrame:
