@@ -157,7 +157,9 @@ def evidence_sentence(judged: pd.Series) -> str:
     if j["n"] == 0:
         return str(j["reason"])
     if j["kind"] == "interaction":
-        text = f"{j['compared']}: {j['mean']:+.4g} at {j['level']} vs {j['reference mean']:+.4g} at {j['reference']}"
+        factor = j["compared"].partition(" ")[0]
+        text = f"{j['compared']}: {j['mean']:+.4g} at {factor} {j['level']} "
+        text += f"vs {j['reference mean']:+.4g} at {factor} {j['reference']}"
     else:
         text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
@@ -222,13 +224,13 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
     labels = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
-    sides = {"level": labels[0][a], "reference": labels[1][b]}
-    text = f"{claim.factor} {' vs '.join(sides.values())}{_where(claim)}"
+    shown_sides = {"level": labels[0][a], "reference": labels[1][b]}
+    text = f"{claim.factor} {' vs '.join(shown_sides.values())}{_where(claim)}"
     untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
-    return row | sides
+    return row | shown_sides
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.analysis.simultaneous import Block, block, ranks, to_reference
-from moe.results.conditions import by_seed, conditions
+from moe.results.conditions import by_seed, conditions, levels
 
 ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
 PLAIN = "topk"  # the reference, unless the reader names another one
@@ -51,6 +51,26 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
         .join(to_reference(layout, reference))
     )
     return League(table.loc[order], complete, layout)
+
+
+def without_place(runs: pd.DataFrame, found: League, metric: str) -> list[str]:
+    """Return which routers and seeds a league lacks, each with the reason.
+
+    runs: those of the league, also the ones that did not finish.
+    """
+    finished = runs[runs["status"] == "finished"]
+    lacking = []
+    for router in levels(runs[ROUTER]):
+        if router not in found.table.index:
+            ended = runs.loc[runs[ROUTER] == router, "status"].value_counts()
+            reason = f"no run with a finite {metric}: {', '.join(f'{n} {status}' for status, n in ended.items())}"
+            lacking.append(f"{router} ({reason})")
+    values = losses_by_seed(finished, metric)[found.values.columns]
+    for seed in values.index.difference(found.values.index):
+        lacking.append(
+            f"seed {seed} (no finite {metric} of {', '.join(map(str, values.columns[values.loc[seed].isna()]))})"
+        )
+    return lacking
 
 
 def verdict(low: float, high: float) -> str:

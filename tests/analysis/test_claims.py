@@ -293,7 +293,9 @@ def test_an_interaction_is_a_paired_t_test_of_the_differences_of_differences() -
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected.confidence_interval()))
     assert row["compared"] == "noise 0.5 vs 0.0, change from lb=0.0 to 0.01"
     at = [(cells[0.01, noise] - cells[0.0, noise]).mean() for noise in (0.5, 0.0)]
-    words = f"{row['compared']}: {at[0]:+.4g} at 0.5 vs {at[1]:+.4g} at 0.0, difference {changes.mean():+.3g} ["
+    words = (
+        f"{row['compared']}: {at[0]:+.4g} at noise 0.5 vs {at[1]:+.4g} at noise 0.0, difference {changes.mean():+.3g} ["
+    )
     assert evidence_sentence(row).startswith(words)
 
 

@@ -1,5 +1,6 @@
 """Tests of the league of routers and of the share of the distance to the oracle, in reports about made-up runs."""
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,16 @@ from moe.analysis.league import league_of
 from moe.analysis.limits import covered
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
-from moe.analysis.report.sections.league import how_much_routing_matters, league
+from moe.analysis.report.question import question_of
+from moe.analysis.report.sections.best_setting import (
+    NOT_COMPARED,
+    TURNED,
+    UNCERTAIN,
+    Setting,
+    _by_ranks,
+    best_setting,
+)
+from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_matters, league, order_of_routers
 from moe.analysis.simultaneous import block, to_reference
 from moe.results.table import load_runs
 
@@ -106,6 +116,50 @@ def test_the_share_says_if_the_routers_cost_differently(flops: dict[str, int], s
     [_, *doubts] = [block.text for block in blocks if isinstance(block, Paragraph)]
     assert len(doubts) == bool(said)
     assert all(said in text and "`model.ffn=${equal_flops:F}`" in text for text in doubts)
+
+
+def test_equal_widths_are_advised_only_where_all_routers_have_one() -> None:
+    routers = pd.DataFrame({"router": ["oracle", "hash"], "flops_per_token": [1000, 1100], "model.ffn": [64, 64]})
+    [advised] = _unequal_cost([routers])
+    assert "`model.ffn=${equal_flops:F}` makes the costs equal" in advised
+    [chosen] = _unequal_cost([routers.assign(**{"model.ffn": [64, 60]})])
+    assert "equal_flops" not in chosen
+    assert "although the widths of the experts were chosen for each router" in chosen
+
+
+def test_a_league_names_the_routers_and_seeds_without_a_place_and_judges_alone(tmp_path: Path) -> None:
+    """By validation text hash is first. By test text, which chose nothing, it is oracle."""
+    inputs = inputs_of(tmp_path, LOSSES | {"nan": math.nan, "lost": math.nan})
+    values = inputs.runs["val/loss"].to_numpy()
+    runs = inputs.runs.assign(**{"val/perplexity": values, "test/loss": values})
+    runs.loc[runs["router"] == "hash", "val/perplexity"] -= 1
+    runs.loc[(runs["router"] == "oracle") & (runs["seed"] == 2), "test/loss"] = math.nan
+    runs.loc[runs["router"] == "lost", "status"] = "diverged"
+    inputs = inputs._replace(runs=runs)
+    lacking = (
+        "Left out: lost (no run with a finite test/loss: 3 diverged); nan (no run with a finite test/loss: 3 "
+        "finished); "
+        "seed 2 (no finite test/loss of oracle)."
+    )
+    assert lacking in [block.text for block in league(inputs) if isinstance(block, Paragraph)]
+    assert order_of_routers(inputs).endswith(lacking)
+    first, *_ = best_setting(inputs)
+    assert first.startswith("**Lowest on the validation text, which is no verdict:** router=hash, ")
+    assert "The verdict is that of the league, by test loss, which\nchose nothing: oracle is first." in first
+    assert question_of(inputs)[0].ask.endswith("do to test loss?")
+    same = inputs._replace(runs=runs.assign(**{"val/perplexity": values}))
+    assert next(best_setting(same)).startswith("**Best setting here:** router=oracle, ")
+
+
+def test_the_next_setting_is_told_apart_by_the_ranks_of_the_league(tmp_path: Path) -> None:
+    """No contrast compares hash with balanced_random, because topk is the reference."""
+    names = ("hash", "balanced_random")
+    for number, (gap, words) in enumerate(((0.5, ""), (0.0001, UNCERTAIN), (-0.5, TURNED))):
+        losses = {"topk": 3.0, "hash": 2.0, "balanced_random": 2.0 + gap}
+        inputs = inputs_of(tmp_path / str(number), losses)
+        settings = [Setting({"router": name}, name, inputs.runs, pd.Series(dtype=float)) for name in names]
+        assert _by_ranks(inputs, *settings) == words
+    assert _by_ranks(inputs, settings[0], settings[1]._replace(levels={"router": "none"})) == NOT_COMPARED
 
 
 @pytest.mark.parametrize("losses", [{"topk": 3.0, "hash": 3.1}, {"topk": 3.0, "hash": 3.1, "random": 3.2}])

@@ -5,7 +5,8 @@ import json
 import yaml
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import unit_of
+from moe.analysis.report.sections.league import league_metric, standings
+from moe.analysis.sentences import noun, unit_of
 from moe.config.options import sources
 from moe.config.question import Part, parts_of, text_of
 from moe.files import read_text
@@ -56,5 +57,8 @@ def _suggested(inputs: ReportInputs) -> str:
         return "How well does this one run do?"
     if not inputs.factors:
         return "How much do runs differ by chance alone, if nothing but the seed varies?"
-    units = dict.fromkeys(each.unit for each in inputs.judgments) or [unit_of(each) for each in inputs.tested[:1]]
-    return f"What does a change of {' and '.join(inputs.factors)} do to {' and '.join(units) or 'the model'}?"
+    units = [each.unit for each in inputs.judgments] or [unit_of(each) for each in inputs.tested[:1]]
+    if standings(inputs) and not any(each.planned for each in inputs.judgments):
+        units = [noun(str(league_metric(inputs)))]  # the league is the answer
+    outcome = " and ".join(dict.fromkeys(units)) or "the model"
+    return f"What does a change of {' and '.join(inputs.factors)} do to {outcome}?"

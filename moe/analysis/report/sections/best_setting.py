@@ -8,10 +8,12 @@ import pandas as pd
 from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.analysis.components import DATA, INIT
+from moe.analysis.league import ROUTER
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.league import league_metric, standings
 from moe.analysis.selection import lead
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, levels_compared, standing, unit_of
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, enumerated, levels_compared, noun, standing, unit_of
 from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
 from moe.checks import plain
 from moe.metrics.catalog import lookup
@@ -19,7 +21,15 @@ from moe.results.conditions import by_seed, conditions
 from moe.results.table import ABSENT
 
 MOST_NAMED = 5  # settings that a sentence names
+HERE = "Best setting here:"
+CHOSEN = "Lowest on the validation text, which is no verdict:"
+VERDICT = """\
+Validation text chose this setting, so its lead is partly luck. The verdict is that of the league, by {metric}, which
+chose nothing: {first}."""
 LUCK = ", so the order of the two may be luck"
+NOT_COMPARED = ", but no test of this report compares the two"
+UNCERTAIN = ", but by the ranks of the league, whose intervals overlap, the order of the two may be luck"
+TURNED = ", but the league has the two the other way round, and its ranks are certain"
 CORRECTED = ", but corrected for all tests of this report, the order of the two may be luck"
 
 
@@ -80,13 +90,15 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     """Yield a sentence about the setting with the best mean, how much of its lead is luck, and what it costs."""
     found = ranking(inputs)
     if found is not None and not found.settings and found.dropped:
-        yield "**Best setting here:** not named, because no seed has a finished run of every setting."
+        yield f"**{HERE}** not named, because no seed has a finished run of every setting."
     if found is None or len(found.settings) < 2:
         return
     best, following = found.settings[:2]
     name, values = best.name, best.values
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-    text = f"**Best setting here:** {literal(name)}, with a {unit_of(found.metric)} of {values.mean():.4g}{spread}"
+    judged = _by_league(inputs, found.metric, best)
+    title, unit = CHOSEN if judged else HERE, unit_of(found.metric)
+    text = f"**{title}** {literal(name)}, with a {unit} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
     gaps = following.values - values
     behind = f"{gaps.mean():.2g} behind" if gaps.mean() > 0 else "equal to it"
@@ -95,9 +107,39 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
         low, high = DescrStatsW(gaps.to_numpy()).tconfint_mean(1 - CONFIDENCE)
         text += f" [{low:.2g}, {high:.2g}]" + (LUCK if low < 0 else _doubt(inputs, found.metric, best, following))
     text += "."
-    yield " ".join([plain(text), *_left_out(found)])
+    yield " ".join(filter(None, [plain(text), judged, *_left_out(found)]))
     yield plain(_luck(found))
     yield from _cost(inputs, found, best.runs)
+
+
+def _by_league(inputs: ReportInputs, metric: str, best: Setting) -> str:
+    """Return which routers are first by test text, if a league judges by it and `best`, by validation text, is another.
+
+    Empty without such a league.
+    """
+    judge, leagues = league_metric(inputs), standings(inputs)
+    if not leagues or judge == metric or not str(judge).startswith("test/"):
+        return ""
+    if all(table.index[0] == best.levels.get(ROUTER) for table in leagues.values()):
+        return ""
+    first = [
+        f"{literal(str(table.index[0]))} is first" + (f" at {literal(place)}" if place else "")
+        for place, table in leagues.items()
+    ]
+    return VERDICT.format(metric=noun(str(judge)), first=enumerated(first))
+
+
+def _by_ranks(inputs: ReportInputs, best: Setting, following: Setting) -> str:
+    """Return what the ranks of a league say against the order of two settings that no test compares."""
+    one, other = ({f: level for f, level in setting.levels.items() if f != ROUTER} for setting in (best, following))
+    table = standings(inputs).get(name_cell(one)) if one == other else None
+    names = [setting.levels.get(ROUTER) for setting in (best, following)]
+    if table is None or not {*names} <= {*table.index}:
+        return NOT_COMPARED
+    first, second = (table.loc[name] for name in names)
+    if first["worst rank"] < second["best rank"]:
+        return ""
+    return TURNED if second["worst rank"] < first["best rank"] else UNCERTAIN
 
 
 def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting) -> str:
@@ -107,7 +149,7 @@ def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting)
     tests = [row for _, row in inputs.contrasts.iterrows() if row["metric"] in metrics and levels_compared(row) in pair]
     claims = [each for each in inputs.judgments if each.planned and each.metric in metrics and each.compared in pair]
     if not tests and not claims:
-        return ", but no test of this report compares the two"
+        return _by_ranks(inputs, best, following)
     told_apart = any(standing(row) in (SIGNIFICANT, DETERMINISTIC) for row in tests)
     return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else CORRECTED
 

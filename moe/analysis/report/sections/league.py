@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
-from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER, League, league_of, losses_by_seed, verdict
+from moe.analysis.league import (
+    LEAST,
+    METRICS,
+    PLAIN,
+    ROUTER,
+    League,
+    league_of,
+    losses_by_seed,
+    verdict,
+    without_place,
+)
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
@@ -51,9 +61,12 @@ little."""
 
 UNEQUAL = """\
 The routers do not cost the same: `{most}` takes {more:.0f} % more FLOPs per token than `{least}`, so the shares also
-show what more computation gives (`model.ffn=${{equal_flops:F}}` makes the costs equal)."""
+show what more computation gives{advice}."""
+ADVICE = " (`model.ffn=${equal_flops:F}` makes the costs equal)"
+ROUNDED = ", although the widths of the experts were chosen for each router"
 SAME_COST = 1.02  # the largest ratio of FLOPs per token at which routers count as equally costly
 
+LEFT_OUT = "Left out: {}."
 CERTAIN = "In each league, the intervals of all ranks hold together in 95 % of cases."
 OVERLAP = "the intervals of some ranks overlap"
 MOST_NAMED = 5  # routers that a sentence names
@@ -67,41 +80,73 @@ How much of the distance from random to oracle routing each router covers, in {m
 seeds: 0 is as good as random routing, 1 as good as knowing the domain of each text."""
 
 
+class _Placed(NamedTuple):
+    """A league, its finished runs, and which routers and seeds it lacks, with the reasons."""
+
+    found: League
+    finished: pd.DataFrame
+    lacking: list[str]
+
+
 def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the ranks of all routers with intervals, their differences to the reference, and their costs."""
-    metric = _metric(inputs)
-    if metric is None or inputs.contrasts.empty:
-        return
-    runs = inputs.runs[inputs.runs["status"] == "finished"]
-    reference = _reference(inputs, runs)
-    titled = False
-    for number, (cell, members) in enumerate(_cells(inputs, runs)):
-        found = league_of(members, metric, reference)
-        if found is None:
-            continue
-        if not titled:
+    metric, reference = str(league_metric(inputs)), None
+    for number, (place, (found, finished, lacking)) in enumerate(_leagues(inputs).items()):
+        if not number:
             yield Heading("League of routers")
-            titled = True
-        name = f"league_{number}" if cell else "league"
-        place = f"**{literal(name_cell(cell))}**: " if cell else ""
-        table = _table(found, reference, members, metric)
-        yield Paragraph(place + _explained(found, reference, metric))
+            reference = _reference(inputs)
+        name = f"league_{number}" if place else "league"
+        table = _table(found, reference, finished, metric)
+        yield Paragraph((f"**{literal(place)}**: " if place else "") + _explained(found, reference, metric))
+        if lacking:
+            yield Paragraph(literal(LEFT_OUT.format("; ".join(lacking))))
         yield drawing(name, LEAGUE_CAPTION.format(reference=reference, metric=metric), _league_figure(found, reference))
         yield TableBlock(table)
         yield csv_file(name, table, "this table.")
 
 
 def order_of_routers(inputs: ReportInputs) -> str:
-    """Return the best router by the league, and whether the order depends on the other factors; empty without one."""
-    metric = _metric(inputs)
+    """Return the best router by the league, and whether the order depends on the other factors; empty without one.
+
+    Routers and seeds without a place are named.
+    """
+    leagues = _leagues(inputs)
+    lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
+    order = _order({place: _ranked(each.found) for place, each in leagues.items()}, noun(str(league_metric(inputs))))
+    return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
+
+
+def standings(inputs: ReportInputs) -> dict[str, pd.DataFrame]:
+    """Return the ranked routers of each league, the best one first, by the levels of the other factors as a text."""
+    return {place: _ranked(each.found) for place, each in _leagues(inputs).items()}
+
+
+def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
+    """Return each league by the levels of the other factors as a text."""
+    metric = league_metric(inputs)
     if metric is None or inputs.contrasts.empty:
-        return ""
-    runs = inputs.runs[inputs.runs["status"] == "finished"]
-    leagues = {}
-    for cell, members in _cells(inputs, runs):
-        if (found := league_of(members, metric, _reference(inputs, runs))) is not None:
-            leagues[name_cell(cell)] = found.table.dropna(subset="rank").sort_values("rank")
-    unit = noun(metric)
+        return {}
+    leagues, reference = {}, _reference(inputs)
+    for cell, members in _cells(inputs, inputs.runs):
+        finished = members[members["status"] == "finished"]
+        if (found := league_of(finished, metric, reference)) is not None:
+            leagues[name_cell(cell)] = _Placed(found, finished, without_place(members, found, metric))
+    return leagues
+
+
+def _ranked(found: League) -> pd.DataFrame:
+    """Return the rows of a league that have a rank, the best one first."""
+    return found.table.dropna(subset="rank").sort_values("rank")
+
+
+def league_metric(inputs: ReportInputs) -> str | None:
+    """Return the loss by which routers are compared; None if there are too few routers for a league."""
+    if ROUTER not in inputs.factors or inputs.runs[ROUTER].nunique() < LEAST:
+        return None
+    return next(iter(present(inputs.runs, METRICS)), None)
+
+
+def _order(leagues: dict[str, pd.DataFrame], unit: str) -> str:
     if len(leagues) < 2:
         return next((f"{_first(table, unit)}." for table in leagues.values()), "")
     orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
@@ -141,8 +186,9 @@ def _changed_places(leagues: dict[str, pd.DataFrame]) -> str:
     return ""
 
 
-def _reference(inputs: ReportInputs, runs: pd.DataFrame) -> Any:
+def _reference(inputs: ReportInputs) -> Any:
     """Return the router with which the others are compared."""
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
     usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
     return reference_levels(inputs).get(ROUTER, usual)
 
@@ -163,13 +209,6 @@ def _league_figure(found: League, reference: Any) -> Figure | str:
 
 def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     return conditions(runs, [factor for factor in inputs.factors if factor != ROUTER])
-
-
-def _metric(inputs: ReportInputs) -> str | None:
-    """Return the loss by which routers are compared; None if there are too few routers for a league."""
-    if ROUTER not in inputs.factors or inputs.runs[ROUTER].nunique() < LEAST:
-        return None
-    return next(iter(present(inputs.runs, METRICS)), None)
 
 
 def _explained(found: League, reference: Any, metric: str) -> str:
@@ -213,7 +252,7 @@ def _difference(row: pd.Series) -> str:
 
 def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the share of the distance from random to oracle routing that each router covers."""
-    metric = _metric(inputs)
+    metric = league_metric(inputs)
     if metric is None or inputs.contrasts.empty:
         return
     runs = inputs.runs[inputs.runs["status"] == "finished"]
@@ -255,7 +294,9 @@ def _unequal_cost(cells: list[pd.DataFrame]) -> Iterator[str]:
     widest = max(costs, key=lambda cost: cost.max() / cost.min())
     ratio = widest.max() / widest.min()
     if ratio > SAME_COST:
-        yield UNEQUAL.format(most=widest.idxmax(), least=widest.idxmin(), more=100 * (ratio - 1))
+        chosen = any(cell["model.ffn"].nunique() > 1 for cell in cells if "model.ffn" in cell)
+        advice = ROUNDED if chosen else ADVICE
+        yield UNEQUAL.format(most=widest.idxmax(), least=widest.idxmin(), more=100 * (ratio - 1), advice=advice)
 
 
 def _share_figure(rows: list[Row]) -> Figure | str:
