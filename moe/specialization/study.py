@@ -12,6 +12,7 @@ from moe.checks import parse
 from moe.data.blocks import Prepared
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import sha256, write_text
+from moe.launch.option_files import default_of
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routing.decision import Knobs
 from moe.runs import traces
@@ -212,11 +213,18 @@ def compare_seeds(folders: list[Path]) -> None:
 
 
 def _differ_in_seed_only(a: RunRecord, b: RunRecord) -> bool:
-    """Return whether two runs differ in the seed alone and were trained on the same blocks."""
+    """Return whether two runs differ in the seed alone and were trained on the same blocks.
+
+    A key that one of them lacks has its default, because that run was recorded before the key existed.
+    """
     if a.facts is None or b.facts is None or _training_files(a.facts.data) != _training_files(b.facts.data):
         return False
     keys = a.identity.keys() | b.identity.keys()
-    return {key for key in keys if a.identity.get(key) != b.identity.get(key)} <= {"seed"} <= keys
+    one, other = (
+        {key: run.identity[key] if key in run.identity else default_of(key, run.choices) for key in keys}
+        for run in (a, b)
+    )
+    return {key for key in keys if one[key] != other[key]} <= {"seed"} <= keys
 
 
 def _training_files(manifest: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from moe.data.blocks import Batch
 from moe.launch.run import run
 from moe.metrics.agreement import overlap
 from moe.results.table import load_runs
-from moe.runs.record import SpecializationRecord
+from moe.runs.record import RunRecord, SpecializationRecord
 from moe.runs.traces import Trace
 from moe.specialization.__main__ import main
 from moe.specialization.geometry import projections
@@ -36,7 +36,7 @@ from moe.specialization.information import (
 )
 from moe.specialization.observation import Observation
 from moe.specialization.stability import churn, saturation, seed_agreement
-from moe.specialization.study import to_json
+from moe.specialization.study import _differ_in_seed_only, to_json
 from moe.specialization.vocabulary import keywords
 
 DOMAINS = np.repeat([0, 1, 2, 3], 8)
@@ -276,6 +276,21 @@ def test_seeds_agree_if_experts_are_renumbered_and_not_if_routing_is_independent
     assert independent["matched"] > k / 6  # matching finds some agreement in noise; `chance` measures it
     assert abs(independent["kappa"]) < 0.02
     assert abs(independent["rand"]) < 0.01
+
+
+def test_runs_from_before_and_after_a_key_existed_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    """The older run lacks keys of three kinds: one of every run, one of the model, and one of the router."""
+    options = {"router": "topk", "model": "tiny", "optimizer": "muon"}
+    newer = {"noise": 0.0, "precision": "fp32", "model": {"dim": 64, "embed_scale": True}, "router": {"k": 2}}
+    records = []
+    for seed, config in enumerate((newer, {"noise": 0.0, "model": {"dim": 64}, "router": {}}, newer | {"noise": 0.1})):
+        (folder := tmp_path / str(seed)).mkdir()
+        write_record(folder, config=config | {"seed": seed}, choices=options)
+        records.append(RunRecord.read(folder / RunRecord.FILE))
+    after, before, other = records
+    assert _differ_in_seed_only(after, before)
+    assert _differ_in_seed_only(before, after)
+    assert not _differ_in_seed_only(before, other)
 
 
 def word_tokenizer(*vocabulary: str) -> PreTrainedTokenizerFast:
