@@ -87,18 +87,32 @@ def read_source(path: Path) -> Source:
         record = RunRecord.read(run / RunRecord.FILE)
         if not folder.is_dir():
             saving = record.config.get("save_model")
-            reason = f"it is {record.status}, with save_model={saving}"
+            reason = f"there is no {folder}, and it is {record.status}, with save_model={saving}"
             advice = "" if record.status == "finished" else "; the command that trained it finishes it"
             raise ConfigError(f"{run}: this run has no saved model; {reason}{advice}")
+        RunRecord.read_typed(run / RunRecord.FILE)  # names the file if its settings are not those of this version
         if record.status == "finished":
             val_loss = MetricsRecord.read(run / MetricsRecord.FILE).scalars()["val/loss"]
     content = _saved_config(folder, path)
     is_plain = content["model_type"] != MoEConfig.model_type
     tokenizer = None
-    if (folder / "tokenizer.json").is_file():  # a plain model keeps what its tokenizer adds to a text
-        tokenizer = (plain_tokenizer if is_plain else pretrained_tokenizer)(str(folder.resolve()))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _tokenizer(folder, is_plain=is_plain)
     kind = content["model_type"] if is_plain else (content.get("imported") or {}).get("model_type")
     return Source(folder, run, record, val_loss, tokenizer, kind, is_plain)
+
+
+def _tokenizer(folder: Path, *, is_plain: bool) -> Any:
+    """Return the tokenizer in a folder; that of a plain model keeps what it adds to a text.
+
+    Raises ConfigError if it cannot be read.
+    """
+    try:
+        return (plain_tokenizer if is_plain else pretrained_tokenizer)(str(folder.resolve()))
+    except ValueError as error:
+        known = (folder / "tokenizer_config.json").is_file()
+        reason = first_line(error) if known else "there is no tokenizer_config.json"
+        raise ConfigError(f"{folder}: its tokenizer cannot be read: {reason}") from error
 
 
 def _saved_config(folder: Path, given: Path) -> dict[str, Any]:

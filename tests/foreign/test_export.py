@@ -331,12 +331,14 @@ def test_weights_are_cut_into_files_of_the_wanted_size(saved: Path, tmp_path: Pa
     [
         ("nowhere --out new", "no folder nowhere"),
         ("empty --out new", "empty: is neither the folder of a run nor a saved model"),
-        (". --out new", r"\.: is neither .* a saved model; it has runs, such as sweep/cell: name one of them"),
+        (". --out new", r"\.: is neither .* a saved model; it has runs, such as old: name one of them"),
         ("torn/config.json --out new", "torn/config.json: is a file, not a folder"),
         (
             "sweep/cell --out new",
-            "sweep/cell: this run has no saved model; it is interrupted, with .*",
+            "sweep/cell: this run has no saved model; there is no sweep/cell/model, and it is interrupted, with .*",
         ),
+        ("old --out new", "old/run.json: config.router is missing; delete the folder .*"),
+        ("untold --out new", "untold: its tokenizer cannot be read: there is no tokenizer_config.json"),
         ("plain --out new", "plain: it has no weights in model.safetensors or .*"),
         ("dense --out new", "dense: config.json has none of num_local_experts, .*: no Mixture of Experts"),
         ("unknown --out new", "model_type in config.json of unknown=null: must be moe_routing, or that of a causal .*"),
@@ -394,6 +396,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
     MixtralConfig().save_pretrained("plain")
     Path("sweep/cell").mkdir(parents=True)
     write_record(Path("sweep/cell"), status="interrupted", config={"save_model": "last", "seed": 1})
+    Path("old/model").mkdir(parents=True)
+    write_record(Path("old"), status="interrupted", config={"seed": 1})
+    shutil.copytree("nan", "untold")
+    Path("untold/tokenizer_config.json").unlink()
     before = sorted(tmp_path.iterdir())
     capsys.readouterr()  # transformers shows its progress
     assert main(words.format(saved=saved).split()) == 2
