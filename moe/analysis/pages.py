@@ -6,7 +6,8 @@
 `ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts and the table
 of conditions of each such folder NAME between the two marks in NAME.md beside it. It also writes the verdict of each
 claim that `docs/findings.md`, the page above, names in a mark such as `<!-- noise_lb_seed: Noise 0.5 raises perplexity
--->`. If the folder has the plan.json of `moe plan`, the page says how many seeds were planned. A test compares.
+-->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its digest, and what it
+planned. A test compares.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pandas as pd
 
 from moe.analysis.claims import evidence_sentence
 from moe.analysis.figures.drawing import Drawing
+from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
@@ -35,6 +38,7 @@ from moe.checks import first_line, plain
 from moe.files import read_text, shown, write_text
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
+from moe.runs.planned import digest_of_plan
 
 BEGIN = "<!-- What follows is written by `python -m moe.analysis.pages write docs/studies`. -->"
 END = "<!-- Here it ends. -->"
@@ -43,6 +47,11 @@ CURVE = (
     f"{LOSS} over training: the mean of all settings, and the means of the best and of the worst setting at that step."
 )
 PLAN = "plan.json"
+MADE = """\
+The plan was made on {time}, {order} the first run started (on {started}). Its digest is {digest}. The smallest effect
+that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
+WANTED = "It names the seeds {seeds} and {runs} runs: {settings} settings with each seed{tuning}."
+NOT_WANTED = "It names no seeds, because no claim has a number of them."
 PLANNED = """\
 `moe plan` said before the runs how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
 difference is inside of what the claim allows, at the given distance to the nearest bound. """
@@ -136,18 +145,25 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
         if len(part.claims):  # the list of claims says what their cards say
             blocks = (block for block in blocks if not isinstance(block, Cards))
         texts += [block_as_markdown(_lower(block) if several else block) for block in blocks]
-    trained = max(part.runs.loc[part.runs["status"] == "finished", "seed"].nunique() for part in experiments)
     if plan.exists():
         try:
-            texts += map(block_as_markdown, planned(json.loads(read_text(plan)), trained))
+            runs = max((part.runs for part in experiments), key=lambda runs: len(finished_seeds(runs)))
+            texts += map(block_as_markdown, planned(json.loads(read_text(plan)), runs))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{plan}: is no plan of `moe plan` ({first_line(error)})") from error
     return PAGE.sub(r"[\1](../\1)", "\n\n".join(texts))
 
 
-def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
-    """Yield how many seeds each claim needs by a plan of `moe plan`, beside the number of seeds that were trained."""
-    yield Heading("Seeds that were planned")
+def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
+    """Yield what a plan of `moe plan` says, beside the seeds of the runs that were trained.
+
+    Raises ValueError if the plan was changed after it was made.
+    """
+    if plan["digest"] != digest_of_plan(plan):
+        raise ValueError(f"its digest is {digest_of_plan(plan)} and not {plan['digest']}: it was changed")
+    seeds = finished_seeds(runs)
+    yield Heading("What was planned")
+    yield Paragraph(_made(plan, runs, seeds))
     piloted = any(claim["spread"] is not None for claim in plan["claims"])
     yield Paragraph(PLANNED.format(power=100 * plan["power"]) + (PILOT if piloted else NO_PILOT))
     most = plan["most_seeds"]
@@ -172,11 +188,43 @@ def planned(plan: dict[str, Any], trained: int) -> Iterator[ReportBlock]:
             "metric": claim["metric"],
             "distance to the bound": distance(claim),
             "seeds planned": needed(claim),
-            "seeds trained": str(trained),
+            "seeds trained": str(len(seeds)),
         }
         for claim in plan["claims"]
     ]
     yield TableBlock(pd.DataFrame(rows))
+
+
+def _made(plan: dict[str, Any], runs: pd.DataFrame, trained: list[int]) -> str:
+    """Return when a plan was made, its digest, and its seeds and runs, beside the seeds that were trained."""
+    effects = "; ".join(f"{size} of {metric}" for metric, size in plan["effects"].items())
+    tuning = f", and {tune} that tune" if (tune := plan.get("runs_that_tune")) else ""
+    wanted = {"seeds": numbers_in_words(plan["seeds"]), "runs": plan["runs"], "settings": plan["settings"]}
+    made, started = (datetime.fromisoformat(each) for each in (plan["time"], min(runs["started"].dropna())))
+    return MADE.format(
+        time=_moment(made),
+        order="before" if made <= started else "after",
+        started=_moment(started),
+        digest=plan["digest"],
+        wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] else NOT_WANTED,
+        effect=plan["effect"] + (f" ({effects})" if effects else ""),
+        trained=numbers_in_words(trained),
+    )
+
+
+def _moment(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d at %H:%M} UTC"
+
+
+def numbers_in_words(numbers: list[int]) -> str:
+    """Return whole numbers in rising order, with each row of neighbors as one range, such as "42, 45 to 47"."""
+    rows: list[list[int]] = []
+    for number in sorted(numbers):
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)
 
 
 def _with_verdicts(text: str, claims: dict[str, pd.DataFrame]) -> str:

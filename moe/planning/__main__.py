@@ -35,6 +35,7 @@ from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_pilot
 from moe.planning.pilot import runs_of_pilot
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
 from moe.planning.seeds import UNIT, Effect, Need
+from moe.planning.written import as_written
 from moe.program import ended, program
 from moe.runs.place import duration
 from moe.runs.record import RecordError
@@ -60,7 +61,7 @@ def main() -> int:
         if pilot is None:
             _say_without_pilot(request, cells)
         plan = make_plan(request, cells, pilot, lambda: _speed(cells, pilot), trials)
-        write_json(arguments.out, plan.as_json())
+        write_json(arguments.out, as_written(plan.as_json()))
     except (ConfigError, RecordError) as error:
         print(f"{program('moe plan')}: {error}", file=sys.stderr)
         return 2

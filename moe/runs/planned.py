@@ -127,3 +127,8 @@ def _check_numbers(place: str, numbers: Iterable[int]) -> None:
 def digest_of(content: Any) -> str:
     """Return the start of the SHA-256 of something that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_plan(plan: dict[str, Any]) -> str:
+    """Return the digest of everything in a plan.json but its time and its digest."""
+    return digest_of({key: value for key, value in plan.items() if key not in ("time", "digest")})

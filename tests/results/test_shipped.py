@@ -16,6 +16,7 @@ from moe.analysis.claims import judge_planned
 from moe.analysis.report.markdown import block_as_markdown
 from moe.results.shipped import EVALS, RUNS, ship
 from moe.results.table import load_runs
+from moe.runs.planned import digest_of_plan
 
 CLAIM = {"text": "noise helps", "metric": "val/loss", "factor": "noise", "levels": [0.5], "kind": "lower", "than": [0]}
 DEFAULTS = {"source": "our own", "within": {}, "direction": None, "margin": None, "size": [], "at": None}
@@ -72,6 +73,10 @@ def test_a_sweep_that_is_shipped_again_replaces_its_tables(sweep: Path, tmp_path
     assert len(pages.read_shipped(tmp_path / "shipped")[0]) == 6
 
 
+PLAN = {"time": "2025-12-31T23:59:30+00:00", "power": 0.8, "most_seeds": 32, "effect": "0.5%", "runs": 20}
+PLAN |= {"effects": {"val/loss": "0.01"}, "seeds": [1, 2, 3, 4, 7], "settings": 4, "runs_that_tune": 2}
+
+
 def test_a_page_holds_what_the_tables_show_between_its_marks(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,10 +88,17 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
         common | {"text": "a", "effect": 0.0123, "seeds": 5, "reachable": True, "seeds_low": 4},
         common | {"text": "b", "effect": 2, "seeds": None, "reachable": False, "seeds_low": 40},
     ]
-    (page.with_suffix("") / pages.PLAN).write_text(json.dumps({"power": 0.8, "most_seeds": 32, "claims": claims}))
+    plan = PLAN | {"claims": claims}
+    plan["digest"] = digest_of_plan(plan)
+    (page.with_suffix("") / pages.PLAN).write_text(json.dumps(plan))
     assert pages.main(["write", str(page.parent)]) == 0
     text = page.read_text()
     assert "80 % of cases" in text
+    assert (
+        "The plan was made on 2025-12-31 at 23:59 UTC, before the first run started (on 2026-01-01 at 00:00 UTC). Its "
+        f"digest is {plan['digest']}. The smallest effect that mattered is 0.5% (0.01 of val/loss). It names the seeds "
+        "1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained were the seeds 1 to 3."
+    ) in text
     assert "In every row, metric is val/loss, seeds trained is 3." in text
     assert "| a | 0.0123 | 5 (4 to over 32) |" in text
     assert "| b | 2 | over 32 |" in text
@@ -103,6 +115,7 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
         "[]",
         "{}",
         "{",
+        json.dumps(plan | {"power": 0.9}),
         json.dumps({"power": 0.8, "most_seeds": 32, "claims": [claims[0] | {"effect": "much"}]}),
     ):
         (page.with_suffix("") / pages.PLAN).write_text(damaged)
@@ -120,7 +133,12 @@ def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
     known = {"text": "a", "metric": "val/loss", "effect": 1.5, "spread": None, "seeds": 6, "reachable": True}
     unknown = known | {"text": "b", "effect": None, "seeds": None, "reachable": None}
     claims = [each | {"seeds_low": None, "seeds_high": None} for each in (known, unknown)]
-    _, text, table = map(block_as_markdown, pages.planned({"power": 0.8, "most_seeds": 32, "claims": claims}, 3))
+    plan = PLAN | {"claims": claims, "seeds": [], "time": "2026-01-02T00:00:00+00:00"}
+    plan["digest"] = digest_of_plan(plan)
+    runs = pd.DataFrame({"seed": [1, 2, 3], "status": "finished", "started": "2026-01-01T00:00:00+00:00"})
+    _, made, text, table = map(block_as_markdown, pages.planned(plan, runs))
+    assert "after the first run started (on 2026-01-01 at 00:00 UTC)." in made
+    assert "It names no seeds, because no claim has a number of them. Trained were the seeds 1 to 3." in made
     assert text.endswith(
         "There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."
     )

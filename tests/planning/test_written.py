@@ -1,0 +1,34 @@
+"""Tests of what plan.json holds beside the plan."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe.planning.written import as_written, without_paths
+from moe.runs.planned import digest_of_plan
+
+COMMAND = "python train.py -m experiment=x out=/tmp/a/runs data.cache=~/c 'lab=[/home/me/lab,b/c]'"
+
+
+def test_a_plan_has_its_time_and_digest_and_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    differs = [f"model.checkpoint is {tmp_path}/a/b in the pilot, and /srv/models/big in the plan", "val/loss is 1/2"]
+    plan: dict[str, Any] = {"command": COMMAND, "pilot_differs": differs, "seeds": [1]}
+    written = as_written(plan)
+    assert written["command"] == ("python train.py -m experiment=x 'data.cache=~/c' 'lab=[.../lab,b/c]'")
+    assert written["pilot_differs"] == [
+        "model.checkpoint is a/b in the pilot, and .../big in the plan",
+        "val/loss is 1/2",
+    ]
+    assert str(tmp_path) not in json.dumps(written)
+    assert written["digest"] == digest_of_plan(json.loads(json.dumps(written)))
+    assert digest_of_plan(written | {"time": "later"}) == written["digest"]
+    assert digest_of_plan(written | {"seeds": [2]}) != written["digest"]
+    assert as_written(plan | {"command": None})["command"] is None
+
+
+@pytest.mark.parametrize("text", ["effect=0.5%", "val/loss=1%", "out=../runs", "${oc.env:HOME}/x", "a // b"])
+def test_what_is_no_absolute_path_stays(text: str) -> None:
+    assert without_paths(text) == text
