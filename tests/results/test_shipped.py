@@ -166,7 +166,7 @@ def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
     findings.write_text("<!-- one: noise hurts -->\n")
     capsys.readouterr()
     assert pages.main(["write", str(folder)]) == 2
-    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: findings.md: one has no claim 'noise hurts'\n"
+    assert capsys.readouterr().err == "python -m moe.analysis.pages: findings.md: one has no claim 'noise hurts'\n"
 
 
 @pytest.mark.parametrize(
