@@ -23,7 +23,7 @@ from moe.files import shown
 from moe.launch import slurm
 from moe.runs import events
 from moe.runs.card import write_cards
-from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, stored_record
+from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, recorded_grid, stored_record
 from moe.runs.place import Place
 from moe.runs.record import Machine, MetricsRecord, RecordError, RunFacts, RunRecord, Status
 from moe.runs.signals import STOP, Interrupted, Signals, follow_parent, leave
@@ -149,6 +149,7 @@ def _train_to_end(cell: Cell, place: Place, signals: Signals) -> None:
     from moe.training.loop import train
 
     final: dict[str, Any] = {}
+    grid = recorded_grid([cell])
     write_run_record(cell, "running")
     mirrors = Mirrors(cell)
     try:
@@ -161,14 +162,17 @@ def _train_to_end(cell: Cell, place: Place, signals: Signals) -> None:
     write_run_record(cell, "finished", facts)
     if ranks.is_first():
         delete_checkpoints(cell.folder)  # not earlier, so that a run that is killed at its end can be resumed
-        _say_finished(place, final)
+        _say_finished(place, final, tested=grid is None or grid.search is None)
 
 
-def _say_finished(place: Place, final: dict[str, Any]) -> None:
-    """Log the perplexities of a finished run, and in a sweep how many runs are left."""
+def _say_finished(place: Place, final: dict[str, Any], *, tested: bool) -> None:
+    """Log the perplexities of a finished run, and in a sweep how many runs are left.
+
+    tested: whether that on the test text is logged. It is not before results of these runs have chosen settings.
+    """
     place.end()
     standing = f"; {place.standing()}" if place.in_sweep else ""
-    texts = [name for name in ("val", "test") if f"{name}/perplexity" in final]
+    texts = [name for name in ("val", "test")[: 1 + tested] if f"{name}/perplexity" in final]
     perplexities = ", ".join(f"{name} perplexity {final[f'{name}/perplexity']:.2f}" for name in texts)
     log.info("finished, %s%s", perplexities, standing)
 

@@ -53,8 +53,11 @@ def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
 
     If the runs have several tokenizers, these are all but means over tokens. Where the layers of a run have different
     numbers of experts, it has no load of all layers together; then the mean over layers stands for it in all runs.
+    Where results choose settings, as in a search, nothing about the test text is shown.
     """
     metrics = [_with_every_run(runs, metric) for metric in metrics]
+    if search_goal(runs):
+        metrics = [metric for metric in metrics if not metric.startswith("test/")]
     if not several_tokenizers(runs):
         return metrics
     return [metric for metric in metrics if not ((entry := lookup(metric)) and entry.per_token)]

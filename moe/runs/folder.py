@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
-from moe.config.cell import Cell
+from moe.config.cell import Cell, Grid
 from moe.config.keys import DEFAULTED, OFF, fingerprint, is_free
 from moe.config.schema import Config
 from moe.files import open_file, open_unlinked
@@ -140,9 +140,14 @@ def grid_name(cells: Sequence[Cell]) -> str:
 
     Raises RecordError for a sweep.json that cannot be read.
     """
-    path = cells[0].folder.parent / SweepRecord.FILE
-    grid = SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
+    grid = recorded_grid(cells)
     return single_runs(cells[0].experiment) if grid is None else grid.name
+
+
+def recorded_grid(cells: Sequence[Cell]) -> Grid | None:
+    """Return the smallest grid that has all of these cells of one folder, or None. Raises RecordError as above."""
+    path = cells[0].folder.parent / SweepRecord.FILE
+    return SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
 
 
 def single_runs(experiment: str) -> str:

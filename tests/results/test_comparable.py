@@ -11,9 +11,11 @@ from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.report import write_report
 from moe.analysis.sentences import contrast_sentence
 from moe.config.claim import ClaimConfig
+from moe.launch.run import _say_finished
 from moe.results.comparable import incomparable, not_poolable, shown_together
 from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
+from moe.runs.place import Place
 
 
 def runs_of(tmp_path: Path, *, key: str, digest: str) -> pd.DataFrame:
@@ -53,6 +55,24 @@ def test_means_over_tokens_of_two_tokenizers_stand_in_no_table_of_conditions(tmp
         assert "val/bits_per_byte" in table
         assert "val/perplexity" not in table
     assert "val/perplexity" in console_table(runs[:3])
+
+
+def test_nothing_about_the_test_text_is_shown_where_results_choose(tmp_path: Path) -> None:
+    """The runs that tune a key are those of a search. The runs that judge its values are not."""
+    runs = runs_of(tmp_path, key="noise", digest="corpus_sha256").assign(**{"test/loss": 4.0})
+    assert "test/loss" in console_table(runs)
+    tuning = runs.assign(search="minimize val/loss")
+    assert "test/" not in console_table(tuning)
+    assert not [name for each in collect_inputs(tuning) for name in each.metrics if name.startswith("test/")]
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_the_last_line_of_a_run_that_chooses_leaves_the_test_text_out(
+    tested: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _say_finished(Place(), {"val/perplexity": 5.0, "test/perplexity": 6.0}, tested=tested)
+    assert caplog.messages == [f"finished, val perplexity 5.00{', test perplexity 6.00' if tested else ''}"]
 
 
 def test_nothing_that_depends_on_the_validation_text_is_compared_between_texts(tmp_path: Path) -> None:
