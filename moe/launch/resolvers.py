@@ -70,8 +70,14 @@ def best_level(results: str, factor: str, other: Any = None) -> Any:
 
 
 def seeds_in(results: str) -> list[int]:
-    """Return the seeds in a sweep's results.csv. Raises ConfigError if there is no such file."""
-    return sorted({int(row["seed"]) for row in _rows(results, "tune_seeds", column="seed")})
+    """Return the seeds in a sweep's results.csv, those of `init_seed` and `data_seed` included.
+
+    Raises ConfigError if there is no such file.
+    """
+    rows = _rows(results, "tune_seeds", column="seed")
+    parts = [row.get(key) or "none" for row in rows for key in ("init_seed", "data_seed")]
+    found = [*(row["seed"] for row in rows), *(seed for seed in parts if seed != "none")]
+    return sorted({int(seed.removesuffix(".0")) for seed in found})
 
 
 def _rows(results: str, key: str, *, column: str) -> list[dict[str, str]]:

@@ -55,12 +55,12 @@ class Tuning(NamedTuple):
                 raise ConfigError(f"{swept.input_line}: a command tunes once; write [a,b] for several values")
             groups = [o for o in start.own if is_group(o) and not o.is_sweep_override()]
             base = compose_config(lines_of([*start.launch, *groups, *given]))
+        if start.base.tune is None:
+            _check_apart(start, _seeds_that_choose(start.base, start))
         seeds = _seeds_that_choose(base, start)
         if base.tune is None:
             useless = seeds and given and all(o.key_or_group != "tune" for o in given)
             require(not useless, "tune_seeds", seeds, "left out without tune")
-            if not given:
-                _check_apart(start, seeds)
             return None
         require(start.multirun, "tune", "{...}", "null, or used in a sweep: add -m")
         tuning = cls(_values(base.tune), seeds)
@@ -73,10 +73,7 @@ class Tuning(NamedTuple):
         for override in words:
             if override.key_or_group in self.values:
                 raise ConfigError(f"{override.input_line}: this key is tuned; leave it out, or add tune=null")
-        for name in SEEDS[1:]:
-            given = next((values_of(o) for o in reversed(words) if o.key_or_group == name), None)
-            values = [as_word(start.base[name])] if given is None else given
-            require(values == ["null"], name, ",".join(values), "null with tune, because both stages would share it")
+        _check_one_seed(start, "null with tune, because both stages would share it")
         judging = _seeds_of(start)
         allowed = f"one or more different seeds >= 0 that are not those of the sweep, which are {', '.join(judging)}"
         ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*self.seeds} & {*_numbers(judging)}
@@ -182,12 +179,27 @@ def _seeds_of(start: Start) -> list[str]:
     return next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
 
 
+def _check_one_seed(start: Start, allowed: str) -> None:
+    """Raise ConfigError unless the seed alone decides initial weights, order of the data and noise."""
+    words = [*start.presets, *start.own]
+    for name in SEEDS[1:]:
+        given = next((values_of(o) for o in reversed(words) if o.key_or_group == name), None)
+        values = [as_word(start.base[name])] if given is None else given
+        require(values == ["null"], name, ",".join(values), allowed)
+
+
 def _numbers(seeds: Iterable[str]) -> list[int]:
     return [int(each.strip("'\"")) for each in seeds if each.strip("'\"").isdecimal()]  # 042 is 42
 
 
 def _check_apart(start: Start, seeds: list[int]) -> None:
-    """Raise ConfigError for seeds of a sweep that chose one of its values in an earlier experiment."""
+    """Raise ConfigError for seeds of a sweep that chose one of its values in an earlier experiment.
+
+    seeds: those that chose. A part of what a seed decides could be that of a seed that chose, so it has no own key.
+    """
+    if not seeds:
+        return
+    _check_one_seed(start, "null, because seeds chose a value of this experiment, and this key could bring them back")
     judging = _numbers(_seeds_of(start))
     both = sorted({*judging} & {*seeds})
     free = seeds_after(max([*judging, *seeds], default=0), (), len(judging))

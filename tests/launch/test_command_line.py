@@ -29,7 +29,7 @@ from moe.launch.compose import compose_config, typed
 from moe.launch.explain import CLAIM
 from moe.launch.hints import HINTS
 from moe.launch.option_files import default_of
-from moe.launch.resolvers import run_name
+from moe.launch.resolvers import run_name, seeds_in
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
 from moe.planning.seeds import Effect
@@ -687,6 +687,14 @@ def test_seeds_that_chose_the_temperature_do_not_judge_it(finished_ablation: Pat
         read_cells(command)
     with pytest.raises(ConfigError, match=r"^seed=42, 43: must be seeds .* free ones are 51, 52$"):
         read_cells([*command, "seed=042,43"])
+    for again in ("init_seed=42", "data_seed=42,43"):
+        with pytest.raises(
+            ConfigError, match=rf"^{again}: must be null, because seeds chose a value of this experiment"
+        ):
+            read_cells([*command, "seed=45", again])
+    for hidden in ("tune=null", "tune_seeds=[]"):
+        with pytest.raises(ConfigError, match=r"^seed=42: must be seeds that chose no value"):
+            read_cells([*command, "seed=42", hidden])
     cells = read_cells([*command, "seed=45,47,49"]) or []
     config = cells[0].config
     assert config.tune_seeds == [42, 43, 46, 50]
@@ -696,6 +704,9 @@ def test_seeds_that_chose_the_temperature_do_not_judge_it(finished_ablation: Pat
     results.write_text(results.read_text().replace(",50,", ",fifty,"))
     with pytest.raises(ConfigError, match="fifty"):
         read_cells(command)
+    parts = "experiment,status,seed,init_seed,data_seed,val/loss\na,finished,3,none,7,4.0\na,finished,3,5,,4.0"
+    results.write_text(parts)
+    assert seeds_in(str(results)) == [3, 5, 7]
 
 
 def test_a_best_temperature_of_1_has_nothing_to_be_compared_with(finished_ablation: Path) -> None:
