@@ -77,22 +77,22 @@ class ModelConfig:
         require(latent is None or 1 <= latent < self.dim, "model.latent_dim", latent, allowed)
         dense, allowed = self.first_k_dense_replace, f"between 0 and model.layers={self.layers}"
         require(0 <= dense <= self.layers, "model.first_k_dense_replace", dense, allowed)
+        allowed = "null: all layers of a model of transformers are alike"
         if self.experts_by_layer is not None:
-            allowed = "null with model.dense, and with a checkpoint of transformers: their layers have one number"
-            ours = self.dense is None and (self.checkpoint is None or self.continues)
-            require(ours, layer_experts.KEY, self.experts_by_layer, allowed)
+            require(self._has_our_decoder(), layer_experts.KEY, self.experts_by_layer, allowed)
             layer_experts.check(self.experts_by_layer, dense=self.first_k_dense_replace, layers=self.layers)
         if self.routers is not None:
-            imports = self.checkpoint is not None and not self.continues
-            kinds = [dense_checkpoint.kind(*parent) for parent in self.parents]
-            allowed = "null: the layers of a model of transformers have one router"
-            ours = not imports and all(kind == dense_checkpoint.OURS for kind in kinds)
-            require(ours, "model.routers", self.routers, allowed)
+            require(self._has_our_decoder(), layer_routers.KEY, self.routers, allowed)
             layer_routers.check(self.routers, dense=self.first_k_dense_replace, layers=self.layers)
         require(finite(self.dropout) and 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         alpha = self.neftune_noise_alpha
         require(finite(alpha) and alpha >= 0, "model.neftune_noise_alpha", alpha, "a finite number >= 0")
         self._check_upcycling()
+
+    def _has_our_decoder(self) -> bool:
+        """Return whether our decoder takes the weights of the checkpoints, if there are some."""
+        imports = self.checkpoint is not None and not self.continues
+        return not imports and all(dense_checkpoint.kind(*each) == dense_checkpoint.OURS for each in self.parents)
 
     def explicit(self) -> "ModelConfig":
         """Return the same settings, with the texts for single layers written in the one way that a record has them."""
@@ -146,3 +146,5 @@ class ModelConfig:
         parents = max(1, len(self.parents))
         allowed = f"a multiple of {parents}, the number of dense checkpoints, times model.upcycle_split={split}"
         require(self.num_experts % (parents * split) == 0, "model.num_experts", self.num_experts, allowed)
+        divides = all(experts % (parents * split) == 0 for experts in self.experts_of_layers)
+        require(divides, layer_experts.KEY, self.experts_by_layer, f"of numbers that are each {allowed}")

@@ -131,7 +131,7 @@ def dense_model(folder: Path, *, layers: int = 3) -> LlamaForCausalLM:
         ["model.layers=2", "router.k=3"],
         ["router=spectra"],
         ["router=sigmoid_bias", "model.shared_experts=1"],
-        ["model.upcycle_split=2"],
+        ["model.upcycle_split=2", "model.experts_by_layer=1:6"],
         ["model.upcycle_split=3", "model.num_experts=12", "router.k=6", "model.shared_experts=6"],
     ],
     ids=" ".join,
@@ -382,6 +382,11 @@ def test_what_another_architecture_cannot_do_is_refused(upcycled: Read, tokenize
             "model.dropout=0.1: must be left out, because a qwen2 runs with the code of transformers",
         ),
         ("expert_parallel=true", "expert_parallel=True: must be left out, because a qwen2"),
+        (
+            "model.experts_by_layer=0:2",
+            "model.experts_by_layer=0:2: must be null: all layers of a model of transformers",
+        ),
+        ("model.routers=0:hash", "model.routers=0:hash: must be null: all layers of a model of transformers are alike"),
     ):
         with pytest.raises(ConfigError, match=message):
             upcycled(folder, words)
@@ -567,8 +572,8 @@ def copy(tied: Path, tmp_path: Path) -> Path:
         ("model.upcycle_noise=-1", "model.upcycle_noise=-1.0: must be a finite number >= 0"),
         ("model.upcycle_reset=0.02", "model.upcycle_reset=0.02: must be 0, or from 1 / model.ffn = 0.021 to 1"),
         (
-            "model.experts_by_layer=0:2",
-            "model.experts_by_layer=0:2: must be null with model.dense, and with a checkpoint",
+            "model.experts_by_layer=0:6+1:3 model.upcycle_split=2",
+            r"model.experts_by_layer=0:6\+1:3: must be of numbers that are each a multiple of 1, the number of dense ",
         ),
         ("model.upcycle_split=5", "model.upcycle_split=5: must be a divisor of 48, the width of the MLPs of"),
         ("model.upcycle_split=3", "model.num_experts=4: must be a multiple of model.upcycle_split=3, because"),
