@@ -19,6 +19,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "gumbel": {"_target_": "moe.routers.gumbel.Gumbel", "k": 1, "temp": 2.0},
     "biased": {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 3},
     "biased_raw": {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 3, "normalize": False},
+    "biased_groups": {"_target_": "moe.routers.sigmoid_bias.SigmoidBias", "k": 2, "groups": 2, "top_groups": 1},
     "groups": {"_target_": "moe.routers.group_limited.GroupLimited", "k": 2, "groups": 2, "top_groups": 1},
     "relu": {"_target_": "moe.routers.relu.ReLU"},
     "cosine": {"_target_": "moe.routers.cosine.CosineRouter", "proj_dim": 8},

@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from moe.checks import ConfigError
 from moe.foreign.anatomy import Anatomy, Heads, Layer, Networks, Routed, Weights
 from moe.foreign.export import choose, parts_of, require_plain
-from moe.foreign.rules import bias_of
-from moe.foreign.target_weights import router_matrix
+from moe.foreign.target_weights import selected
 from moe.foreign.targets import GGUF_TARGETS, Target, rope_of
 from moe.model.causal_lm import MoEForCausalLM
 
@@ -88,7 +87,7 @@ def _sizes(anatomy: Anatomy, layout: Target) -> dict[str, Any]:
         "rope.dimension_count": heads.width,
         "rope.freq_base": float(rope.get("rope_theta", 10_000.0)),
         "vocab_size": config.vocab_size,
-        "expert_count": config.num_experts,
+        "expert_count": config.most_experts,
         "expert_used_count": rule.k,
     }
     if layout.name != "glm4moe":
@@ -147,15 +146,13 @@ def _interleave(rows: Shaped[Tensor, "N *D"], heads: int) -> Shaped[Tensor, "N *
 
 def _routed(routed: Routed, layer: Layer, anatomy: Anatomy, layout: Target) -> Weights:
     """Return the weights of a Mixture of Experts, the feed-forward part of `layer`."""
-    assert anatomy.rule is not None
-    experts = routed.experts
-    matrix, bias = router_matrix(routed.router, layer.feed_forward_norm, anatomy.rule), bias_of(routed.router)
+    matrix, bias, experts = selected(routed, layer.feed_forward_norm, anatomy)
     found = {"ffn_gate_inp.weight": matrix, "ffn_up_exps.weight": experts.up, "ffn_down_exps.weight": experts.down}
     if experts.gate is not None:
         found["ffn_gate_exps.weight"] = experts.gate
     if layout.name != "glm4moe":
         return found
-    found["exp_probs_b.bias"] = matrix.new_zeros(len(matrix)) if bias is None else bias
+    found["exp_probs_b.bias"] = bias
     zeros = experts.up.new_zeros(1, *experts.up.shape[1:])  # the architecture always has a shared expert
     return found | _feed_forward("_shexp", routed.shared or Networks(zeros, zeros, zeros.mT))
 

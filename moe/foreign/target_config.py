@@ -36,7 +36,7 @@ def settings_of(anatomy: Anatomy, target: Target, *, scale: float) -> dict[str, 
         "attention_dropout": 0.0,
         "tie_word_embeddings": is_tied(anatomy, target),
         "num_experts_per_tok": rule.k,
-        target.experts: config.num_experts,
+        target.experts: config.most_experts,
         target.width: config.intermediate_size,
     }
     if target.width != "intermediate_size":

@@ -15,6 +15,7 @@ by more than rounding in fp32:
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from moe.model.architecture import MoEConfig
 from moe.routers.base import Router
 
 ROUNDING = 2.0**-24  # the largest relative error of a number that is rounded to fp32
-LOWEST = -1e30  # logit of a sink that gets no attention, finite in bf16 too
+LOWEST = -1e30  # logit of a sink without attention, bias of an expert without tokens; finite in bf16 too
 LATENT_EPS = 1e-6  # of the norm of the latent vector, which config.json does not set
 
 
@@ -140,17 +141,43 @@ def router_matrix(router: Router, norm: Float[Tensor, "D"], rule: Rule) -> Float
     return matrix
 
 
-def _routed(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy, target: Target, scale: float) -> Weights:
-    """Return a Mixture of Experts. `norm`: the weight of the norm before it."""
+class Selected(NamedTuple):
+    """The experts of a layer and what selects them: the k largest scores of W x plus a bias."""
+
+    matrix: Float[Tensor, "E D"]
+    bias: Float[Tensor, "E"]
+    experts: Networks
+
+
+def selected(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy) -> Selected:
+    """Return the experts of a layer, as many as in the layer with the most of them.
+
+    Experts that are added consist of zeros, and their bias is so low that no token takes them. norm: the weight of the
+    norm before the layer.
+    """
     assert anatomy.rule is not None
     matrix, bias = router_matrix(routed.router, norm, anatomy.rule), bias_of(routed.router)
+    bias = matrix.new_zeros(len(matrix)) if bias is None else bias
+    gate, up, down = routed.experts
+    added = anatomy.config.most_experts - len(matrix)
+    experts = Networks(None if gate is None else _longer(gate, added), _longer(up, added), _longer(down, added))
+    return Selected(_longer(matrix, added), _longer(bias, added, LOWEST), experts)
+
+
+def _longer(rows: Float[Tensor, "E *N"], added: int, value: float = 0.0) -> Float[Tensor, "M *N"]:
+    return torch.cat((rows, rows.new_full((added, *rows.shape[1:]), value))) if added else rows
+
+
+def _routed(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy, target: Target, scale: float) -> Weights:
+    """Return a Mixture of Experts. `norm`: the weight of the norm before it."""
+    matrix, bias, experts = selected(routed, norm, anatomy)
     found = {f"{target.router}.weight": matrix}
     if target.biased:
-        found[f"{target.router}.e_score_correction_bias"] = matrix.new_zeros(len(matrix)) if bias is None else bias
+        found[f"{target.router}.e_score_correction_bias"] = bias
     if target.name == "gpt_oss":
         found[f"{target.router}.bias"] = matrix.new_zeros(len(matrix))
     shared = _shared(routed, anatomy.config, target, scale) if target.shared else {}
-    return found | _experts(routed.experts, scale) | shared
+    return found | _experts(experts, scale) | shared
 
 
 def _experts(experts: Networks, scale: float) -> Weights:

@@ -77,8 +77,9 @@ class Target:
             ),
             "model.shared_gate=True": (self.shared_gate or not config.shared_gate, "its shared experts have no gate"),
             f"model.experts_by_layer={config.experts_by_layer}": (
-                config.experts_by_layer is None,
-                "all its layers have one number of experts",
+                config.experts_by_layer is None or self.fills_up(anatomy.rule),
+                "all its layers have one number of experts"
+                + (", and more of them would change the groups or the weights" if self.biased else ""),
             ),
             f"model.routers={config.routers}": (
                 config.router_layers is None or anatomy.rule is not None,
@@ -123,6 +124,14 @@ class Target:
             ),
         }
         return next((f"{key}: {why}" for key, (ok, why) in checks.items() if not ok), None)
+
+    def fills_up(self, rule: Rule | None) -> bool:
+        """Return whether a layer may get more experts, which no token takes, without a change of what it computes.
+
+        Their bias keeps them from being chosen. A softmax over all experts would give them probabilities.
+        """
+        by_itself = rule is not None and (rule.scores == "sigmoid" or rule.weights != "raw")
+        return self.biased and by_itself and rule is not None and rule.groups == 1
 
     def follows(self, rule: Rule) -> bool:
         """Return whether its router can follow `rule`."""

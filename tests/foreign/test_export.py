@@ -57,6 +57,9 @@ EXPRESSED: list[tuple[str, dict[str, Any], set[str]]] = [
     ("biased", {}, {"glm4_moe", "deepseek_v3"}),
     ("biased_raw", DEEP, {"glm4_moe", "deepseek_v3"}),
     ("groups", {"num_experts": 6}, set()),
+    ("topk", {"experts_by_layer": "1:4"}, set()),
+    ("biased_raw", {"experts_by_layer": "1:4"}, {"glm4_moe", "deepseek_v3"}),
+    ("biased", {"experts_by_layer": "0:7"}, {"glm4_moe", "deepseek_v3"}),
 ]
 
 
@@ -111,7 +114,15 @@ def test_a_target_that_others_precede_has_the_logits_of_what_it_expresses_too(ta
             "topk",
             {"experts_by_layer": "1:4"},
             "auto",
-            r"--to auto: model.experts_by_layer=1:4: all its layers have.*",
+            r"--to auto: router=TopK\(k=3\): .* but model.experts_by_layer=1:4: all its layers have one number of "
+            r"experts; .*; --to gguf expresses this model",
+        ),
+        (
+            "biased_groups",
+            {"num_experts": 6, "experts_by_layer": "1:4"},
+            "glm4_moe",
+            r"--to glm4_moe: model.experts_by_layer=1:4: all its layers have one number of experts, and more of them "
+            r"would change the groups or the weights",
         ),
         ("topk", {"shared_experts": 2}, "granitemoe", r".* model.shared_experts=2: it has no shared experts; .*"),
         (

@@ -73,6 +73,7 @@ def as_transformers(tensors: dict[str, torch.Tensor], *, heads: dict[str, int]) 
         ("topk", {}, "mixtral"),
         ("temperature", {"embed_scale": False}, "mixtral"),
         ("biased", {"shared_experts": 2, "first_k_dense_replace": 1}, "glm4_moe"),
+        ("biased", {"experts_by_layer": "1:3"}, "glm4_moe"),
     ],
 )
 def test_a_file_has_the_weights_of_the_transformers_model_of_its_architecture(
