@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_runs import run
 from transformers import AutoModelForCausalLM
 
 from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.checkpoints import saved
+from moe.config.classes import build
 from moe.config.model import ModelConfig
+from moe.config.options import CONF, options
 from moe.data.blocks import Batch
 from moe.launch.command_line import read_cells
 from moe.metrics.summary import summarize
@@ -33,6 +36,7 @@ from moe.specialization.next_layer import next_layer
 from moe.specialization.observation import observe
 from moe.specialization.saliency import saliency
 from moe.specialization.study import routing_statistics
+from tests.adapters.models import disturb
 
 V, S = 61, 8
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -153,6 +157,38 @@ def test_a_study_has_an_entry_for_each_expert_of_each_layer_and_for_no_other(ids
         assert [len(of_layer) for of_layer in entries] == NUMBERS
     tables = [entry["transitions"].shape for entry in next_layer(model, seen, knobs, document=document)]
     assert tables == [(8, 4), (4, 4), (4, 8)]
+
+
+def gradients(model: MoEForCausalLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradients of a training pass under a capacity limit, with dropout, by name."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    output = model.train()(ids, labels=ids, capacity=1.0, knobs=Knobs.of(noise=0.5))
+    (output.loss + output.aux["load_balance"].sum()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("router", [TOPK, SPECTRA], ids=lambda router: router["_target_"])
+def test_gradient_checkpointing_changes_no_bit_of_a_gradient(router: dict[str, Any], ids: torch.Tensor) -> None:
+    model = make(BY_LAYER, router, dropout=0.2)
+    stored = gradients(model, ids)
+    model.activation_checkpointing_enable()
+    computed_again = gradients(model, ids)
+    assert stored.keys() == computed_again.keys()
+    assert all(torch.equal(gradient, computed_again[name]) for name, gradient in stored.items())
+
+
+@pytest.mark.parametrize("name", [name for name in options("adapter") if name != "none"])
+def test_an_adapter_starts_with_the_logits_of_its_base_and_all_of_it_learns(name: str, ids: torch.Tensor) -> None:
+    """Where each expert has parameters of its own, they are as many as the experts of their layer."""
+    spec = yaml.safe_load((CONF / f"adapter/{name}.yaml").read_text())
+    base, model = make(BY_LAYER, expert="swiglu"), make(BY_LAYER, expert="swiglu")
+    model.attach(build(spec, "adapter", trusted=True), spec, trusted=True)
+    torch.testing.assert_close(model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-6)
+    disturb(model)
+    assert {*model.adapter_names} <= gradients(model, ids).keys()
+    if name == "perft_e":
+        assert [len(layer.beside_experts.up) for layer in model.moe_layers] == NUMBERS
 
 
 def test_what_needs_one_number_for_all_layers_says_so(tmp_path: Path) -> None:

@@ -2,15 +2,21 @@
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import run, untimed
+from small_runs import untimed
 
+from moe.analysis.report.blocks import BulletList
+from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.sections.collapse import collapse
+from moe.launch.run import run
 from moe.metrics.formulas import Sums, collapsed, constant
+from moe.results.table import load_runs
 from moe.runs.collapse import Collapse, sentences
-from moe.runs.evaluated import collapse_lines
+from moe.runs.record import RunRecord
 from moe.training.watch import HOLD, LoadWatch
 
 E, T = 8, 100
@@ -169,22 +175,30 @@ COLLAPSING = (
     "optimizer=adamw",
     "optimizer.adamw_lr=0.03",
     "model.num_experts=8",
+    "model.experts_by_layer=1:4",
 )
 
 
-def test_a_run_that_collapses_says_so_in_the_terminal_in_events_and_in_its_facts(
+def test_a_run_that_collapses_says_so_in_the_terminal_in_events_and_in_the_report(
     cell: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All three have the same sentences: what begins and ends in the first two, and at the end the whole of the report.
+
+    A layer has 8 experts, the other one 4.
+    """
     monkeypatch.setattr("moe.training.watch.HOLD", 5)
     one = cell(*COLLAPSING, "steps=26", "optimizer.warmup=0", "eval_every=26", "save_model=none")
-    facts = run(one)
-    kinds = {Collapse(**each).kind for each in facts["collapses"]}
-    assert "few" in kinds
-    events = {e["step"]: e["collapse"] for e in untimed(one.folder) if "collapse" in e}
+    run(one)
+    events = {event["step"]: event["collapse"] for event in untimed(one.folder) if "collapse" in event}
     printed = capsys.readouterr().out
-    assert any("of 8 experts" in text and "take" in text for text in events.values())
     assert all(f"step {step:>5}/26  {text}" in printed for step, text in events.items())
-    last = [event for event in untimed(one.folder) if event["kind"] == "eval"][-1]
-    at_the_end = collapse_lines(last, [Collapse(**each) for each in facts["collapses"]])
-    assert at_the_end
-    assert all(f"collapse: {line}\n" in printed for line in at_the_end), "as in the report"
+    told = {sentence for text in events.values() for sentence in text.split("; ")}
+    facts = RunRecord.read(one.folder / "run.json").facts
+    assert facts is not None
+    few = [each for each in facts.collapses if each.kind == "few"]
+    assert {each.of for each in few} == {4, 8}
+    assert told >= {each._replace(until=None).sentence() for each in few} | {each.sentence() for each in few}
+    [inputs] = collect_inputs(load_runs([one.folder.parent]))
+    lines = [line for block in collapse(inputs) if isinstance(block, BulletList) for line in block.items]
+    assert lines
+    assert [f"collapse: {line}" for line in lines] == re.findall("^collapse: .*", printed, re.MULTILINE)
