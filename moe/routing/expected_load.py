@@ -71,4 +71,4 @@ def expected_load_cv(
     clean: logits without noise; -inf for experts that a token cannot take. bar: what logits with noise have to exceed.
     noise: the standard deviation.
     """
-    return cv_squared(stay_probability(clean, bar, noise).sum(0))
+    return cv_squared(stay_probability(clean, bar, noise).sum(0)).to(clean.dtype)
