@@ -38,6 +38,7 @@ from moe.checks import parse, plain
 from moe.config.claim import OURS, ClaimConfig
 from moe.results.conditions import (
     NAMED_ROUTERS,
+    readable_level,
     with_causality,
     without_causality,
 )
@@ -303,8 +304,8 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
     at = dict(part.partition("=")[::2] for part in contrast.get("within", "").split(", ") if part)
     if any(at.get(factor) not in [str(level(each)) for each in wanted] for factor, wanted in claim.within.items()):
         return False
-    named = [level(each) for each in claim.levels]
-    rivals = [level(each) for each in claim.than]
+    named = [readable_level(claim.factor, level(each)) for each in claim.levels]
+    rivals = [readable_level(claim.factor, level(each)) for each in claim.than]
     sides = [without_causality(each) for each in contrast[["level", "reference"]]]
     return any(a in named and (b in rivals if rivals else b not in named) for a, b in (sides, sides[::-1]))
 
@@ -312,7 +313,7 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
     """Return a level as the report shows it: the name of a router or arm is followed by its causality."""
     if claim.factor not in NAMED_ROUTERS or claim.factor not in runs:
-        return str(side)
+        return str(readable_level(claim.factor, side))
     return " / ".join(with_causality(runs[runs[claim.factor] == side])[claim.factor].unique()) or str(side)
 
 

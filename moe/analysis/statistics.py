@@ -285,8 +285,12 @@ def _signs(seeds: int) -> np.ndarray:
 
 
 def name_cell(cell: dict[str, Any]) -> str:
-    """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1"."""
-    return ", ".join(f"{factor}={level}" for factor, level in cell.items())
+    """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1".
+
+    A level that is a list itself is in parentheses: "model.routers=(layer 0: hash, k=2)".
+    """
+    levels = {factor: f"({level})" if ", " in str(level) else level for factor, level in cell.items()}
+    return ", ".join(f"{factor}={level}" for factor, level in levels.items())
 
 
 def _contrast_table(rows: list[dict[str, Any]], margin: int | float | str | None = None) -> pd.DataFrame:

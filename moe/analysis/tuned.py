@@ -13,7 +13,7 @@ import pandas as pd
 from moe.analysis.statistics import name_cell, with_intervals
 from moe.config.cell import CHOOSES
 from moe.results.comparable import search_goal
-from moe.results.conditions import conditions, levels, narrowed, summary, with_causality
+from moe.results.conditions import conditions, levels, narrowed, summary, with_readable_levels
 from moe.results.table import ABSENT
 
 NAMED = 3  # arms, at most, to which a tuned key does not apply
@@ -49,7 +49,7 @@ def trials_of(runs: pd.DataFrame, loaded: pd.DataFrame) -> pd.DataFrame:
         return loaded[:0]
     places = {*zip(_sweeps(runs), runs["tuned"], strict=True)}
     same = [place in places for place in zip(_sweeps(loaded), loaded["tuned"], strict=True)]
-    return with_causality(loaded[pd.Series(same, index=loaded.index) & loaded["search"].notna()])
+    return with_readable_levels(loaded[pd.Series(same, index=loaded.index) & loaded["search"].notna()])
 
 
 def values_of(runs: pd.DataFrame) -> pd.Series:

@@ -34,3 +34,22 @@ def check_layers(key: str, text: str, spans: Iterable[tuple[int, int]], *, dense
 def name_layers(first: int, last: int) -> str:
     """Return how an entry writes its layers: 0-2, or 0 for a single one."""
     return str(first) if first == last else f"{first}-{last}"
+
+
+def in_words(text: str) -> str:
+    """Return entries for layers in words: of 0:hash+0:balanced:true+0:k:2, "layer 0: hash, balanced, k=2".
+
+    Of 0-1:4 it is "layers 0 to 1: 4 experts". Any other text stays as it is.
+    """
+    said: dict[str, list[str]] = {}
+    for entry in text.split("+"):
+        match = re.fullmatch(r"([0-9]+(?:-[0-9]+)?):([\w.-]+)(?::([^:]*))?", entry)
+        if match is None:
+            return text
+        layers, word, value = match.groups()
+        if value is None:
+            words = f"{word} expert{'' if word == '1' else 's'}" if word.isdigit() else word
+        else:
+            words = {"true": word, "false": f"not {word}"}.get(value, f"{word}={value}")
+        said.setdefault(f"layer{'s' if '-' in layers else ''} {layers.replace('-', ' to ')}", []).append(words)
+    return "; ".join(f"{layers}: {', '.join(words)}" for layers, words in said.items())

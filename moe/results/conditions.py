@@ -6,6 +6,7 @@ A condition is one combination of levels of the factors that vary. The functions
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from moe.checks import first_line, plain
+from moe.config import layer_experts, layer_routers
 from moe.config.keys import DEFAULTED, OFF, is_free
+from moe.config.layer_entries import in_words
 from moe.metrics.catalog import lookup, select
 from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
@@ -139,6 +142,7 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+BY_LAYER = (layer_routers.KEY, layer_experts.KEY)  # columns whose levels are entries for layers
 NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are routed
 
 
@@ -177,6 +181,17 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
         mark = by_name.transform("first").where(by_name.transform("nunique") < 2, CAUSAL_BY_SETTING)
         runs = runs.assign(**{column: (runs[column] + mark.fillna(CAUSALITY_UNKNOWN)).where(runs[column].notna())})
     return runs
+
+
+def with_readable_levels(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the same runs with causality marked, and with levels that have entries for layers in words."""
+    columns = {column: runs[column].map(partial(readable_level, column)) for column in BY_LAYER if column in runs}
+    return with_causality(runs.assign(**columns))
+
+
+def readable_level(factor: str, level: Any) -> Any:
+    """Return a level, in words if it has entries for layers (`moe.config.layer_entries.in_words`)."""
+    return in_words(level) if factor in BY_LAYER and isinstance(level, str) else level
 
 
 def without_causality(level: Any) -> Any:

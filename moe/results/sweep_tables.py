@@ -10,7 +10,15 @@ import pandas as pd
 from moe.checks import printable
 from moe.files import write_text
 from moe.results.comparable import shown_together
-from moe.results.conditions import HEADLINE, present, spread_table, summary, unfinished, varied_factors, with_causality
+from moe.results.conditions import (
+    HEADLINE,
+    present,
+    spread_table,
+    summary,
+    unfinished,
+    varied_factors,
+    with_readable_levels,
+)
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
 from moe.results.table import load_runs, read_event_tables
 
@@ -63,9 +71,9 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
     lines = []
     experiments = runs.groupby("experiment")
     for experiment, members in experiments:
-        table = _condition_table(with_causality(members), metrics)
+        table = _condition_table(with_readable_levels(members), metrics)
         lines += [f"{experiment}\n{table}\n" if len(experiments) > 1 else table] if table else []
-    runs = with_causality(runs.drop_duplicates("folder"))
+    runs = runs.drop_duplicates("folder")
     failures = unfinished(runs)
     lines.append(f"{len(runs) - len(failures)} of {len(runs)} runs finished")
     lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in failures.itertuples()]

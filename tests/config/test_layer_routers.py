@@ -4,10 +4,26 @@ import pytest
 
 from moe.checks import ConfigError
 from moe.config import layer_routers
+from moe.config.layer_entries import in_words
 from moe.launch.command_line import read_cells
 
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"}
 HASH = {"_target_": "moe.routers.hash.Hash", "k": 2, "balanced": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0:hash+0:balanced:true+0:k:2", "layer 0: hash, balanced, k=2"),
+        ("0-1:hash+0-1:balanced:false+3:k:1", "layers 0 to 1: hash, not balanced; layer 3: k=1"),
+        ("0-1:4+3:1", "layers 0 to 1: 4 experts; layer 3: 1 expert"),
+        ("none", "none"),
+        ("absent", "absent"),
+        ("3:relu+3:coefficient:1e-08+3:rate:1.2", "layer 3: relu, coefficient=1e-08, rate=1.2"),
+    ],
+)
+def test_entries_in_words(text: str, words: str) -> None:
+    assert in_words(text) == words
 
 
 def test_entries_choose_options_and_change_settings_of_single_layers() -> None:

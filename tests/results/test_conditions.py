@@ -6,7 +6,8 @@ from itertools import product
 import pandas as pd
 import pytest
 
-from moe.results.conditions import tied_factors, varied_factors
+from moe.analysis.statistics import name_cell
+from moe.results.conditions import tied_factors, varied_factors, with_readable_levels
 
 
 def expected(table: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
@@ -38,3 +39,14 @@ def test_a_factor_is_tied_to_the_first_one_that_determines_its_level(seed: int) 
         table["noise"] = table["lb"].map({level: rng.choice(levels) for level in levels})
     table = table.assign(experiment="x")
     assert (varied_factors(table), tied_factors(table)) == expected(table)
+
+
+def test_levels_with_entries_for_layers_are_in_words_and_cells_put_them_in_parentheses() -> None:
+    raw = ["none", "0:hash+0:balanced:true+0:k:2"]
+    runs = pd.DataFrame({"model.routers": raw, "model.experts_by_layer": "0:4", "router": "topk", "causal": True})
+    shown = with_readable_levels(runs)
+    assert shown["model.routers"].tolist() == ["none", "layer 0: hash, balanced, k=2"]
+    assert shown["model.experts_by_layer"].tolist() == ["layer 0: 4 experts"] * 2
+    assert runs["model.routers"].tolist() == raw, "commands are made from these"
+    cell = {"lb": 0.0, "model.routers": shown["model.routers"][1]}
+    assert name_cell(cell) == "lb=0.0, model.routers=(layer 0: hash, balanced, k=2)"

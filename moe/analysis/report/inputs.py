@@ -35,9 +35,10 @@ from moe.results.conditions import (
     conditions,
     levels,
     present,
+    readable_level,
     tied_factors,
     varied_factors,
-    with_causality,
+    with_readable_levels,
     without_causality,
 )
 from moe.results.table import EventTables, read_event_tables
@@ -220,7 +221,7 @@ def _describe(
     if is_judged(loaded):  # chosen values belong to a setting, and are no factor
         trained_at = values_of(loaded)
         loaded = loaded.drop(columns=tuned_keys(loaded), errors="ignore")
-    runs = with_causality(loaded)
+    runs = with_readable_levels(loaded)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     name = "all runs" if len(runs) > 1 else "this run"  # if no factor varies
     names = {index: name_cell(cell) or name for cell, members in conditions(runs, factors) for index in members.index}
@@ -389,6 +390,6 @@ def reference_levels(inputs: ReportInputs) -> dict[str, Any]:
     for factor, level in inputs.options.references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
             named = factor in NAMED_ROUTERS and without_causality(name) == level
-            if name == level or named:
+            if name == readable_level(factor, level) or named:
                 found[factor] = name
     return found
