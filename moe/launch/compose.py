@@ -21,7 +21,7 @@ from moe.config.options import CLASSES, CONF, GROUPS
 from moe.config.schema import Config
 from moe.launch import resolvers  # noqa: F401 (the files in conf/ call them)
 from moe.launch.explain import explain
-from moe.launch.groups import compose_groups
+from moe.launch.groups import compose_groups, read_files_once
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.implied import without_implied
 from moe.launch.option_files import preset_of, require_content
@@ -34,6 +34,7 @@ REPLAY = "moe.routers.replay.Replay"
 def composing() -> Iterator[None]:
     """Prepare Hydra for the composition of configurations, and clear its state afterwards."""
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        read_files_once()
         try:
             yield
         finally:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from run_folders import FACTS
 from train_processes import ROOT, TRAIN, run_script
@@ -25,8 +27,9 @@ from moe.config.schema import Config
 from moe.launch import command_line
 from moe.launch.cells import SayThatTorchLoads
 from moe.launch.command_line import read_cells
-from moe.launch.compose import compose_config, typed
+from moe.launch.compose import compose_config, composing, typed
 from moe.launch.explain import CLAIM
+from moe.launch.groups import FilesReadOnce
 from moe.launch.hints import HINTS
 from moe.launch.option_files import default_of
 from moe.launch.resolvers import run_name, seeds_in
@@ -806,19 +809,39 @@ def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> Non
     """Setting values in a copy of a composition gives what Hydra composes, including the names of folders."""
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         expected = compose("config", overrides=arguments.split(), return_hydra_config=True)
+    with composing():
         found = compose_config(arguments.split())
-        assert (
-            OmegaConf.to_container(found.hydra.job, resolve=True)["override_dirname"]
-            == (OmegaConf.to_container(expected.hydra.job, resolve=True)["override_dirname"])
-        )
-        assert found.hydra.overrides.task == expected.hydra.overrides.task
-        for key in ("run", "sweep", "launcher", "sweeper"):
-            assert OmegaConf.to_container(found.hydra[key]) == OmegaConf.to_container(expected.hydra[key], resolve=True)
-        assert found.hydra.runtime.choices == expected.hydra.runtime.choices
-        for each in (found, expected):
-            OmegaConf.set_struct(each, False)
-            each.pop("hydra")
-        assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
+    assert (
+        OmegaConf.to_container(found.hydra.job, resolve=True)["override_dirname"]
+        == (OmegaConf.to_container(expected.hydra.job, resolve=True)["override_dirname"])
+    )
+    assert found.hydra.overrides.task == expected.hydra.overrides.task
+    for key in ("run", "sweep", "launcher", "sweeper"):
+        assert OmegaConf.to_container(found.hydra[key]) == OmegaConf.to_container(expected.hydra[key], resolve=True)
+    assert found.hydra.runtime.choices == expected.hydra.runtime.choices
+    for each in (found, expected):
+        OmegaConf.set_struct(each, False)
+        each.pop("hydra")
+    assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
+
+
+def test_an_option_file_is_read_again_only_after_it_has_changed(tmp_path: Path) -> None:
+    Plugins.instance()  # it registers the kinds of folders that Hydra reads
+    path = ConfigSearchPathImpl()
+    path.append("test", str(tmp_path))
+    path.append("schema", "structured://")
+    (tmp_path / "own.yaml").write_text("defaults: [other]\nk: 2\n")
+    files = FilesReadOnce(path)
+    first = files.load_config("own")
+    first.config.k = first.defaults_list[0].path = "changed by who reads"
+    again = files.load_config("own")
+    assert (again.config, [each.path for each in again.defaults_list]) == ({"k": 2}, ["other"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(files.sources[0]), "load_config", lambda *_: pytest.fail("read again"))
+        files.load_config("own")
+    (tmp_path / "own.yaml").write_text("k: 16\n")
+    assert files.load_config("own").config == {"k": 16}
+    assert files.load_config("missing") is None
 
 
 def test_run_names_are_safe_short_and_distinct() -> None:
