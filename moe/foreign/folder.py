@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from moe.checks import ConfigError, escaped, first_line, require
+from moe.config import layer_experts
 from moe.config.checkpoints.transformers_config import longest_text
 from moe.data.tokenizer import plain_tokenizer, pretrained_tokenizer
 from moe.files import apply_umask, read_text, sha256, write_text
@@ -43,6 +44,9 @@ Its weights are in fp32. `llama-quantize` makes them smaller."""
 # What somebody must know who runs a model of these architectures in another program.
 SCALED = """All numbers between the layers are multiplied by a large power of two, so that the norms of queries and
 keys, which the original does not have, change nothing. Compute in fp32 or bf16. In fp16 the numbers overflow."""
+ADDED = """Layers have different numbers of experts (`{setting}`), which this format cannot say. So layers with fewer
+of them got more, at the end: experts of zeros, with a bias that keeps every token from them. They count as parameters,
+and as unused experts where loads are measured."""
 NOTES = {
     "gpt_oss": "A program must read `swiglu_limit` from config.json. With a limit of 7 some results can differ.",
     "deepseek_v3": "A program must support `longrope` positions in this architecture, as transformers does.",
@@ -190,7 +194,13 @@ def notes(model: MoEForCausalLM, exported: PreTrainedModel) -> list[str]:
         return []
     rescaled = exported.config.rms_norm_eps > source.get("rms_norm_eps", model.config.rms_norm_eps)
     note = NOTES.get(exported.config.model_type)
-    return ([SCALED] if rescaled else []) + ([note] if note else [])
+    return ([SCALED] if rescaled else []) + ([note] if note else []) + _added(model)
+
+
+def _added(model: MoEForCausalLM) -> list[str]:
+    """Return a note if layers of `model` with fewer experts than others are filled up (`target_weights.selected`)."""
+    numbers = model.config.experts_by_layer
+    return [] if numbers is None else [ADDED.format(setting=f"{layer_experts.KEY}={numbers}")]
 
 
 def write_folder(
@@ -225,7 +235,7 @@ def write_gguf_folder(model: MoEForCausalLM, source: Source, out: Path) -> str:
         raise ConfigError(f"--to gguf: {source.folder} has no tokenizer, which is a part of a GGUF file")
     with complete(out) as folder:
         name = write_gguf(model, source.tokenizer, folder / GGUF, name=_title(source))
-        write_text(folder / "README.md", card(source, f"{name}, in a GGUF file", loading=SERVING))
+        write_text(folder / "README.md", card(source, f"{name}, in a GGUF file", *_added(model), loading=SERVING))
     return name
 
 

@@ -26,6 +26,7 @@ from moe.foreign import export
 from moe.foreign.anatomy import anatomy_of
 from moe.foreign.export import Difference, compare, compared_tokens, convert, expressing, to_transformers
 from moe.foreign.export_command import main
+from moe.foreign.folder import notes
 from moe.foreign.target_weights import weights_of
 from moe.foreign.targets import TARGETS
 from moe.launch.run import run
@@ -158,6 +159,17 @@ def test_a_model_that_the_target_does_not_express_is_refused_in_one_line(
     """The line names the key, and if the router alone is in the way, how far the nearest rule would be off."""
     with pytest.raises(ConfigError, match=f"^{message}$"):
         to_transformers(make(router, **changes), target)
+
+
+def test_experts_that_were_added_get_no_token_and_the_card_says_so() -> None:
+    model = make("biased", experts_by_layer="1:4")
+    exported = to_transformers(model)
+    full, filled = (layer.mlp for layer in exported.model.layers)
+    assert len(full.gate.weight) == len(filled.gate.weight) == 5
+    assert filled.experts.down_proj[4].count_nonzero() == 0
+    assert filled.gate.e_score_correction_bias[4] < -1e29
+    assert any("`model.experts_by_layer=1:4`" in note for note in notes(model, exported))
+    assert notes(make("biased"), exported) == []
 
 
 def test_an_export_changes_neither_the_model_nor_the_random_numbers() -> None:
