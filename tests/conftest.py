@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, which import large libraries, unless this process only gives tests to others."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")  # `fixtures` is a name of pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
