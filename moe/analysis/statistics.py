@@ -7,6 +7,7 @@ left out without a note. `moe.analysis.variance` has the analysis of variance.
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -287,9 +288,9 @@ def _signs(seeds: int) -> np.ndarray:
 def name_cell(cell: dict[str, Any]) -> str:
     """Return a combination of levels in the form of the command line: "lb=0.01, noise=0.1".
 
-    A level that is a list itself is in parentheses: "model.routers=(layer 0: hash, k=2)".
+    A level of several words with punctuation is in parentheses: "model.routers=(layer 0: hash, k=2)".
     """
-    levels = {factor: f"({level})" if ", " in str(level) else level for factor, level in cell.items()}
+    levels = {factor: f"({level})" if re.search("[,:] ", str(level)) else level for factor, level in cell.items()}
     return ", ".join(f"{factor}={level}" for factor, level in levels.items())
 
 

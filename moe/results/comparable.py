@@ -55,7 +55,7 @@ def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
     numbers of experts, it has no load of all layers together; then the mean over layers stands for it in all runs.
     Where results choose settings, as in a search, nothing about the test text is shown.
     """
-    metrics = [_with_every_run(runs, metric) for metric in metrics]
+    metrics = [with_every_run(runs, metric) for metric in metrics]
     if search_goal(runs):
         metrics = [metric for metric in metrics if not metric.startswith("test/")]
     if not several_tokenizers(runs):
@@ -63,7 +63,7 @@ def shown_together(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
     return [metric for metric in metrics if not ((entry := lookup(metric)) and entry.per_token)]
 
 
-def _with_every_run(runs: pd.DataFrame, metric: str) -> str:
+def with_every_run(runs: pd.DataFrame, metric: str) -> str:
     """Return a metric, or the mean over layers in place of `.../pooled` if a run has only that."""
     over_layers = metric.removesuffix("/pooled")
     if over_layers == metric or over_layers not in runs:

@@ -63,6 +63,7 @@ from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import _tuning, what_was_run
 from moe.analysis.report.sections.provenance import differences
+from moe.analysis.report.sections.routing import LAYERS_DIFFER, routing_by_layer
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.report.sections.terms import terms
 from moe.analysis.statistics import contrasts
@@ -840,6 +841,39 @@ def test_layers_are_drawn_as_means_over_seeds() -> None:
     assert [line.get_ydata().tolist() for line in means] == [[7, 17, 27]] * 2
     seeds = [line for line in axes.lines if line.get_marker() == "."]
     assert [line.get_ydata().tolist() for line in seeds] == [[6, 16, 26, 8, 18, 28]] * 2
+
+
+def test_a_panel_has_a_line_of_its_title_for_each_factor_also_if_a_level_is_a_list() -> None:
+    condition = "router=topk (not causal), model.routers=(layer 0: hash, k=2), lb=0.0"
+    event = {"step": 0, "folder": "a", "condition": condition, "routing/load_cv/layer00": 1.0}
+    [axes] = layer_trends(pd.DataFrame([event]), "routing/load_cv").axes
+    lines = ["router=topk (not causal)", "model.routers=(layer 0: hash, k=2)", "lb=0.0 (n=1)"]
+    assert axes.get_title().split("\n") == lines
+
+
+def test_runs_whose_layers_differ_are_compared_by_the_mean_load_and_their_figures_say_what_differs(
+    tmp_path: Path,
+) -> None:
+    """Such a run has no load of all layers together. A reference is named as the command writes the level."""
+    for by_layer, seed in product((None, "0:4"), (1, 2)):
+        folder = tmp_path / "x" / f"{by_layer} {seed}"
+        folder.mkdir(parents=True)
+        write_record(folder, config={"seed": seed, "model": {"experts_by_layer": by_layer}})
+        pooled = {"routing/load_cv/pooled": None if by_layer else 0.3}
+        write_metrics(folder, {"routing/load_cv": 0.2 + seed / 9, "routing/load_cv/layer00": 0.2} | pooled)
+        (folder / "events.jsonl").touch()
+    options = ReportOptions({"model.experts_by_layer": "0:4"}, {}, ())
+    [inputs] = collect_inputs(load_runs([tmp_path]), options)
+    assert "routing/load_cv" in inputs.tested
+    assert "routing/load_cv/pooled" not in inputs.tested
+    assert set(inputs.contrasts["reference"]) == {"layer 0: 4 experts"}
+    assert (inputs.contrasts["n"] == 2).all()
+    [profile] = [
+        each for each in routing_by_layer(inputs) if isinstance(each, Drawing) and each.name == "layer_profile"
+    ]
+    assert profile.caption.endswith(f". {LAYERS_DIFFER}")
+    alike = inputs._replace(loaded=inputs.loaded[inputs.loaded["model.experts_by_layer"] == "none"])
+    assert not any(LAYERS_DIFFER in str(each) for each in routing_by_layer(alike))
 
 
 def test_the_ticks_of_small_ranges_of_gradients_are_numbers(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
         for (layer, column), color in zip(layers.items(), colors, strict=True):
             mean = members.groupby("step")[column].mean()
             axes.plot(mean, color=color, marker="." if len(mean) < 30 else "", label=f"layer {layer}")
-        axes.set_title(f"{condition.replace(', ', chr(10))} (n={members['folder'].nunique()})", fontsize="medium")
+        axes.set_title(f"{_in_lines(condition)} (n={members['folder'].nunique()})", fontsize="medium")
     for axes in grid[len(panels) :]:
         axes.remove()
     for axes in grid[max(0, len(panels) - columns) : len(panels)]:  # panels with no panel below them
@@ -71,6 +71,11 @@ def layer_trends(events: pd.DataFrame, metric: str) -> Figure:
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
     return figure
+
+
+def _in_lines(condition: str) -> str:
+    """Return a condition with a line for each factor. A level that is a list, in parentheses, stays in one line."""
+    return re.sub(r", (?![^()]*\))", "\n", condition)
 
 
 @matplotlib.rc_context(RC)

@@ -28,7 +28,7 @@ from moe.analysis.tuned import is_judged, trials_of, tuned_keys, values_of
 from moe.analysis.variance import anova
 from moe.checks import unknown
 from moe.metrics.catalog import select
-from moe.results.comparable import not_poolable, search_goal, several_tokenizers, shown_together
+from moe.results.comparable import not_poolable, search_goal, several_tokenizers, shown_together, with_every_run
 from moe.results.conditions import (
     HEADLINE,
     NAMED_ROUTERS,
@@ -200,10 +200,12 @@ def collect_inputs(
 def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
     """Return `TESTED`, with bits per byte in place of the perplexity if the runs have several tokenizers.
 
+    Where the load of all layers together is unknown, its mean over layers takes its place.
     Where validation text chose the values of tuned keys, test text judges them.
     """
     several, judged = several_tokenizers(runs), is_judged(runs)
     names = ("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
+    names = (with_every_run(runs, name) for name in names)
     return tuple(test if judged and (test := name.replace("val/", "test/")) in runs else name for name in names)
 
 

@@ -21,6 +21,8 @@ from moe.analysis.report.blocks import (
 )
 from moe.analysis.report.inputs import NOT_TRAINED, ReportInputs
 from moe.analysis.report.sections.experts import experts_by_layer, pairs_of_experts
+from moe.results.conditions import BY_LAYER
+from moe.results.table import ABSENT
 from moe.runs.record import SpecializationRecord
 
 TOKENS_EXPLAINED = """\
@@ -58,6 +60,9 @@ EXPERTS_BY_LAYER = [
         "the same where the next router chooses one layer too early, for the hidden state that the router here gets",
     ),
 ]
+LAYERS_DIFFER = """\
+Some runs have layers with another router or another number of experts than the others. A layer whose router has no such
+value has no line. What depends on the number of experts, such as an entropy, has another range in such a layer."""
 PAIRS = "the similarity of each two experts of a layer"
 EVERYTHING_MEASURED = "this table. Everything that was measured is in specialization.json in the folder of a run."
 
@@ -104,7 +109,7 @@ def _layer_trends(inputs: ReportInputs) -> Iterator[Drawing]:
         else:
             result = layers.layer_trends(rows, metric)
         caption = f"{label} of every layer over training. Each line is the mean over the seeds of a condition."
-        yield drawing("layers_" + metric.replace("/", "_"), caption, result)
+        yield drawing("layers_" + metric.replace("/", "_"), caption + _layers_differ(inputs), result)
 
 
 def _layer_profile(inputs: ReportInputs) -> Drawing:
@@ -116,7 +121,13 @@ def _layer_profile(inputs: ReportInputs) -> Drawing:
     caption = "Routing of every layer"
     if not inputs.observed:
         caption += " at the last evaluation. Each line joins the means over the seeds of a condition"
-    return drawing("layer_profile", f"{caption}.", result)
+    return drawing("layer_profile", f"{caption}.{_layers_differ(inputs)}", result)
+
+
+def _layers_differ(inputs: ReportInputs) -> str:
+    """Return what a reader has to know of runs whose layers differ; an empty text if there are none."""
+    unlike = (inputs.loaded[column].dropna().isin(["none", ABSENT]) for column in BY_LAYER if column in inputs.loaded)
+    return "" if all(alike.all() for alike in unlike) else f" {LAYERS_DIFFER}"
 
 
 def _drop_by_position(inputs: ReportInputs) -> Drawing:
