@@ -199,6 +199,16 @@ def test_what_needs_one_number_for_all_layers_says_so(tmp_path: Path) -> None:
         )
 
 
+def test_a_run_is_replayed_whose_layer_of_more_experts_takes_more_than_the_others_have(tmp_path: Path) -> None:
+    words = ["model.num_experts=2", "model.experts_by_layer=1:8", "model.layers=2", "model.dim=16", "model.heads=2"]
+    [one] = read_cells([*words, "model.routers=1:k:5"]) or []
+    config = MoEConfig.of(one.config.model, one.config.router, vocab_size=V, seq_len=one.config.data.seq_len)
+    MoEForCausalLM(config).save_pretrained(tmp_path / "run/model")
+    cells = read_cells([*words, "router=replay", f"router.run={tmp_path / 'run'}"])
+    assert cells is not None
+    assert cells[0].config.model.experts_of_layers == [2, 8]
+
+
 def test_a_run_trains_resumes_and_measures_layers_of_different_numbers(cell: Callable[..., Cell]) -> None:
     """Its router learns without a gradient from the sums of its own layer. `lb_global` needs the load so far."""
     words = ["router=quantile_balancing", "model.experts_by_layer=1:8", "lb_global=0.01", "grad_accum=2"]

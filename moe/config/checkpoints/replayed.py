@@ -47,7 +47,7 @@ def check(run: str, model: ModelConfig, *, seq_len: int) -> None:
         require(type(value) is int and 1 <= value <= 10**6, f"{key} {where}", value, "a whole number from 1 to 10^6")
     longest = content["max_position_embeddings"]
     require(seq_len <= longest, "data.seq_len", seq_len, f"at most {longest}, the number of positions of {name}")
-    for router in _routers(content, model.num_experts):
+    for router in _routers(content, model):
         alone = router.causal and not router.told and len(router.chain) == 1 and router.replays is None
         allowed = "a causal router that decides once in a layer, adds no output, and knows no domains"
         kind = f"{type(router).__module__}.{type(router).__qualname__}"
@@ -55,9 +55,18 @@ def check(run: str, model: ModelConfig, *, seq_len: int) -> None:
         require(fits, f"router._target_ {where}", kind, allowed)
 
 
-def _routers(content: dict[str, Any], num_experts: int) -> list[Any]:
+def _routers(content: dict[str, Any], model: ModelConfig) -> list[Any]:
+    """Return a router of each kind in the layers of `content`, without memory for its parameters.
+
+    model: has as many experts in each layer as `content`.
+    """
     import torch
 
-    specs = [content.get("router"), *(content.get("router_layers") or {}).values()]
+    of_layers = content.get("router_layers") or {}
+    kinds = [(of_layers.get(str(layer), content.get("router")), model.experts_of(layer)) for layer in model.moe_layers]
     with torch.device("meta"):
-        return [build(spec, "router", content["hidden_size"], num_experts, trusted=False) for spec in specs]
+        return [
+            build(spec, "router", content["hidden_size"], experts, trusted=False)
+            for number, (spec, experts) in enumerate(kinds)
+            if (spec, experts) not in kinds[:number]
+        ]
