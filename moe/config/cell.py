@@ -15,7 +15,8 @@ class Grid(NamedTuple):
     varies, without the seed. fixed: other settings that differ from those of the experiment; one that each cell
     computes is the text of the command, such as ${equal_flops:64}. cells: the names of the run folders, in the order of
     the levels. search: such as "minimize val/loss", if results decided which combinations of levels there are; such
-    runs are no factorial grid.
+    runs are no factorial grid. typed: the levels of a factor as the command wrote them, if cells compute some of them.
+    replaced: the values in the file of the experiment that the command overrules, by their keys, as words.
     """
 
     name: str
@@ -23,6 +24,8 @@ class Grid(NamedTuple):
     fixed: dict[str, Any]
     cells: list[str]
     search: str | None = None
+    typed: dict[str, list[str]] = {}
+    replaced: dict[str, str] = {}
 
 
 class Cell(NamedTuple):

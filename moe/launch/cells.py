@@ -10,7 +10,6 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +27,7 @@ from moe.launch.claims import check_claims, check_question
 from moe.launch.compose import compose_config, levels_of, override_dirname, typed
 from moe.launch.distinct import check_distinct, each_run_once, with_overrides
 from moe.launch.explain import explain, group_choices, unusable_path
-from moe.launch.grids import grid_of
+from moe.launch.grids import grid_of, replacements
 from moe.launch.hydra_errors import FAULTS
 from moe.launch.option_files import default_of
 from moe.launch.overrides import (
@@ -158,7 +157,8 @@ def expand_start(
     check_claims(written, presets, sweep=multirun)
     check_question(written[0], own)
     if planned:
-        _say_what_is_replaced(presets, own)
+        for key, (now, before) in replacements(cells, presets, own).items():
+            log.warning("%s=%s replaces the experiment's %s=%s", key, now, key, before)
     if start.launcher == "slurm" and not all(map(finished, runs)):
         slurm.prepare()
     if not multirun:
@@ -166,19 +166,6 @@ def expand_start(
     grid_of_runs = grid_of(runs, presets, own, _usual_settings(base, own))
     common = [o for o in own if o.key_or_group in ONE_PER_COMMAND]
     return [cell._replace(grid=grid_of_runs) for cell in runs], ["--multirun", *lines_of([*launch, *common])]
-
-
-def _say_what_is_replaced(presets: list[Override], own: list[Override]) -> None:
-    """Log which values of an experiment the command replaces, since the question of the experiment may rest on them.
-
-    Levels of a factor are not named: their number shows what is trained.
-    """
-    given = {o.key_or_group: values_of(o) for o in own}
-    for preset in presets:
-        before, now = values_of(preset), given.get(preset.key_or_group, [])
-        if len(before) == 1 and now and [*map(yaml.safe_load, now)] != [*map(yaml.safe_load, before)]:
-            key = preset.key_or_group
-            log.warning("%s=%s replaces the experiment's %s=%s", key, ",".join(now), key, before[0])
 
 
 def _check_model(config: Config) -> None:

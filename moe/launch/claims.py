@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 
 from moe.checks import ConfigError, printable, require, unknown
 from moe.config.cell import Cell
@@ -21,6 +21,7 @@ from moe.config.options import GROUPS, options, sources
 from moe.config.question import parts_of
 from moe.config.words import as_word
 from moe.launch.option_files import read_option
+from moe.launch.overrides import values
 from moe.runs.events import LAST, LAST_MEAN
 
 LEFT_OUT = "no run of this command has %s, so its runs alone cannot test this claim: %s"
@@ -46,7 +47,7 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
                 continue
             if not known:
                 raise unknown(f"factor of {key}", factor, {name for each in leaves for name in each})
-            known += [value for override in grid if override.key_or_group == factor for value in _values(override)]
+            known += [value for override in grid if override.key_or_group == factor for value in values(override)]
             known = [value for number, value in enumerate(known) if value not in known[:number]]
             listed = ", ".join("null" if value is None else str(value) for value in known)
             for level in named:
@@ -199,9 +200,3 @@ def _check_kind(key: str, factor: str, named: list[Any], known: list[Any]) -> No
 def _factors(cell: Cell) -> dict[str, Any]:
     """Return every factor of a cell with its level: its settings and the option chosen from each group."""
     return cell.config.identity() | cell.choices
-
-
-def _values(override: Override) -> list[Any]:
-    """Return the values of an override, of their own types."""
-    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
-    return [value.text if isinstance(value, QuotedString) else value for value in values]

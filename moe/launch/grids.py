@@ -12,6 +12,9 @@ from moe.checks import printable
 from moe.config.cell import Cell, Grid
 from moe.config.keys import flatten, is_free
 from moe.config.options import GROUPS
+from moe.config.words import as_word
+from moe.launch.option_files import settings_of_experiment
+from moe.launch.overrides import ONE_PER_COMMAND, values
 
 LONGEST_NAME = 120  # W&B allows 128 characters in the name of a group
 
@@ -46,7 +49,32 @@ def grid_of(cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Ov
     if len(name) > LONGEST_NAME:
         parts = [re.sub(r"^[^=]*\.(?=[^=]*=)", "", part) for part in parts]  # such as layers=1
         name = _cut(printable(": ".join(filter(None, (cells[0].experiment, ", ".join(parts))))), factors, fixed)
-    return Grid(name, factors, fixed, [cell.folder.name for cell in cells])
+    computed = [o for o in own if o.is_sweep_override() and "${" in str(o.input_line)]
+    typed = {o.key_or_group: [*map(as_word, values(o))] for o in computed}
+    replaced = {key: before for key, (_, before) in replacements(cells, presets, own).items()}
+    return Grid(name, factors, fixed, [cell.folder.name for cell in cells], typed=typed, replaced=replaced)
+
+
+def replacements(
+    cells: Sequence[Cell], presets: Sequence[Override], own: Sequence[Override]
+) -> dict[str, tuple[str, str]]:
+    """Return key -> (the values of a command, the one of its experiment's file that they replace), as words.
+
+    Claims and question of the experiment may rest on that value. Levels of a factor of the experiment are not among
+    them: their number shows what is trained. An option that the command chooses may overrule the experiment too.
+    """
+    constants = settings_of_experiment(cells[0].experiment)
+    constants |= {o.key_or_group: values(o)[0] for o in presets if len(values(o)) == 1}
+    given = {o.key_or_group: values(o) for o in own}
+    options = [o.key_or_group for o in own if o.key_or_group in GROUPS and o.key_or_group not in ONE_PER_COMMAND]
+    found = {}
+    for key, before in constants.items():
+        settings = [settings[key] for cell in cells if key in (settings := cell.identity() | cell.choices)]
+        of_option = options and settings and "${" not in str(before) and before not in settings
+        if given[key] != [before] if key in given else of_option:
+            now = dict.fromkeys(map(as_word, given.get(key, settings)))
+            found[key] = ",".join(now), as_word(before)
+    return found
 
 
 def _computed(overrides: Sequence[Override]) -> dict[str, Any]:

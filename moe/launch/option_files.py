@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, first_line, require
-from moe.config.keys import flatten
+from moe.config.keys import flatten, is_free
 from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, sources, spec_of
 from moe.config.schema import Config
@@ -96,6 +96,24 @@ def named_in(group: str, content: Any) -> dict[str, Any]:
     """Return what the file of an option says as flat keys of the whole configuration."""
     whole = group in WHOLE or spec_of(group, content) is not content
     return flatten(content, "" if whole else f"{group}.")
+
+
+def settings_of_experiment(name: str) -> dict[str, Any]:
+    """Return what the file of an experiment, and those of other ones that it builds on, set for every run, flat.
+
+    Its own grid and keys that change no result are left out. Options of groups are by the name of the group.
+    """
+    path = sources("experiment").get(name)
+    if path is None:
+        return {}
+    content: Any = OmegaConf.to_container(read_option(path))
+    found: dict[str, Any] = {}
+    for entry in content.pop("defaults", []):
+        for group, option in entry.items() if isinstance(entry, dict) else [("experiment", entry)]:
+            place = str(group).removeprefix("override ").strip("/ ")
+            found |= settings_of_experiment(option) if place == "experiment" else {place: option}
+    content.pop("hydra", None)
+    return found | {key: value for key, value in flatten(content).items() if not is_free(key)}
 
 
 @cache

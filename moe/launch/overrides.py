@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, lru_cache
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,6 +14,7 @@ from hydra.core.override_parser.types import (
     ChoiceSweep,
     IntervalSweep,
     Override,
+    QuotedString,
     RangeSweep,
     Sweep,
 )
@@ -131,6 +133,12 @@ def lines_of(overrides: list[Override]) -> list[str]:
 
 def is_group(override: Override) -> bool:
     return override.key_or_group in GROUPS
+
+
+def values(override: Override) -> list[Any]:
+    """Return the values of an override, of their own types."""
+    found = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    return [value.text if isinstance(value, QuotedString) else value for value in found]
 
 
 def values_of(override: Override) -> list[str]:

@@ -161,6 +161,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as text."""
     request = plan.request
     yield f"power {request.power:g}, after the correction for all tests that the report will make"
+    if plan.replaced:
+        yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
+        yield from (f"  {each}" for each in plan.replaced)
     if plan.differences:
         yield "The pilot has other settings, so its spread and speed may be those of other runs:"
         yield from (f"  {each}" for each in plan.differences)

@@ -45,7 +45,8 @@ class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
     seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
-    trials: the number of runs that tune. differences: see `moe.planning.pilot`. table: without a pilot, for each level
+    trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, as
+    words. differences: see `moe.planning.pilot`. table: without a pilot, for each level
     of a test, the seeds that effects of several sizes need.
     """
 
@@ -58,6 +59,7 @@ class Plan(NamedTuple):
     seconds: float | None
     seconds_from: str | None
     command: str | None
+    replaced: list[str]
     differences: list[str]
     table: dict[int, dict[float, int | None]]
 
@@ -83,6 +85,7 @@ class Plan(NamedTuple):
             "tokens": self.tokens if self.seeds else None,
             "seconds": None if self.seconds is None else round(self.seconds),
             "seconds_from": self.seconds_from,
+            "replaced": self.replaced,
             "pilot_differs": self.differences,
             "power": self.request.power,
             "most_seeds": self.request.most,
@@ -148,6 +151,7 @@ def make_plan(
         seconds=sum(map(measured.seconds, runs)) if measured else None,
         seconds_from=measured.source if measured else None,
         command=command,
+        replaced=[f"{key}={before}" for key, before in (cells[0].grid.replaced if cells[0].grid else {}).items()],
         differences=[] if pilot is None else differences(cells, pilot),
         table=table,
     )

@@ -223,6 +223,14 @@ class SweepRecord(Record):
     cells: dict[str, dict[str, Any]]
     grids: list[Grid]
 
+    @classmethod
+    def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return grids that say how levels were typed and what was replaced. Before, nothing was known of that."""
+        if not isinstance(grids := content.get("grids"), list):
+            return content
+        unknown: dict[str, Any] = {"typed": {}, "replaced": {}}
+        return content | {"grids": [unknown | grid if isinstance(grid, dict) else grid for grid in grids]}
+
     def __post_init__(self) -> None:
         for name in self.cells:
             if name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable():
@@ -262,7 +270,12 @@ class SweepRecord(Record):
         old = self.extended_by(new, given)
         if old is None:
             return SweepRecord(cells=self.cells | cells, grids=[*self.grids, new])
-        merged = old._replace(cells=list(dict.fromkeys([*old.cells, *new.cells])))
+        both = {
+            factor: list(dict.fromkeys([*words, *(new.typed.get(factor) or [new.fixed[factor]])]))
+            for factor, words in old.typed.items()
+            if factor in new.typed or "${" in str(new.fixed.get(factor))
+        }
+        merged = old._replace(cells=list(dict.fromkeys([*old.cells, *new.cells])), typed=both)
         return SweepRecord(cells=self.cells | cells, grids=[merged if grid is old else grid for grid in self.grids])
 
 

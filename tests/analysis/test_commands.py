@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.commands import command_for_more, fixed_settings, grid_of, training_command
+from moe.analysis.report.sections.setup import _replaced
 from moe.config.cell import Cell
 from moe.config.keys import flatten
 from moe.config.words import quote
@@ -88,6 +89,30 @@ def test_a_setting_that_each_cell_computes_is_printed_as_it_was_typed() -> None:
     again = read_cells(shlex.split(training_command(runs))[2:])
     assert again is not None
     assert [*map(described, again)] == [*map(described, cells)]
+
+
+@pytest.mark.usefixtures("labs")
+def test_levels_that_each_cell_computes_are_printed_as_they_were_typed() -> None:
+    """Seeds are added, at first with the same words, and then with numbers, which are other levels."""
+    typed = "'model.ffn=${equal_flops:64},${equal_flops:32}'"
+    cells, runs = trained(*shlex.split(f"router=topk,oracle {typed} seed=1"))
+    assert [cell.config.model.ffn for cell in cells] == [64, 32, 128, 64]
+    assert training_command(runs) == f"python train.py -m {typed} router=topk,oracle seed=1"
+    again = read_cells(shlex.split(training_command(runs))[2:]) or []
+    assert sorted(map(described, again), key=str) == sorted(map(described, cells), key=str)
+    more, _ = trained(*shlex.split(f"router=topk,oracle {typed} seed=2"))
+    both = pd.DataFrame({"folder": [str(cell.folder) for cell in (*cells, *more)]})
+    assert training_command(both) == f"python train.py -m {typed} router=topk,oracle seed=1,2"
+    trained(*shlex.split("router=topk,oracle model.ffn=16,8 seed=1"))
+    assert "model.ffn=64,32,128" in training_command(runs)
+
+
+@pytest.mark.usefixtures("labs")
+def test_what_a_command_replaced_in_its_experiment_is_a_fact_of_the_report() -> None:
+    _, runs = trained("experiment=quick_demo", "seed=1", "noise=0.5", "router.temp=1.0,2.0")
+    assert _replaced(runs.assign(experiment="quick_demo: noise=0.5")) == ["noise=0.1"]
+    _, runs = trained("experiment=quick_demo", "seed=1", "router.temp=1.0,2.0")
+    assert _replaced(runs.assign(experiment="quick_demo")) == []
 
 
 @pytest.mark.usefixtures("labs")

@@ -765,6 +765,16 @@ def test_a_value_that_replaces_one_of_the_experiment_is_named(
     caplog.clear()
     read_cells([*command, "steps=600", "seed=1,2"])
     assert not [line for line in caplog.messages if "replaces" in line]
+    demo = ["experiment=quick_demo", "seed=1", "router.temp=1.0,2.0"]
+    (mine := finished_ablation / "variant" / "mine.yaml").parent.mkdir()
+    mine.write_text("# @package _global_\n# Arm: mine\nnoise: 0.2\n")
+    arm = ["--config-dir", str(finished_ablation), "variant=mine"]
+    for words, now in ((["noise=0.5"], "0.5"), (arm, "0.2"), (["noise=0.1"], None)):
+        [cell, *_] = read_cells([*demo, *words]) or []
+        assert cell.grid is not None
+        assert cell.grid.replaced == ({} if now is None else {"noise": "0.1"})
+        assert (f"noise={now} replaces the experiment's noise=0.1" in caplog.messages) is (now is not None)
+        caplog.clear()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def training_command(
     words += beside
     for factor in (*grid.factors, "seed"):
         values = seeds if factor == "seed" and seeds is not None else [cell[factor] for cell in cells if factor in cell]
-        given = dict.fromkeys(map(as_word, values))
+        given = grid.typed.get(factor) or dict.fromkeys(map(as_word, values))
         words += [f"{factor}={','.join(given)}"] if given else []
     return f"python train.py -m {shlex.join(words)}"
 
@@ -74,6 +74,11 @@ def _sweep_of(runs: pd.DataFrame) -> SweepRecord | None:
         return SweepRecord.read(parent / SweepRecord.FILE)
     except (ValueError, RecordError):
         return None
+
+
+def replaced_settings(grid: Grid) -> list[str]:
+    """Return the settings in the file of its experiment that a grid replaces, as words of a command."""
+    return [f"{key}={before}" for key, before in grid.replaced.items()]
 
 
 def fixed_settings(grid: Grid) -> list[str]:
