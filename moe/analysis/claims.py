@@ -58,6 +58,16 @@ def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]
     return [(claim, runs.loc[indices]) for claim, indices in recorded.values()]
 
 
+def _was_changed(claim: ClaimConfig, members: pd.DataFrame, planned: list[tuple[ClaimConfig, pd.DataFrame]]) -> bool:
+    """Return whether later runs of the same experiment recorded another claim in the same words."""
+    return any(
+        other.text == claim.text
+        and others["experiment"].iloc[0] == members["experiment"].iloc[0]
+        and others["started"].astype(str).min() > members["started"].astype(str).min()
+        for other, others in planned
+    )
+
+
 @lru_cache
 def _read_claims(text: str) -> list[ClaimConfig]:
     return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(json.loads(text))]
@@ -80,10 +90,12 @@ def judge_planned(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.D
 def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row for every planned claim, before the correction for other tests; `decided` completes it."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for claim, members in planned_claims(runs):
+    planned = planned_claims(runs)
+    for claim, members in planned:
         experiment = members["experiment"].iloc[0]
-        rows.setdefault(experiment, []).append({"experiment": experiment} | _judge_alone(claim, members, evals))
-    columns = ["experiment", *_claim_row("", "", "", ""), *_row("", Comparison(0), NAN, "", "")]
+        row = {"experiment": experiment} | _judge_alone(claim, members, evals)
+        rows.setdefault(experiment, []).append(row | {"changed": _was_changed(claim, members, planned)})
+    columns = ["experiment", *_claim_row("", "", "", ""), *_row("", Comparison(0), NAN, "", ""), "changed"]
     return pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
 
 

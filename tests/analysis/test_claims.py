@@ -1,9 +1,11 @@
 """Tests of planned claims: only runs that recorded a claim judge it, and chance alone rarely decides it."""
 
+import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
+from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import contrasts, corrected
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
 from moe.config.cell import Cell
@@ -492,6 +495,23 @@ def test_contrasts_without_a_claim_are_post_hoc() -> None:
     routers = pd.DataFrame([{"metric": PPL, "factor": "router", "level": "b (not causal)", "reference": "a"}])
     claim_about_routers = ClaimConfig(text="", metric=PPL, factor="router", levels=["a"], than=["b"], kind="lower")
     assert contrasts_without_claim(routers, [claim_about_routers]).empty
+
+
+def test_a_claim_that_keeps_its_words_is_told_from_the_earlier_one() -> None:
+    """Seeds 4 to 6 were added on another day with the opposite claim."""
+    planned = [replace(claim(kind, [0.5], [0.0]), text="a") for kind in ("higher", "lower")]
+    rng, rows = np.random.default_rng(0), []
+    for seed, noise in product(range(1, 7), (0.0, 0.5)):
+        later = seed > 3
+        row = {"folder": f"{seed} {noise}", "seed": seed, "noise": noise, PPL: 100 + 9 * noise + rng.normal()}
+        rows.append(row | {"claims": json.dumps([asdict(planned[later])]), "started": f"2026-01-0{1 + later}"})
+    runs = pd.DataFrame(rows).assign(experiment="e", status="finished")
+    table = judge_planned(runs)
+    assert table["claim"].nunique() == 1
+    assert table["changed"].tolist() == [True, False]
+    before, after = sorted(judgments(table, pd.DataFrame(), PPL), key=lambda each: each.row or 0)
+    assert before.title == f"{after.title} (before it was changed)"
+    assert not judge_planned(runs[runs["seed"] < 4])["changed"].any()
 
 
 @cache

@@ -303,6 +303,9 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     [told] = warnings_of_looks(study)
     assert f"On {old.time}, noise_lb_seed was planned with 8 claims, and on {new.time}\nwith others" in told
     assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]))) == []
+    turned = new._replace(claims=[asdict(CLAIM) | {"kind": "lower"}])
+    [told] = warnings_of_looks(study._replace(plans=[old._replace(claims=[asdict(CLAIM)]), turned]))
+    assert "with others: “a” has kind lower instead of higher. Each claim" in told
     [(_, fact)] = planned_facts(study)
     assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
     assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact

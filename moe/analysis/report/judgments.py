@@ -25,6 +25,7 @@ from moe.checks import plain
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
 ALONE = "the interval alone would decide it, but not after the correction for all tests of the report"
+BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
@@ -45,7 +46,8 @@ class Judgment(NamedTuple):
     claimed: the range that a claim gives the difference, if it has two ends.
     needed: the number of seeds that would decide it, NaN if it is above 1,000 or unknown; `outcome` is what they would
         do to it, if the true difference is the estimated one: "support", "contradict" or "decide".
-    row: of a claim, the number of its row in the table of claims.
+    row: of a claim, the number of its row in the table of claims. changed: whether a later command has another claim in
+        the same words.
     """
 
     text: str
@@ -70,6 +72,12 @@ class Judgment(NamedTuple):
     beyond: bool = False
     row: int | None = None
     choice: str = ""
+    changed: bool = False
+
+    @property
+    def title(self) -> str:
+        """The claim in words that tell it from the later one in the same words."""
+        return f"{self.text}{BEFORE if self.changed else ''}"
 
     @property
     def planned(self) -> bool:
@@ -139,6 +147,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
     margin = claimed[1] if claimed[0] == -claimed[1] and math.isfinite(claimed[1]) else math.nan
     return Judgment(
         text=row["claim"],
+        changed=bool(row["changed"]),
         verdict=row["verdict"],
         compared=row["compared"],
         kind=row["kind"],
@@ -216,7 +225,7 @@ def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str]) -> st
 def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     tone = TONES.get(judged.verdict, "idle")
     if judged.n == 0:
-        return Card(literal(judged.text), judged.verdict, tone, literal(judged.reason))
+        return Card(literal(judged.title), judged.verdict, tone, literal(judged.reason))
     effect = f"{literal(judged.compared)}: " if judged.planned else ""
     effect += f"**{judged.amount}**" + (f" ({judged.percent})" if judged.percent else "")
     effect += f"{_certainty(judged)}, n={judged.n}"
@@ -226,7 +235,7 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     effect += f"; {literal(judged.choice)}" if judged.choice else ""
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
-    return Card(literal(judged.text), judged.verdict, tone, plain(effect), advice, picture)
+    return Card(literal(judged.title), judged.verdict, tone, plain(effect), advice, picture)
 
 
 def _certainty(judged: Judgment) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from textwrap import shorten
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import Judgment
+from moe.analysis.report.judgments import BEFORE, Judgment
 from moe.analysis.report.sections.headline import LATER_TOKENS, LONGEST_CLAIM, compares_causal_with_others, effect
 from moe.analysis.report.sections.league import order_of_routers
 from moe.analysis.report.sections.scaling import laws_in_words
@@ -70,4 +70,4 @@ def _clauses(*clauses: str) -> str:
 
 
 def _quoted(judged: Judgment) -> str:
-    return f"“{shorten(judged.text, LONGEST_CLAIM, placeholder=' …')}”"
+    return f"“{shorten(judged.text, LONGEST_CLAIM, placeholder=' …')}”{BEFORE if judged.changed else ''}"

@@ -5,7 +5,7 @@ from collections import Counter
 from textwrap import shorten
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import Judgment, on_contrast
+from moe.analysis.report.judgments import BEFORE, Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import (
@@ -98,8 +98,8 @@ def _rank(judged: Judgment) -> tuple[bool, float]:
 
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     """Return the answer if something is decided: the most certain judgment, and how many there are of each kind."""
-    claim = shorten(first.text, LONGEST_CLAIM, placeholder=" …")
-    text = effect(first) + (f", so the claim “{claim}” is {first.verdict}" if first.planned else "")
+    claim = f"“{shorten(first.text, LONGEST_CLAIM, placeholder=' …')}”{BEFORE if first.changed else ''}"
+    text = effect(first) + (f", so the claim {claim} is {first.verdict}" if first.planned else "")
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)

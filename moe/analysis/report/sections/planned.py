@@ -6,15 +6,18 @@ from itertools import takewhile
 from moe.analysis.looks import FURTHER, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import literal
+from moe.analysis.sentences import enumerated
+from moe.config.words import as_word
 from moe.runs.planned import PlannedStudy
 
 CHANGED = """\
 **Other claims were planned before.** On {time}, {experiment} had other claims ({claims}), planned for {runs} of these
-runs. Runs with the same settings give the same results, so the present claims may have been chosen by results."""
+runs{changes}. Runs with the same settings give the same results, so the present claims may have been chosen by
+results."""
 CHANGED_SINCE = """\
 **The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
-with others. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen by
-results of the earlier runs."""
+with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
+by results of the earlier runs."""
 BEYOND = """\
 **This is look {number} at these runs, after {reached}.** On {time}, a report about other seeds ({seeds}) was written.
 In this look, the tests of a report together have {share:.3g} % instead of 5 %. Together with the looks before, chance
@@ -58,7 +61,11 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
     """Yield what a reader has to know of earlier looks and of changed claims."""
     for earlier, runs in study.changed[:3]:
         yield CHANGED.format(
-            time=earlier.time, experiment=literal(earlier.experiment), claims=len(earlier.claims), runs=runs
+            time=earlier.time,
+            experiment=literal(earlier.experiment),
+            claims=len(earlier.claims),
+            runs=runs,
+            changes=_changes(earlier, study.plans[-1]),
         )
     of_same_runs, newest = [plan for plan, _ in study.changed], study.plans[-1:]
     others = [plan for plan in study.plans if plan.claims != newest[0].claims and plan not in of_same_runs]
@@ -68,6 +75,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
             experiment=literal(earlier.experiment),
             claims=_claims(len(earlier.claims)),
             newest=newest[0].time,
+            changes=_changes(earlier, newest[0]),
         )
     seen = study.everything
     if seen.n < 2:
@@ -90,6 +98,18 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         yield NOTHING_NEW.format(**facts)
     else:
         yield WITHIN.format(**facts)
+
+
+def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
+    """Return what became of claims whose words stayed, such as ": “A” has kind lower instead of higher"."""
+    now = {claim.get("text"): claim for claim in newest.claims}
+    found = []
+    for claim in earlier.claims:
+        new = now.get(claim.get("text"), claim)
+        fields = [key for key in new if new[key] != claim.get(key)]
+        words = [f"{key} {as_word(new[key])} instead of {as_word(claim.get(key))}" for key in fields]
+        found += [f"“{claim.get('text')}” has {enumerated(words)}"] if words else []
+    return literal(f": {'; '.join(found)}") if found else ""
 
 
 def price_of_more(study: Study) -> str:

@@ -137,8 +137,9 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if (judged["verdict"] == UNDECIDED).any():
         yield Paragraph(DETECTABLE)
     advice = {each.row: each.advice for each in inputs.judgments}
+    titles = {each.row: each.title for each in inputs.judgments}
     sentences = [
-        f"{literal(row['claim'])} ({literal(row['source'])}): **{row['verdict']}**; {literal(evidence_sentence(row))}"
+        f"{literal(titles[number])} ({literal(row['source'])}): **{row['verdict']}**; {literal(evidence_sentence(row))}"
         + (f"; {advice[number]}" if advice[number] else "")
         for number, (_, row) in enumerate(judged.iterrows())
     ]
