@@ -11,6 +11,7 @@ from moe.analysis.equal_cost import FLOPS, SECONDS, at_common_cost
 from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.sentences import null_everywhere
+from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.metrics.catalog import lookup
@@ -19,6 +20,10 @@ from moe.results.conditions import by_seed, conditions, levels, two_levels, vari
 from moe.results.table import level
 
 NAN = float("nan")
+WIDER = (
+    "; these levels spread {ratio:.2g} times as much as the model assumes, so its interval is too narrow: by their own "
+    "spread it is [{low:.3g}, {high:.3g}]"
+)
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
@@ -121,11 +126,17 @@ def _compare_in_model(
         model = mixed(values)
     except ValueError as error:
         return [[Comparison(0, doubt=str(error))] * len(rivals) for _ in named]
-    return [[_contrast(claim, model, runs, others, (a, b)) for b in rivals] for a in named]
+    table = values.unstack("cell")
+    return [[_contrast(claim, model, table, runs, others, (a, b)) for b in rivals] for a in named]
 
 
 def _contrast(
-    claim: ClaimConfig, model: Mixed, runs: pd.DataFrame, others: list[str], pair: tuple[Any, Any]
+    claim: ClaimConfig,
+    model: Mixed,
+    table: pd.DataFrame,
+    runs: pd.DataFrame,
+    others: list[str],
+    pair: tuple[Any, Any],
 ) -> Comparison:
     """Compare two levels of a model: the mean difference over the combinations of other factors that both have."""
     cells = [
@@ -144,8 +155,26 @@ def _contrast(
         return Comparison(0, doubt=str(failure))
     reference = float(model.means[[b for _, b in cells]].mean())
     note = f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom"
+    note += _wider_by_pairs(table[weights.index[weights != 0]] @ weights[weights != 0], model, error)
     found = Comparison(model.seeds, reference + effect, reference, freedom=model.freedom_by_seeds, note=note)
     return _tested(claim, found, effect, error)
+
+
+def _wider_by_pairs(differences: pd.Series, model: Mixed, error: float) -> str:
+    """Return that the levels compared spread more than the model assumes; an empty text if chance explains it.
+
+    differences: of the two levels by seed, NaN for a seed that lacks runs. Their variance over that of the model is
+    compared with the 95 % quantile of F. The interval of the differences alone is valid for any spread.
+    """
+    values = differences.dropna().to_numpy()
+    n = len(values)
+    if n < 2 or not error > 0:
+        return ""
+    ratio = values.std(ddof=1) / (error * math.sqrt(model.seeds))
+    if ratio**2 <= stats.f.ppf(CONFIDENCE, n - 1, model.freedom):
+        return ""
+    low, high = interval(values)
+    return WIDER.format(ratio=ratio, low=low, high=high)
 
 
 def _tested(claim: ClaimConfig, found: Comparison, effect: float, error: float) -> Comparison:

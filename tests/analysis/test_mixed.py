@@ -184,6 +184,49 @@ def test_settings_that_spread_more_than_the_others_err_too_often() -> None:
     assert rate > 0.1, "docs/statistics.md warns of this"
 
 
+def test_a_claim_says_that_the_compared_settings_spread_more_with_the_interval_of_their_differences() -> None:
+    table = drawn(np.random.default_rng(0), seeds=5)
+    assert "spread" not in judged(table, "mixed")["reason"]
+    table[:, 1] += [0.9, -0.9, 0.6, -0.6, 0.3]
+    row, pairs = judged(table, "mixed"), table[:, 1] - table[:, 0]
+    low, high = stats.ttest_1samp(pairs, 0).confidence_interval()
+    ratio = pairs.std(ddof=1) / (mixed(values(table)).contrast(difference("ba"))[1] * math.sqrt(5))
+    assert f"; these levels spread {ratio:.2g} times as much as the model assumes" in row["reason"]
+    assert f"is too narrow: by their own spread it is [{low:.3g}, {high:.3g}]" in row["reason"]
+
+
+def other_errors(spreads: list[float], *, seeds: int, studies: int = 4000) -> tuple[float, float]:
+    """Return how often two other estimates find a difference of the first two settings, where there is none.
+
+    First with errors clustered by seed, then with a variance for each setting and Satterthwaite's degrees of freedom.
+    """
+    cells, w = len(spreads), np.array([1.0, -1.0] + [0.0] * (len(spreads) - 2))
+    y = np.random.default_rng(0).normal(0, spreads, (studies, seeds, cells))
+    effect, center = (y @ w).mean(1), np.eye(cells) - 1 / cells
+    rest = y @ center - (y @ center).mean(1, keepdims=True)
+    scatter = np.einsum("rni,rnj->rij", rest, rest) / (seeds - 1)
+    clustered = np.einsum("i,rij,j->r", w, scatter, w) / seeds
+    own = np.einsum("rii->ri", scatter)  # its mean is (1 - 2 / C) of a setting's variance, and the sum of all over C²
+    own = (cells / (cells - 2) * (own - own.sum(1, keepdims=True) / (cells * (cells - 1)))).clip(0)
+    a = cells / (cells - 2) * (w**2 - w @ w / (cells * (cells - 1)))
+    form = a[:, None] * np.einsum("ik,rk,kj->rij", center, own, center)
+    freedom = (seeds - 1) * np.einsum("rii->r", form) ** 2 / np.einsum("rij,rji->r", form, form)
+    rates = []
+    for variance, degrees in ((clustered, seeds - 1), (own @ w**2 / seeds, freedom.clip(1))):
+        t = np.abs(effect) / np.sqrt(variance.clip(1e-300))
+        rates.append(float((2 * stats.t.sf(t, degrees) <= 0.05).mean()))
+    return rates[0], rates[1]
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_errors_clustered_by_seed_hold_five_percent_and_variances_of_single_settings_do_not(seeds: int) -> None:
+    """The page about statistics says so. Clustered errors are those of the paired differences, so they gain nothing."""
+    for spreads in ([1.0] * 6, [2, 1, 1, 1, 1, 1], [2, 2, 1, 1, 1, 1], [4, 4, 1, 1, 1, 1], [1, 1, 4, 4, 4, 4]):
+        clustered, _ = other_errors(spreads, seeds=seeds)
+        assert clustered == pytest.approx(0.05, abs=0.012)
+    assert other_errors([1, 1, 4, 4, 4, 4], seeds=seeds)[1] > 0.1
+
+
 def test_a_model_with_nothing_to_estimate_decides_nothing_and_equal_differences_are_deterministic() -> None:
     alone = judged(drawn(np.random.default_rng(0), seeds=1, cells=3), "mixed")
     assert (alone["verdict"], alone["n"]) == ("not tested", 0)
