@@ -5,6 +5,7 @@ the levels of a factor by the final values of finished runs. Needs the extra `da
 """
 
 import argparse
+import json
 import re
 import sys
 from typing import Any, NamedTuple
@@ -146,7 +147,9 @@ def factors(cells: list[Cell]) -> list[str]:
     The seed is left out, and so are keys whose value follows from another key that varies.
     """
     rows = [flatten(cell.config) | cell.choices | {"experiment": cell.experiment} for cell in cells]
-    varied = varied_factors(pd.DataFrame([{key: level(value) for key, value in row.items()} for row in rows]))
+    table = pd.DataFrame([{key: level(value) for key, value in row.items()} for row in rows])
+    grid = cells[0].grid
+    varied = varied_factors(table if grid is None else table.assign(varied=json.dumps(grid.factors)))
     return [f"choices.{key}" if key in cells[0].choices else key for key in varied if key != "seed"]
 
 

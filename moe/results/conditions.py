@@ -4,6 +4,7 @@ A condition is one combination of levels of the factors that vary. The functions
 `moe.results.table.load_runs` returns.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -25,7 +26,6 @@ ROUTING = tuple(metric.name for metric in select(shown="conditions"))
 # Those of the routers of an adapter, with the pooled load, which the other tables have beside the losses.
 ADAPTER_ROUTING = tuple(name for each in (*HEADLINE, *ROUTING) if lookup(name := f"adapter/{each}") is not None)
 STD = "std (ddof=1)"
-STEPS = "steps"
 FACTOR_GROUPS = ("variant", "router", "schedule", "adapter", "model", "data", "optimizer")
 
 
@@ -211,15 +211,17 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Return the varied factors, and a dictionary from each tied factor to the one that determines its level.
 
     If two factors change together, one of them counts as varied and the other as tied. An arm (`variant`) counts before
-    the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. The number of
-    steps counts last, because a budget of FLOPs gives each size of the model a number of its own. The digest of the
-    text is a factor if runs with equal settings read different text, because files changed. A condition then has runs
-    with one text only. The same holds for the code of a package from outside of this project.
+    the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. What the grids
+    of the runs did not vary counts last. Several factors may determine it together: a budget of FLOPs gives each size
+    of the model a number of steps of its own. The digest of the text is a factor if runs with equal settings read
+    different text, because files changed. A condition then has runs with one text only. The same holds for the code of
+    a package from outside of this project.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
+    asked = _asked(runs)
     factors.sort(
         key=lambda column: (
-            column == STEPS,
+            bool(asked) and column not in asked,
             FACTOR_GROUPS.index(column) if column in FACTOR_GROUPS else len(FACTOR_GROUPS),
             "." in column,
         )
@@ -238,13 +240,20 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
             continue  # runs with equal settings of the data read the same text
         numbers, _ = pd.factorize(runs[factor])
         leader = next((other for other, leading in free.items() if _determines(leading, numbers)), None)
-        if leader is None and factor == STEPS:
+        if leader is None and asked and factor not in (*asked, "experiment"):
             leader = _joint_leader(free, numbers)
         if leader is None:
             free[factor] = numbers
         else:
             tied[factor] = leader
     return list(free), tied
+
+
+def _asked(runs: pd.DataFrame) -> set[str]:
+    """Return the factors of the grids of these runs; none if some run belongs to no known grid."""
+    if "varied" not in runs or runs["varied"].isna().any():
+        return set()
+    return {factor for grid in runs["varied"].unique() for factor in json.loads(grid)}
 
 
 def _joint_leader(free: dict[str, np.ndarray], numbers: np.ndarray) -> str | None:

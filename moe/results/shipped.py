@@ -17,7 +17,7 @@ import pandas as pd
 
 from moe.checks import first_line
 from moe.files import replacing
-from moe.results.table import DIGESTS, FACTS, PLUGINS, EventTables, read_event_tables, table_of
+from moe.results.table import DIGESTS, FACTS, OF_GRID, PLUGINS, EventTables, read_event_tables, table_of
 
 RUNS, EVALS = "runs.csv.gz", "evals.csv.gz"
 CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # kept of each evaluation, with what claims need
@@ -26,10 +26,10 @@ PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained
 
 # Columns whose empty cells are null. Elsewhere they are unknown, such as the settings of a run without a record.
 KNOWN = {*FACTS, *DIGESTS} - {"causal"}
-LATER = {"unigram_perplexity"}  # facts that tables shipped before lack
+LATER = {"unigram_perplexity", "varied"}  # facts that tables shipped before lack
 
 # Columns with text, in which a number or a truth value is text too.
-TEXTS = {"folder", "experiment", "run", "search", "tuned", "status", "error", "started", "commit", "claims", *DIGESTS}
+TEXTS = {"folder", "run", *OF_GRID, "status", "error", "started", "commit", "claims", *DIGESTS} - {"place"}
 
 
 def ship(runs: pd.DataFrame, folder: Path) -> list[Path]:

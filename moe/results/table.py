@@ -25,8 +25,10 @@ from moe.runs import events
 from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
 
+OF_GRID = ("experiment", "place", "varied", "search", "tuned")  # those facts that sweep.json tells
 FACTS = (
-    *("folder", "experiment", "run", "place", "search", "tuned", "status", "error", "started", "causal", "commit"),
+    *("folder", "experiment", "run", "place", "varied", "search", "tuned"),
+    *("status", "error", "started", "causal", "commit"),
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
     *("flops_per_token", "ranks.number", "unigram_perplexity", "claims"),
 )
@@ -66,11 +68,11 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
     trains a run that is running), "diverged" (it failed because a loss or gradient was not finite), "unreadable", or
     "missing". The column `error` gives the reason. The factors of unreadable and missing runs come from sweep.json if
     possible, otherwise from the name of the folder. `place` is the place of the run in its sweep, as the user listed
-    the levels; the rows of a grid are in this order. `search` is such as "minimize val/loss" if a search for good
-    settings chose the run, otherwise None. `tuned` is None unless keys are tuned for each setting of the
-    grid. Then it is a JSON object: `factors`, without these keys, and the grid's other settings with `tune` and
-    `tune_seeds`. It is the same for the runs that tune, which have a `search`, and for those that judge. Raises
-    ValueError if there is no such folder, or no run in it.
+    the levels; the rows of a grid are in this order. `varied` is a JSON list of the factors of its grid. `search` is
+    such as "minimize val/loss" if a search for good settings chose the run, otherwise None. `tuned` is None unless keys
+    are tuned for each setting of the grid. Then it is a JSON object: `factors`, without these keys, and the grid's
+    other settings with `tune` and `tune_seeds`. It is the same for the runs that tune, which have a `search`, and for
+    those that judge. Raises ValueError if there is no such folder, or no run in it.
     """
     paths = list(paths)
     runs, sweeps = _walk(paths)
@@ -83,7 +85,7 @@ def load_runs(paths: Iterable[Path | str]) -> pd.DataFrame:
         row = read_run(folder)
         alone = {"experiment": single_runs(row["experiment"])} if row["experiment"] in swept else {}
         for cell in asked.pop(folder.resolve(), [alone]):
-            told = {"experiment", "place", "search", "tuned"} | (set() if "causal" in row else cell.keys() - {*FACTS})
+            told = {*OF_GRID} | (set() if "causal" in row else cell.keys() - {*FACTS})
             rows.append(row | {key: cell[key] for key in cell if key in told})
     rows += itertools.chain.from_iterable(asked.values())
     if not rows:
@@ -245,7 +247,8 @@ def _cells(sweep: Path) -> list[dict[str, Any]]:
     return [
         _named_row(sweep / name, "missing", "no run in this cell of the sweep")
         | {key: value for key, value in _levels(record.cells[name]).items() if key not in FACTS}
-        | {"experiment": grid.name, "place": place, "search": grid.search, "tuned": _tuned(grid)}
+        | {"experiment": grid.name, "place": place, "varied": json.dumps(grid.factors)}
+        | {"search": grid.search, "tuned": _tuned(grid)}
         for grid in record.grids
         for place, name in enumerate(grid.cells)
     ]

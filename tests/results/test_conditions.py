@@ -1,5 +1,6 @@
 """Tests of which factors vary, and which other factor determines the level of each tied one."""
 
+import json
 import random
 from itertools import product
 
@@ -39,6 +40,20 @@ def test_a_factor_is_tied_to_the_first_one_that_determines_its_level(seed: int) 
         table["noise"] = table["lb"].map({level: rng.choice(levels) for level in levels})
     table = table.assign(experiment="x")
     assert (varied_factors(table), tied_factors(table)) == expected(table)
+
+
+def test_what_the_factors_of_a_grid_determine_together_is_tied_to_them() -> None:
+    """A batch for each size of a model and number of experts. A factor that the command varied itself stays one."""
+    rows = [(size, experts, variant) for size, experts, variant in product((32, 64), (4, 8), ("small", "large"))]
+    table = pd.DataFrame(rows, columns=["model.dim", "model.num_experts", "variant"])
+    table["batch_size"] = table["model.dim"] * table["model.num_experts"]
+    table = table.assign(experiment="x")
+    asked = ["model.dim", "model.num_experts", "variant"]
+    grid = table.assign(varied=json.dumps(asked))
+    assert varied_factors(grid) == ["variant", "model.dim", "model.num_experts"]
+    assert tied_factors(grid) == {"batch_size": "model.dim and model.num_experts"}
+    for unknown in (table, grid.assign(varied=[None, *grid["varied"][1:]]), grid.assign(varied='["batch_size"]')):
+        assert "batch_size" in varied_factors(unknown)
 
 
 def test_levels_with_entries_for_layers_are_in_words_and_cells_put_them_in_parentheses() -> None:
