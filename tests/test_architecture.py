@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # The layers of the code, lowest first. A package may import packages of lower layers only. A single file in moe/ counts
 # as a package here.
 LAYERS = [
-    {"checks", "files", "program"},
+    {"checks", "files", "fused", "program"},
     {"distributed", "routing", "data"},
     {"config", "metrics", "routers"},
     {"model", "runs"},

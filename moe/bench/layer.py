@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from moe.bench.options import one_of, several, whole
-from moe.bench.timing import TimingTable, Variant, relative_table, time_in_turns, timed_device
+from moe.bench.timing import UNCOUNTED, TimingTable, Variant, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
@@ -34,6 +34,7 @@ SHAPES = {
     "c": Shape(8, 2, 128, 512, 2048),
     "d": Shape(128, 2, 128, 256, 2048),
 }
+RECORDED = ("dense", "experts alone, equal groups", "MoE", "Mixtral, grouped_mm")  # also timed as CUDA graphs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,9 +58,12 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
         sizes = ", ".join(f"{letter}={size}" for letter, size in shape._asdict().items())
         passes = layer_passes(shape, dtype=DTYPES[dtype])
         variants: list[Variant] = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
+        recorded = [title for title in passes if title in RECORDED and timed_device().type == "cuda"]
+        variants += [(f"{title}, CUDA graph", as_graph(passes[title].forward_and_backward)) for title in recorded]
         seconds = time_in_turns(variants, rounds=arguments.rounds)
         table = relative_table(f"layer {name}: {sizes}, {dtype} on {timed_device()}", seconds, to="dense")
-        for row, layer_pass in zip(table.rows, passes.values(), strict=True):
+        for row, title in zip(table.rows, [*passes, *recorded], strict=True):
+            layer_pass = passes[title]
             least = least_saved_bytes(shape, layer_pass.dtype)
             row["saved for the backward pass / least"] = layer_pass.saved_bytes() / least
         yield table
@@ -96,6 +100,19 @@ class LayerPass(NamedTuple):
 
     def _input(self) -> Tensor:
         return torch.randn(1, self.rows, self.dim, device=timed_device(), dtype=self.dtype, requires_grad=True)
+
+
+def as_graph(run: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that starts all kernels of `run` at once, as a training step with `cuda_graph` does."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(UNCOUNTED):
+            run()  # creates what libraries need, and compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def least_saved_bytes(shape: Shape, dtype: torch.dtype) -> int:

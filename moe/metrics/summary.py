@@ -1,7 +1,10 @@
 """Compute every routing metric from the sums that a model leaves behind."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe.metrics import formulas
 from moe.metrics.catalog import ROUTING_METRICS
@@ -36,13 +39,15 @@ def summarize(stats: RoutingStats | Sums, *, per_layer: bool = True) -> dict[str
 
 
 def to_numpy(stats: RoutingStats) -> Sums:
-    """Fetch all sums from the device in one transfer: each transfer from a GPU waits for the GPU."""
-    numbers = torch.cat([field.flatten() for field in stats]).cpu().double().numpy()
-    ends = np.cumsum([field.numel() for field in stats])
-    parts = np.split(numbers, ends[:-1])
-    return Sums(
-        {name: part.reshape(field.shape) for name, part, field in zip(stats._fields, parts, stats, strict=True)}
-    )
+    """Fetch all sums from the device."""
+    return Sums(dict(zip(stats._fields, fetch(stats), strict=True)))
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return tensors in double precision, in one transfer from their device: each transfer from a GPU waits for it."""
+    numbers = torch.cat([tensor.flatten() for tensor in tensors]).cpu().double().numpy()
+    parts = np.split(numbers, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def drop_rate_by_position(stats: RoutingStats) -> list[float | None]:

@@ -150,12 +150,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     def loss_kernel(self) -> str:
         """Return how `loss_only` computes the loss.
 
-        chunks: with `linear_cross_entropy`, on a CPU. docs/benchmarks.md has the measurements.
+        chunks: with `linear_cross_entropy`. docs/benchmarks.md has the measurements.
         whole: from all logits at once. Imported models make them themselves, and an adapter may change the output
             matrix.
         """
         plain = self.config.imported is None and type(self.lm_head) is nn.Linear
-        return "chunks" if plain and self.device.type == "cpu" else "whole"
+        return "chunks" if plain else "whole"
 
     def forward(
         self,

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from moe.model.architecture import MoEConfig
+from moe.model.attention import Attention, RMSNorm
 from moe.model.experts import Experts
 from moe.model.layer import Latent, LayerOutput, MoELayer
 from moe.model.replay import decisions, experts_per_token
@@ -45,9 +46,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, index: int, *, trusted: bool) -> None:
         super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, layer_idx=index)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx=index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _feed_forward(config, index, trusted=trusted)
         self.dropout = nn.Dropout(config.dropout)
         self.routes_before_attention = config.router_input == "attention"
@@ -97,7 +98,7 @@ class MoEModel(RoutedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(DecoderLayer(config, index, trusted=trusted) for index in layers)
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self._tie_routers()

@@ -115,7 +115,9 @@ class MoELayer(nn.Module):
             y = y + beside.y
         elif self.beside is not None:
             y = y + self.beside(x)
-        aux = {name: torch.stack([p.aux[name] for p in passes]).mean() for name in passes[0].aux}
+        aux = passes[0].aux
+        if len(passes) > 1:
+            aux = {name: torch.stack([p.aux[name] for p in passes]).mean() for name in aux}
         stats = functools.reduce(RoutingStats.merge, [p.stats for p in passes])
         return LayerOutput(
             y, aux, stats, tuple(p.routing for p in passes), torch.stack([p.load for p in passes]), beside

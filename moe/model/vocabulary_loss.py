@@ -8,8 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.data.labels import IGNORED
+from moe.fused import fused
 
 ROWS = 256  # of a chunk: its logits stay in the cache of a processor, and its products are still large
+LOGITS = 2**30  # of a chunk on a GPU, which is slower with smaller chunks: 2 GB in bf16
 
 
 def cross_entropy(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, ""]:
@@ -37,32 +39,20 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With e = exp(logits - their maximum) and z = sum of e, the gradient of a row's logits is (e - z [target]) / z.
-
-    The division by z is left to the D columns of the products, because there are fewer of them than logits.
-    """
-
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "T"]) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=exact, device=x.device)
+        length, differentiate = (LOGITS // len(weight), _on_gpu) if x.is_cuda else (ROWS, _on_cpu)
         with torch.autocast(x.device.type, enabled=False):
-            for first in range(0, len(x), ROWS):
-                rows = x[first : first + ROWS]
-                target = targets[first : first + ROWS, None]
-                counts = target != IGNORED
-                index = target.clamp(min=0)
-                logits = (rows @ weight.mT).to(exact)
-                top, at_target = logits.amax(1, keepdim=True), logits.gather(1, index)
-                e = logits.sub_(top).exp_()
-                z = e.sum(1, keepdim=True)
-                total += (z.log() + top - at_target).masked_fill(~counts, 0.0).sum()
-                gradient = e.scatter_add_(1, index, -z).to(x.dtype)
-                scale = counts / z
+            for first in range(0, len(x), length):
+                rows = x[first : first + length]
+                loss, gradient, scale = differentiate(rows @ weight.mT, targets[first : first + length])
+                total += loss
                 if of_x is not None:
-                    of_x[first : first + ROWS] = (gradient @ weight) * scale
+                    of_x[first : first + length] = (gradient @ weight) * scale
                 if of_weight is not None:
                     _add_product(of_weight, gradient.mT, (rows * scale).to(x.dtype))
         ctx.save_for_backward(of_x, of_weight)
@@ -78,6 +68,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if of_weight is None else (of_weight * upstream).to(ctx.dtype),
             None,
         )
+
+
+Differentiated = tuple[Float[Tensor, ""], Float[Tensor, "R V"], Float[Tensor, "R 1"] | float]
+
+
+def _on_cpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Differentiated:
+    """Return the summed loss of some rows, and the gradient of their logits as a product of two factors.
+
+    With e = exp(logits - their maximum) and z = sum of e, the gradient of a row's logits is (e - z [target]) / z. The
+    division by z is left to the D columns of the products, because there are fewer of them than logits.
+    """
+    target = targets[:, None]
+    counts = target != IGNORED
+    index = target.clamp(min=0)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, at_target = exact.amax(1, keepdim=True), exact.gather(1, index)
+    e = exact.sub_(top).exp_()
+    z = e.sum(1, keepdim=True)
+    loss = (z.log() + top - at_target).masked_fill(~counts, 0.0).sum()
+    return loss, e.scatter_add_(1, index, -z).to(logits.dtype), counts / z
+
+
+def _on_gpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Differentiated:
+    """Return the same. The gradient takes the place of the logits, so that they are read twice and written once."""
+    losses = _to_gradient(logits, targets)
+    return losses.sum(), logits, 1.0
+
+
+@fused(least=2**22)
+def _to_gradient(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Float[Tensor, "R"]:
+    """Return the loss of each row, and replace its logits by their gradient."""
+    target = targets[:, None]
+    counts = target != IGNORED
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_z = exact.logsumexp(1, keepdim=True)
+    losses = (log_z - exact.gather(1, target.clamp(min=0))).masked_fill(~counts, 0.0)[:, 0]
+    expected = torch.arange(logits.shape[1], device=logits.device) == target
+    gradient = ((exact - log_z).exp() - expected.to(exact.dtype)).masked_fill(~counts, 0.0)
+    logits.copy_(gradient)
+    return losses
 
 
 def _add_product(total: Float[Tensor, "N M"], a: Float[Tensor, "N R"], b: Float[Tensor, "R M"]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
-from moe.routing.decision import Context, Knobs, Routing, TrainingText
+from moe.routing.decision import Context, Knobs, Routing, TrainingText, picked
 from moe.routing.expected_load import bar, expected_load_cv
 from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
@@ -360,7 +360,7 @@ def renormalized_top(
     """
     probs = torch.softmax(logits, -1)
     expert = logits.topk(k).indices
-    weight = probs.gather(-1, expert)
+    weight = picked(probs, expert)
     if k > 1:
         weight = weight / weight.sum(-1, keepdim=True)
     return probs, expert, weight

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.base import LinearRouter
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, picked
 from moe.routing.stats import RoutingStats
 
 
@@ -43,7 +43,7 @@ class DefaultMoE(LinearRouter):
         expert = noisy.topk(self.k).indices
         added = probs.scatter(-1, expert, 0.0) @ self.default.to(x.dtype)
         aux = self.expected_load(logits, noisy, self.k, context)
-        return Routing.token_choice(expert, probs.gather(-1, expert), probs=probs, logits=logits, added=added, aux=aux)
+        return Routing.token_choice(expert, picked(probs, expert), probs=probs, logits=logits, added=added, aux=aux)
 
     @torch.no_grad()
     def after_step(self, stats: RoutingStats) -> None:

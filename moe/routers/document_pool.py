@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe.checks import require
 from moe.routers.base import LinearRouter, check_k
-from moe.routing.decision import Context, Routing, fill_places
+from moe.routing.decision import Context, Routing, fill_places, picked
 
 
 class DocumentPool(LinearRouter):
@@ -66,7 +66,7 @@ class DocumentPool(LinearRouter):
         within = noisy.masked_fill(~self._pools(noisy.detach(), context), -torch.inf)
         probs = torch.softmax(within, -1)
         expert = within.topk(self.k).indices
-        return Routing.token_choice(expert, probs.gather(-1, expert), probs=probs, logits=logits)
+        return Routing.token_choice(expert, picked(probs, expert), probs=probs, logits=logits)
 
     def _pools(self, logits: Float[Tensor, "T E"], context: Context) -> Bool[Tensor, "T E"]:
         """Return which experts are in the pool of each token."""

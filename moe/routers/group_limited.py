@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.routers.base import check_groups, largest
 from moe.routers.topk import TopK
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, picked
 from moe.routing.expected_load import bar_in_groups
 
 
@@ -46,7 +46,7 @@ class GroupLimited(TopK):
         probs = torch.softmax(noisy, -1)
         expert = noisy.masked_fill(~self._open(noisy.detach()), -torch.inf).topk(self.k).indices
         aux = self.expected_load(logits, noisy, self.k, context)
-        return Routing.token_choice(expert, self._gate(probs.gather(-1, expert)), probs=probs, logits=logits, aux=aux)
+        return Routing.token_choice(expert, self._gate(picked(probs, expert)), probs=probs, logits=logits, aux=aux)
 
     def bars(self, noisy: Float[Tensor, "T E"], k: int) -> Float[Tensor, "T E"]:
         """Return the bars of choosing groups first. They are found for exp(logit), which the scores of groups add."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe.checks import finite, require
 from moe.routers.topk import TopK
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, picked
 from moe.routing.expected_load import cv_squared, stay_probability
 
 FLOOR = 0.01  # smallest standard deviation of the learned noise, as in the authors' code: the loss divides by it
@@ -50,7 +50,7 @@ class NoisyTopK(TopK):
             noisy = noisy + spread * torch.randn_like(spread)
         probs = torch.softmax(noisy, -1)
         expert = noisy.topk(self.k).indices
-        weight = self._gate(probs.gather(-1, expert))
+        weight = self._gate(picked(probs, expert))
         gates = torch.zeros_like(probs).scatter(-1, expert, weight)
         noise = context.knobs.noise
         both = spread if noise is None else torch.hypot(spread, noise)

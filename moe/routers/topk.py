@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.checks import finite, require
 from moe.routers.base import LinearRouter
-from moe.routing.decision import Context, Routing
+from moe.routing.decision import Context, Routing, picked
 
 
 class TopK(LinearRouter):
@@ -62,8 +62,8 @@ class TopK(LinearRouter):
         tempered = noisy / context.knobs.temperature if self.schedulable else noisy
         probs = torch.softmax(tempered, -1)
         expert = noisy.topk(self.k).indices  # not of probs, which at low temperature round to ties
-        weight = self._gate(probs.gather(-1, expert))
-        log_weight = tempered.gather(-1, expert).flatten() if self.after_drops else None
+        weight = self._gate(picked(probs, expert))
+        log_weight = picked(tempered, expert).flatten() if self.after_drops else None
         aux = self.expected_load(logits.masked_fill(noisy == -torch.inf, -torch.inf), noisy, self.k, context)
         return Routing.token_choice(expert, weight, probs=probs, logits=logits, log_weight=log_weight, aux=aux)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from moe.fused import fused
 from moe.routing.decision import Routing, count
 from moe.routing.dispatch import sum_by_group
 
@@ -190,12 +191,23 @@ def auxiliary(
             if document_position is not None:
                 document = (document_position == 0).cumsum(0) - 1
                 losses["load_balance_document"] = load_balance_group(*choices, document, by_token=True)
-            losses["load_balance_first"] = load_balance(routing.probs, count(routing.probs.argmax(-1), len(offered)))
-            losses["importance_cv"] = importance_cv(routing.probs)
-        losses["negative_information"] = negative_information(routing.probs)
-        losses["load_balance_global"] = load_balance(routing.probs, offered if load is None else offered + load)
-        losses["router_entropy"] = router_entropy(routing.probs)
-        losses["gate_variance"] = gate_variance(routing.probs)
+            first = count(routing.probs.argmax(-1), len(offered))
+            losses["load_balance_first"] = load_balance(routing.probs, first)
+        losses |= _of_probabilities(routing.probs, offered if load is None else offered + load)
+        if routing.slots is not None:
+            losses.pop("importance_cv")
     if routing.logits is not None:
         losses["router_z"] = router_z(routing.logits)
     return losses
+
+
+@fused(least=2**16)
+def _of_probabilities(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> dict[str, Float[Tensor, ""]]:
+    """Return the losses that depend on probabilities, and on the load of the optimizer step so far."""
+    return {
+        "importance_cv": importance_cv(probs),
+        "negative_information": negative_information(probs),
+        "load_balance_global": load_balance(probs, offered),
+        "router_entropy": router_entropy(probs),
+        "gate_variance": gate_variance(probs),
+    }

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.fused import fused
 from moe.routing.decision import Routing, count
 from moe.routing.dispatch import Dispatch
 from moe.routing.losses import router_entropy
@@ -126,14 +127,23 @@ def _probabilities(routing: Routing, nan: Float[Tensor, "E"]) -> dict[str, Tenso
     probs = routing.probs
     if probs is None:
         return {"importance": nan, **dict.fromkeys(("entropy", "confidence", "margin", "top_k_mass"), nan[0])}
-    first, index = probs.max(-1, keepdim=True)
-    second = probs.scatter(-1, index, 0.0).amax(-1, keepdim=True)  # two calls of max take half the time of `topk`
     return {
-        "importance": probs.sum(0),
+        "importance": probs.sum(0),  # not with the others, because torch 2.11 cannot join it with an argmax
+        **_of_probabilities(probs),
+        **({"margin": nan[0]} if probs.shape[-1] == 1 else {}),
+        "top_k_mass": nan[0] if routing.slots is not None else probs[routing.token, routing.expert].sum(),
+    }
+
+
+@fused(least=2**16)
+def _of_probabilities(probs: Float[Tensor, "T E"]) -> dict[str, Tensor]:
+    first, index = probs.max(-1, keepdim=True)
+    others = torch.arange(probs.shape[-1], device=probs.device) != index
+    second = (probs * others).amax(-1, keepdim=True)  # two calls of max take half the time of `topk`
+    return {
         "entropy": router_entropy(probs) * len(probs),  # takes half the time of `torch.special.entr`
         "confidence": first.sum(),
-        "margin": nan[0] if probs.shape[-1] == 1 else (first - second).sum(),
-        "top_k_mass": nan[0] if routing.slots is not None else probs[routing.token, routing.expert].sum(),
+        "margin": (first - second).sum(),
     }
 
 
@@ -141,6 +151,11 @@ def _clean_logits(logits: Float[Tensor, "T E"] | None, nan: Float[Tensor, ""]) -
     """Compute the sums over the clean logits, at temperature 1. NaN for a router without logits."""
     if logits is None:
         return dict.fromkeys(("entropy_t1", "confidence_t1", "logit_squared", "logsumexp_squared"), nan)
+    return _of_logits(logits)
+
+
+@fused(least=2**16)
+def _of_logits(logits: Float[Tensor, "T E"]) -> dict[str, Tensor]:
     log_probs = torch.log_softmax(logits, -1)
     probs = log_probs.exp()
     return {

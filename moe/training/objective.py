@@ -2,15 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moe.config.schema import Config
 from moe.distributed import ranks
-from moe.metrics.formulas import Sums
-from moe.metrics.summary import summarize
 from moe.model.causal_lm import MoEOutput
 from moe.routing.loss_table import LOSSES
 from moe.routing.stats import RoutingStats
@@ -56,13 +55,13 @@ class Outcome(NamedTuple):
     """Values of one micro-batch that are still needed after its backward pass.
 
     loss: mean cross-entropy times the weight of the micro-batch in its step.
-    aux: each auxiliary loss by layer (L).
+    aux: each auxiliary loss, unweighted and averaged over layers.
     stats: routing sums (L, ...). None without MoE layers.
     beside: those of the layers beside the MoE layers. None without an adapter that has a router.
     """
 
     loss: Tensor
-    aux: dict[str, Tensor]
+    aux: dict[str, Float[Tensor, ""]]
     stats: RoutingStats | None
     beside: RoutingStats | None = None
 
@@ -76,16 +75,11 @@ def merged_stats(parts: Sequence[RoutingStats | None]) -> RoutingStats | None:
     return RoutingStats(*ranks.all_reduce_sum(local))
 
 
-def step_values(outcomes: list[Outcome], sums: Sums | None) -> dict[str, Any]:
-    """Return the mean losses of an optimizer step, unweighted and averaged over layers, and its routing metrics.
+def mean_losses(outcomes: list[Outcome]) -> Float[Tensor, "N"]:
+    """Return the mean losses of an optimizer step in double precision: the cross-entropy, then each auxiliary loss.
 
     outcomes: one for each of this rank's micro-batches. Every rank has the same number of them.
-    sums: routing sums of all ranks, those of `merged_stats`.
     """
-    names = ["loss", *outcomes[0].aux]
-    means = [torch.stack([o.loss, *(o.aux[name].mean() for name in names[1:])]) for o in outcomes]
+    means = [torch.stack([outcome.loss, *outcome.aux.values()]) for outcome in outcomes]
     [added] = ranks.all_reduce_sum([torch.stack(means).double().mean(0)])
-    values: dict[str, Any] = {f"train/{n}": v / ranks.world_size() for n, v in zip(names, added.tolist(), strict=True)}
-    if sums is not None:
-        values |= {f"train/{name}": value for name, value in summarize(sums, per_layer=False).items()}
-    return values
+    return added / ranks.world_size()

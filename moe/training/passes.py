@@ -73,6 +73,6 @@ def forward_backward(training: Training, inputs: PassInput, weights: LossWeights
     # The gradient is then the mean over this rank's micro-batches. DDP and FSDP average it over the ranks.
     with nullcontext() if config.compile else repeatable_gradients(accelerator.device):
         accelerator.backward(loss / weights.passes)
-    aux = {name: values.detach() for name, values in (output.aux or {}).items()}
+    aux = {name: values.detach().mean() for name, values in (output.aux or {}).items()}
     beside = None if output.beside is None else output.beside["stats"]
     return PassResult(Outcome(output.loss.detach() * weights.labels, aux, output.stats, beside), output.load)

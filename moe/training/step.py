@@ -18,12 +18,13 @@ from moe.data.blocks import Batch, Prepared, batch, batch_indices
 from moe.data.labels import IGNORED, next_token
 from moe.distributed import ranks
 from moe.distributed.sharding import global_norm, local_part
-from moe.metrics.summary import to_numpy
+from moe.metrics.formulas import Sums
+from moe.metrics.summary import fetch, summarize
 from moe.routing.decision import Knobs
 from moe.runs.collapse import sentences
 from moe.training import gradients
 from moe.training.divergence import Diverged, locate_nonfinite
-from moe.training.objective import Outcome, merged_stats, step_values
+from moe.training.objective import Outcome, mean_losses, merged_stats
 from moe.training.optim import learning_rate, scale_learning_rates
 from moe.training.passes import LossWeights, PassInput, PassResult, forward_backward
 from moe.training.schedules import knob_settings
@@ -49,12 +50,10 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
     norm = norms["grad_norm"] = global_norm(grads)
     sums = merged_stats([outcome.stats for outcome in outcomes])
-    numbers = None if sums is None else to_numpy(sums)
-    values = step_values(outcomes, numbers)
-    if numbers is not None and (changes := sentences(training.watch.see(step + 1, numbers))):
-        values["collapse"] = "; ".join(changes)
-    values |= dict(zip(norms, torch.stack([n.to(norm.device) for n in norms.values()]).tolist(), strict=True))
-    if not math.isfinite(values["train/loss"] + values["grad_norm"]):
+    losses, sizes, *numbers = fetch(
+        [mean_losses(outcomes), torch.stack([n.to(norm.device) for n in norms.values()]), *(sums or ())]
+    )
+    if not math.isfinite(losses[0] + sizes[-1]):
         where = locate_nonfinite(training.model, last_blocks.inputs, knobs)
         raise Diverged(step, where)
 
@@ -65,6 +64,16 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
+    # A GPU carries out the update while the host computes metrics.
+    names = [f"train/{name}" for name in ("loss", *outcomes[0].aux)]
+    values: dict[str, Any] = dict(zip(names, losses.tolist(), strict=True))
+    if sums is not None:
+        routing = Sums(dict(zip(sums._fields, numbers, strict=True)))
+        values |= {f"train/{name}": value for name, value in summarize(routing, per_layer=False).items()}
+        if changes := sentences(training.watch.see(step + 1, routing)):
+            values["collapse"] = "; ".join(changes)
+    values |= dict(zip(norms, sizes.tolist(), strict=True))
     if measure_updates:
         values |= gradients.relative_updates(training.parts, before)
     beside = merged_stats([outcome.beside for outcome in outcomes])

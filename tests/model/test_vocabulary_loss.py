@@ -74,6 +74,17 @@ def test_chunks_equal_the_whole_in_double_precision(scale: float) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_gpu_differentiates_as_a_cpu_does(scale: float) -> None:
+    x, weight, targets = inputs(torch.float64, scale=scale)
+    logits = (x @ weight.T).detach()
+    loss, gradient, factor = vocabulary_loss._on_cpu(logits.clone(), targets)
+    other_loss, other, one = vocabulary_loss._on_gpu(logits, targets)
+    assert other is logits, "the gradient takes the place of the logits"
+    torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(other * one, gradient * factor, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 2e-6), (True, 1e-2)])
 def test_errors_are_those_of_the_whole(autocast: bool, tolerance: float) -> None:
     """Relative to double precision, errors are small, and no more than twice those of logits made at once."""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.routing.decision import Routing
-from moe.routing.dispatch import capacity_per_expert, combine, dispatch, gather
+from moe.routing.decision import Routing, _Picked, count
+from moe.routing.dispatch import _dispatch_each, capacity_per_expert, combine, dispatch, gather
 
 
 def random_routing(tokens: int, experts: int, k: int, *, seed: int = 0, skew: float = 0.0) -> Routing:
@@ -262,3 +262,36 @@ def test_the_drop_rate_of_random_logits_agrees_with_theory(drop: str, experts: i
     expected = deviation * (normal.log_prob(torch.tensor(z)).exp().item() - z * tail) / mean
     error = deviation / mean / experts**0.5  # at most one standard deviation of the mean over experts
     assert rate == pytest.approx(expected, abs=4 * error)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 3), (300, 2)])
+def test_equally_many_experts_for_each_token_need_no_order_by_token(experts: int, k: int) -> None:
+    """What a GPU computes where every token has k experts equals the general way, also in all gradients."""
+    routing = random_routing(20, experts, k)
+    assert routing.each == k
+    assert routing.take(torch.arange(20 * k) % 3 > 0).each is None
+    x, gradient = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    found = []
+    for each in (True, False):
+        rows, weight = x.clone().requires_grad_(), routing.weight.double().requires_grad_()
+        routed = routing._replace(weight=weight)
+        offered = count(routing.expert, experts)
+        sent = _dispatch_each(routed, k, offered) if each else dispatch(routed, experts, capacity=None, seq_len=20)
+        assert sent.each == (k if each else None)
+        y = combine(gather(rows, sent).sin(), sent, 20)
+        y.backward(gradient)
+        found.append([sent.token, sent.kept, sent.weight.detach(), y.detach(), rows.grad, weight.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_the_gradient_of_picked_scores_is_that_of_gather() -> None:
+    scores, index = torch.randn(9, 5, dtype=torch.float64), torch.rand(9, 5).topk(3).indices
+    gradient = torch.randn(9, 3, dtype=torch.float64)
+    results = []
+    for pick in (_Picked.apply, lambda tensor, places: tensor.gather(-1, places)):
+        leaf = scores.clone().requires_grad_()
+        picked = pick(leaf, index)
+        picked.backward(gradient)
+        results.append((picked.detach(), leaf.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

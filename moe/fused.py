@@ -1,0 +1,49 @@
+"""Join the operations of a function into few kernels on a GPU."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fused(least: int) -> Callable[[Function], Function]:
+    """Decorate a function that `torch.compile` shall join into few kernels where that pays.
+
+    It pays on a GPU, if the first argument has `least` numbers or more: then the time of the separate kernels counts,
+    and not the seconds that a compilation takes. Elsewhere, and inside of another compilation, the function runs as it
+    is. Intermediate results are not rounded to bf16 in a joined kernel, so the last bits may differ.
+
+    The function must not draw random numbers, nor add to places that an index gives: the order of such sums varies.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(first: torch.Tensor, *others: Any) -> Any:
+            if not first.is_cuda or first.numel() < least or torch.compiler.is_compiling() or not _can_compile():
+                return function(first, *others)
+            before = torch.get_deterministic_debug_mode()
+            torch.set_deterministic_debug_mode("error")  # the gradient, too, is then compiled with sums of fixed order
+            try:
+                return _compiled(function)(first, *others)
+            finally:
+                torch.set_deterministic_debug_mode(before)
+
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the compiled function. This imports the compiler, which takes seconds, so it is left to the first call."""
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def _can_compile() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
