@@ -1,4 +1,4 @@
-"""Join the operations of a function into few kernels on a GPU."""
+"""Few kernels on a GPU: join the operations of a function, and convert numbers once."""
 
 import functools
 from collections.abc import Callable
@@ -47,3 +47,8 @@ def _can_compile() -> bool:
     from torch.utils._triton import has_triton
 
     return bool(has_triton())
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """Return the type in which a GPU multiplies x: that of autocast, where it is on. On a CPU, return the type of x."""
+    return torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype

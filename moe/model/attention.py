@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
-from moe.fused import fused
+from moe.fused import fused, product_type
 
 Rotary = tuple[Float[Tensor, "#B S N"], Float[Tensor, "#B S N"]]
 
@@ -34,6 +34,7 @@ class Attention(LlamaAttention):
         rotary: cosine and sine for each position and each of the N dimensions of a head.
         mask: as transformers makes it.
         """
+        x = x.to(product_type(x))  # once, and not for each product
         projections = self.q_proj, self.k_proj, self.v_proj
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (project(x).view(heads).transpose(1, 2) for project in projections)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe.fused import fused
+from moe.fused import fused, product_type
 from moe.routing.decision import Routing, count
 
 
@@ -182,9 +182,7 @@ def _softmax_by_token(
 
 def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:
     """For each assignment, return the hidden state of its token. On a GPU, it has the type in which experts compute."""
-    shorter = x.is_cuda and torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if shorter else x.dtype
-    return _Gather.apply(x, dispatched.token, dispatched.by_token, dispatched.each, dtype)
+    return _Gather.apply(x, dispatched.token, dispatched.by_token, dispatched.each, product_type(x))
 
 
 def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) -> Float[Tensor, "T D"]:

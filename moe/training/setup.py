@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError, first_line, require
 from moe.config.classes import build
 from moe.config.schema import Config
-from moe.data.blocks import Prepared, batch, of_domains, prepare
+from moe.data.blocks import Batch, Prepared, batch, of_domains, prepare
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.continued import check_continued, continued
@@ -34,7 +34,7 @@ from moe.training.watch import LoadWatch, can_collapse
 
 
 class Training(NamedTuple):
-    """The objects that a run trains with. Only the model, the optimizers and `watch` change during training.
+    """The objects that a run trains with. Only the model, the optimizers, `ahead` and `watch` change during training.
 
     process: the settings of the process, for the run record.
     model: the plain model, which is evaluated and saved.
@@ -43,6 +43,7 @@ class Training(NamedTuple):
     forward: `wrapped`, compiled if the configuration asks for it. A training step calls it.
     graphs: what runs passes as CUDA graphs. None where that is not possible from the start, or not wanted.
     parts: the trainable parameters of all routers ("router") and of all experts ("experts"), for norms and updates.
+    ahead: the micro-batches of the next step, by its number. The host makes them while it would wait for a GPU.
     base: how the model routes the compared tokens before the first step, if it starts from a checkpoint. A resume
         computes it again, before it loads the weights.
     learning: the routers, of the model and of its adapter, that learn without a gradient. A frozen one does not.
@@ -60,6 +61,7 @@ class Training(NamedTuple):
     graphs: Graphs | None
     optimizers: list[torch.optim.Optimizer]
     parts: Parts
+    ahead: dict[int, list[Batch]]
     learning: frozenset[Router]
     base: Routes | None
     watch: LoadWatch
@@ -109,6 +111,7 @@ def set_up(config: Config) -> Training:
         graphs=_graphs(config, model, accelerator.device),
         optimizers=optimizers,
         parts=parts(model),
+        ahead={},
         learning=learning,
         base=_base_routes(config, model, data, schedule),
         watch=LoadWatch(

@@ -50,6 +50,9 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
     norm = norms["grad_norm"] = global_norm(grads)
     sums = merged_stats([outcome.stats for outcome in outcomes])
+    training.ahead.clear()
+    if norm.is_cuda and step + 1 < config.steps:
+        training.ahead[step + 1] = micro_batches(config, training.data, step + 1)
     losses, sizes, *numbers = fetch(
         [mean_losses(outcomes), torch.stack([n.to(norm.device) for n in norms.values()]), *(sums or ())]
     )
@@ -62,7 +65,10 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
     before = gradients.copy_parameters(training.parts) if measure_updates else {}
     for optimizer in optimizers:
-        optimizer.step()
+        if training.graphs is None:
+            optimizer.step()
+        else:
+            training.graphs.step(optimizer)
         optimizer.zero_grad()
 
     # A GPU carries out the update while the host computes metrics.
@@ -94,7 +100,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     """
     config, accelerator = training.config, training.accelerator
     _, data_seed = config.seeds
-    batches = micro_batches(config, training.data, step)
+    batches = training.ahead.pop(step, None) or micro_batches(config, training.data, step)
     shares = label_weights(batches)
     router_weights = [router.loss_weights for router in training.routers]
     beside_weights = [router.loss_weights for router in training.adapter_routers]
