@@ -27,7 +27,7 @@ from moe.launch.command_line import read_cells
 MODEL = "model=base model.expert=silu batch_size=24 data.seq_len=512 precision=bf16".split()
 STEPS = {
     "as configured": [],
-    "cuda_graph=true": ["cuda_graph=true"],
+    "cuda_graph=false": ["cuda_graph=false"],
     "capacity=1.25": ["capacity=1.25"],
     "gradient_checkpointing=true": ["gradient_checkpointing=true"],
     "precision=fp32": ["precision=fp32"],

@@ -17,6 +17,7 @@ FREE_KEYS = (
     "save_every",
     "save_model",
     "gradient_checkpointing",
+    "cuda_graph",
     "expert_parallel",
     "rank_timeout",
     "logger",

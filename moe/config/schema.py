@@ -63,7 +63,7 @@ class Config:
     precision: str = "fp32"  # numbers of the forward pass in training: fp32 | bf16 | auto (what a pass is faster in)
     matmul_precision: str = "highest"  # exactness of fp32 products: highest | high (TF32 on a GPU) | medium (bf16)
     compile: bool = False  # compile the model with torch.compile: faster steps after a slow start
-    cuda_graph: bool = False  # on a GPU, start all kernels of a pass at once, where the host need not wait in it
+    cuda_graph: bool = True  # on a GPU, start all kernels of a pass at once, where the host need not wait in it
     gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of storing them
     expert_parallel: bool = False  # divide the experts among the ranks instead of copying them
     rank_timeout: int = 600  # seconds that a rank waits for another one before it gives up

@@ -1,5 +1,6 @@
 """Compute every routing metric from the sums that a model leaves behind."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +46,8 @@ def to_numpy(stats: RoutingStats) -> Sums:
 
 def fetch(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     """Return tensors in double precision, in one transfer from their device: each transfer from a GPU waits for it."""
-    numbers = torch.cat([tensor.flatten() for tensor in tensors]).cpu().double().numpy()
+    by_type = itertools.groupby((tensor.flatten() for tensor in tensors), key=lambda tensor: tensor.dtype)
+    numbers = torch.cat([torch.cat([*same]).double() for _, same in by_type]).cpu().numpy()  # one kernel for each type
     parts = np.split(numbers, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -60,25 +60,14 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
         where = locate_nonfinite(training.model, last_blocks.inputs, knobs)
         raise Diverged(step, where)
 
-    # Clip after the check. Clipping with a non-finite norm would make every gradient non-finite and hide the source.
-    clip = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
     before = gradients.copy_parameters(training.parts) if measure_updates else {}
-    for optimizer in optimizers:
-        if training.graphs is None:
-            optimizer.step()
-        else:
-            training.graphs.step(optimizer)
-        optimizer.zero_grad()
+    _update(training, grads, norm)
 
     # A GPU carries out the update while the host computes metrics.
     names = [f"train/{name}" for name in ("loss", *outcomes[0].aux)]
     values: dict[str, Any] = dict(zip(names, losses.tolist(), strict=True))
     if sums is not None:
-        routing = Sums(dict(zip(sums._fields, numbers, strict=True)))
-        values |= {f"train/{name}": value for name, value in summarize(routing, per_layer=False).items()}
-        if changes := sentences(training.watch.see(step + 1, routing)):
-            values["collapse"] = "; ".join(changes)
+        values |= _routing_values(training, step, Sums(dict(zip(sums._fields, numbers, strict=True))))
     values |= dict(zip(norms, sizes.tolist(), strict=True))
     if measure_updates:
         values |= gradients.relative_updates(training.parts, before)
@@ -88,6 +77,28 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
             if seen is not None and router in training.learning:
                 router.after_step(seen.layer(index, router.num_experts))
     return values | {"learning_rate": learning_rate(optimizers)} | settings
+
+
+def _update(training: Training, grads: list[Tensor], norm: Tensor) -> None:
+    """Clip the gradients, whose norm is given and finite, take a step of each optimizer, and forget the gradients.
+
+    With a norm that is not finite, every gradient would become non-finite, which hides the source.
+    """
+    clip = (training.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
+    for optimizer in training.optimizers:
+        if training.graphs is None:
+            optimizer.step()
+        else:
+            training.graphs.step(optimizer)
+        optimizer.zero_grad()
+
+
+def _routing_values(training: Training, step: int, sums: Sums) -> dict[str, Any]:
+    """Return the routing metrics of a step, and `collapse` if the `LoadWatch` tells something."""
+    values: dict[str, Any] = {f"train/{name}": value for name, value in summarize(sums, per_layer=False).items()}
+    changes = sentences(training.watch.see(step + 1, sums))
+    return values | ({"collapse": "; ".join(changes)} if changes else {})
 
 
 def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[list[Outcome], Batch]:
