@@ -1,7 +1,7 @@
 """The language model: a Llama-type decoder with Mixture-of-Experts feed-forward layers.
 
-Attention, norms and position embeddings are those of transformers. Parameter names follow transformers' Llama, so that
-dense checkpoints can be loaded by name.
+Attention, norms and position embeddings compute what those of transformers do. Parameter names follow transformers'
+Llama, so that dense checkpoints can be loaded by name.
 """
 
 import functools
