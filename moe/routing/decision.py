@@ -266,7 +266,7 @@ def count(index: Int[Tensor, "N"], bins: int) -> Int[Tensor, "bins"]:
 def picked(scores: Float[Tensor, "T N"], index: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
     """Return the scores at K different indices of each token: `scores.gather(-1, index)`.
 
-    The gradient that PyTorch would use takes 35 kernels on a GPU if it has to be repeatable, see `_Picked`.
+    The gradient that PyTorch would use sorts the indices on a GPU if it has to be repeatable, see `_Picked`.
     """
     return _Picked.apply(scores, index) if scores.is_cuda else scores.gather(-1, index)
 

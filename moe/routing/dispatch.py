@@ -27,7 +27,7 @@ class Dispatch(NamedTuple):
     by_token: (R) indices that sort these assignments by token.
     places: how many assignments all experts together accept. None without a limit.
     each: every token has this many assignments, so that a GPU can add their rows without looking where they begin. None
-        otherwise, and on a CPU, which is as fast without.
+        otherwise, and on a CPU.
     """
 
     token: Int[Tensor, "R"]
