@@ -24,7 +24,6 @@ gc.disable()  # imports create a million objects, none of which is garbage
 # jaxtyping instruments, it looks for compiled files of another name, and would compile thousands of modules again.
 # W&B is the first, because its classes look for their source in every module that is already imported.
 import wandb.apis.public  # noqa: F401, I001
-import datasets  # noqa: F401
 import jaxtyping
 import pytest
 import statsmodels.formula.api  # noqa: F401

@@ -34,7 +34,7 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that are torch or import it
 # Libraries that a plain command imports until it refuses or skips a run, and those that it imports to train one.
 TO_CHECK = {"hydra", "omegaconf", "orjson", "safetensors", "yaml"}
-TO_TRAIN = {*TORCH, *TO_CHECK, "filelock", "jaxtyping", "jinja2", "numpy", "tokenizers", "tqdm"}
+TO_TRAIN = {*TORCH - {"datasets"}, *TO_CHECK, "filelock", "jaxtyping", "jinja2", "numpy", "tokenizers", "tqdm"}
 # Packages that must start quickly. Importing torch takes seconds.
 WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files", "program"}
 

@@ -1,4 +1,4 @@
-"""Turn documents into token blocks (split, tokenize, pack, cache as Arrow), and give the order in which training reads
+"""Turn documents into token blocks (split, tokenize, pack, cache), and give the order in which training reads
 them.
 
 All functions of this module depend on their arguments alone. Every seed, rank and resumed run therefore sees the same
@@ -19,7 +19,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from filelock import FileLock
@@ -34,12 +33,13 @@ from moe.data.limits import BlockSettings, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
 from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
 from moe.data.split import Corpus, divide
+from moe.data.table import BlockTable
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
 from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, walk
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 6  # Increase it whenever the same arguments give different blocks or different files.
+CACHE_FORMAT = 7  # Increase it whenever the same arguments give different blocks or different files.
 
 
 SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
@@ -48,7 +48,7 @@ SHUFFLE = 7  # the seed of shuffled domains, the same for all runs
 class Prepared(NamedTuple):
     """Token blocks of one corpus.
 
-    train, val, test: data sets with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of
+    train, val, test: tables with the columns input_ids (seq_len) and domain (an index into `domains`). All tokens of
         a block are of one domain. Blocks of conversations also have the columns labels and position_ids (seq_len); see
         `Batch`.
     val, test: have the column document too, a number for each source file (`Document.group`); a conversation is a
@@ -59,12 +59,12 @@ class Prepared(NamedTuple):
         were chosen, see `moe.data.split.Splits`.
     """
 
-    train: datasets.Dataset
-    val: datasets.Dataset
+    train: BlockTable
+    val: BlockTable
     domains: tuple[str, ...]
     tokenizer: PreTrainedTokenizerFast
     manifest: dict[str, Any]
-    test: datasets.Dataset | None = None
+    test: BlockTable | None = None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ def prepare(source: Source, settings: BlockSettings, *, cache: str, make: bool =
             "files": tokenizer_files(settings.tokenizer),
         },
         "blocks": {name: getattr(settings, name) for name in blocks},
-        "packages": {name: metadata.version(name) for name in ("datasets", "tokenizers")},
+        "packages": {"tokenizers": metadata.version("tokenizers")},
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache).expanduser()
@@ -134,7 +134,7 @@ def of_domains(data: Prepared, names: Sequence[str]) -> Prepared:
     """
     check_train_domains(names, data.domains)
     numbers = [number for number, name in enumerate(data.domains) if name in names]
-    kept = np.flatnonzero(np.isin(np.asarray(data.train["domain"]), numbers))
+    kept = np.flatnonzero(np.isin(data.train["domain"], numbers))
     require(len(kept) > 0, "data.train_domains", list(names), "domains with at least one block of training text")
     domains = {
         name: counts | ({} if name in names else {"train": dict.fromkeys(counts["train"], 0)})
@@ -207,19 +207,19 @@ class Batch(NamedTuple):
         return [self.take(slice(start, start + size)) for start in range(0, len(self.ids), size)]
 
 
-def batch(dataset: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
+def batch(table: BlockTable, indices: Sequence[int] | np.ndarray) -> Batch:
     """Return the blocks at `indices` (B), as int64 tensors."""
-    rows = {name: torch.from_numpy(column) for name, column in dataset[indices].items()}
+    rows = {name: torch.from_numpy(column) for name, column in table[indices].items()}
     ids, domain = rows["input_ids"], rows["domain"]
-    shuffled = torch.from_numpy(_shuffled_domains(dataset)[np.asarray(indices)])
+    shuffled = torch.from_numpy(_shuffled_domains(table)[np.asarray(indices)])
     told = torch.stack([domain, shuffled], 1)
     return Batch(ids, domain, rows.get("labels", ids), rows.get("position_ids"), told)
 
 
 @lru_cache(maxsize=4)
-def _shuffled_domains(dataset: datasets.Dataset) -> np.ndarray:
-    """Return the domain of each block of a data set, shuffled over its blocks in the same way at each call."""
-    domain = dataset.select_columns("domain")[:]["domain"]
+def _shuffled_domains(table: BlockTable) -> np.ndarray:
+    """Return the domain of each block of a table, shuffled over its blocks in the same way at each call."""
+    domain = table["domain"]
     return domain[_permutation(len(domain), SHUFFLE, 0)]
 
 
@@ -237,7 +237,6 @@ def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
 
 def _build(source: Source, folder: Path, settings: BlockSettings) -> dict[str, Any]:
     """Write the folders tokenizer, train, val and, if there is test text, test; return their manifest entries."""
-    datasets.disable_progress_bars()  # this module has its own, which end with what they count
     seq_len, test_percent = settings.seq_len, settings.test_percent
     corpus, beyond, left_out = _read(source, test_percent)
     splits = divide(corpus, beyond, val_percent=settings.val_percent, test_percent=test_percent)
@@ -260,18 +259,18 @@ def _build(source: Source, folder: Path, settings: BlockSettings) -> dict[str, A
             domain: make_blocks(documents, fast, seq_len, f"tokenize {name} {domain}")
             for domain, documents in split.items()
         }
-        dataset = _dataset(list(blocks.values()), max_blocks, with_document=name != "train")
-        if not len(dataset):
+        table = _table(list(blocks.values()), max_blocks, with_document=name != "train")
+        if not len(table):
             without = ", or data.test_percent=0" if name == "test" else ""
             raise ValueError(
                 f"data.seq_len={seq_len}: no {name} block is that long; give more or longer documents{without}"
             )
-        _refuse_padding(dataset.with_format("numpy"), fast, name)
-        dataset.save_to_disk(folder / name)
-        for domain, counted in _counts(split, blocks, np.asarray(dataset["domain"])).items():
+        _refuse_padding(table, fast, name)
+        table.save(folder / name)
+        for domain, counted in _counts(split, blocks, table["domain"]).items():
             counts[domain][name] = counted
         if name != "train":
-            lengths = _predicted_bytes(dataset.with_format("numpy"), fast, len(counts))
+            lengths = _predicted_bytes(table, fast, len(counts))
             for domain, length in zip(counts, lengths, strict=True):
                 counts[domain][name]["predicted_bytes"] = length
     return {
@@ -332,7 +331,7 @@ def _counts(
     }
 
 
-def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bool) -> datasets.Dataset:
+def _table(domains: list[Blocks], max_blocks: int | None, *, with_document: bool) -> BlockTable:
     """Return the blocks domain by domain, at most `max_blocks` of them, with the column `document` if asked for."""
     columns = {name: np.concatenate([blocks.columns[name] for blocks in domains]) for name in domains[0].columns}
     columns["domain"] = np.repeat(np.arange(len(domains)), [len(blocks.document) for blocks in domains])
@@ -343,13 +342,10 @@ def _dataset(domains: list[Blocks], max_blocks: int | None, *, with_document: bo
     if max_blocks is not None:
         selected = evenly_spaced(len(columns["domain"]), max_blocks)
         columns = {name: column[selected] for name, column in columns.items()}
-    features = datasets.Features({name: datasets.Value("int32") for name in columns})
-    for name in [name for name, column in columns.items() if column.ndim > 1]:
-        features[name] = datasets.List(features[name], length=columns[name].shape[1])
-    return datasets.Dataset.from_dict(columns, features=features)
+    return BlockTable(columns)
 
 
-def _predicted_bytes(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, domains: int) -> list[int]:
+def _predicted_bytes(data: BlockTable, tokenizer: PreTrainedTokenizerFast, domains: int) -> list[int]:
     """Return for each domain the length of the text that a model predicts, in bytes of UTF-8.
 
     It is the text of all tokens that are the target of a prediction, as the tokenizer decodes them. Tokens that stand
@@ -365,13 +361,13 @@ def _predicted_bytes(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast,
     return lengths
 
 
-def _refuse_padding(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def _refuse_padding(table: BlockTable, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """Raise ValueError if the blocks contain padding tokens, unless the tokenizer pads with a token that ends texts."""
     if tokenizer.pad_token_id in end_ids(tokenizer):
         return
-    found = sum((rows["input_ids"] == tokenizer.pad_token_id).mean(1).sum() for rows in dataset.iter(batch_size=4096))
+    found = sum((ids == tokenizer.pad_token_id).mean(1).sum() for ids in table.parts("input_ids", 4096))
     if found:
-        share = found / len(dataset)
+        share = found / len(table)
         raise ValueError(
             f"data.tokenizer: {share:.1%} of the tokens of the {name} blocks are its padding token "
             f"{tokenizer.pad_token!r}; it must pad with a token that no text contains"
@@ -430,6 +426,6 @@ def _intact(folder: Path) -> bool:
 def _load(folder: Path) -> Prepared:
     manifest = json.loads(read_text(folder / "manifest.json"))
     names = ["train", "val", *(["test"] if manifest["test_sha256"] else [])]
-    splits = {name: datasets.load_from_disk(folder / name).with_format("numpy") for name in names}
+    splits = {name: BlockTable.load(folder / name) for name in names}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return Prepared(**splits, domains=tuple(manifest["domains"]), tokenizer=tokenizer, manifest=manifest)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.data.blocks import batch
 from moe.data.labels import IGNORED, next_token
+from moe.data.table import BlockTable
 from moe.distributed import ranks
 from moe.distributed.sharding import full_tensors
 from moe.metrics.agreement import drift
@@ -80,7 +80,7 @@ def _drift(training: Training, temperature: float) -> dict[str, Any]:
 @torch.no_grad()
 def evaluate(
     model: MoEForCausalLM,
-    data: Dataset,
+    data: BlockTable,
     *,
     domains: tuple[str, ...],
     text_bytes: tuple[int, ...],
@@ -153,7 +153,7 @@ def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
 
 
 def _run(
-    model: MoEForCausalLM, data: Dataset, blocks: range, context: dict[str, Any], *, domains: int
+    model: MoEForCausalLM, data: BlockTable, blocks: range, context: dict[str, Any], *, domains: int
 ) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], list[RoutingStats], Float[Tensor, "L N E"]]:
     """Run the model on a micro-batch of these blocks.
 
@@ -223,11 +223,11 @@ def _routing_metrics(stats: RoutingStats, model: MoEForCausalLM) -> dict[str, An
     return values | {f"routing/router_gram/layer{layer:02d}": gram for layer, gram in enumerate(grams)}
 
 
-def _write_documents(folder: Path, data: Dataset, by_block: Float[Tensor, "2 B"]) -> None:
+def _write_documents(folder: Path, data: BlockTable, by_block: Float[Tensor, "2 B"]) -> None:
     """Write the summed losses and numbers of tokens of the documents, which are sums over their blocks."""
     [sums] = ranks.all_reduce_sum((by_block,))
     if ranks.is_first():
-        documents = np.asarray(data["document"])
+        documents = data["document"]
         write_documents(folder, DocumentLosses(*(np.bincount(documents, row) for row in sums.cpu().numpy())))
 
 

@@ -231,8 +231,8 @@ def observed(config: Config) -> bool:
 def token_counts(data: Prepared) -> Int[Tensor, "V"]:
     """Count how often each token id occurs in the training blocks."""
     counts = torch.zeros(len(data.tokenizer), dtype=torch.long)
-    for rows in data.train.select_columns("input_ids").iter(batch_size=4096):
-        counts += torch.from_numpy(rows["input_ids"]).flatten().bincount(minlength=len(counts))
+    for ids in data.train.parts("input_ids", 4096):
+        counts += torch.from_numpy(ids).flatten().bincount(minlength=len(counts))
     return counts
 
 

@@ -14,7 +14,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -62,7 +61,6 @@ def prepare_small(source, cache: Path, **changes) -> Prepared:
 
 def test_making_blocks_leaves_nothing_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress bars are erased when what they count is done, and no library draws one of its own."""
-    datasets.enable_progress_bars()
     screen, terminal = os.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr("sys.stderr", stderr)
@@ -91,8 +89,8 @@ def groups_in(prepared: Prepared, name: str) -> set[str]:
     return {part.split()[0] for text in texts(prepared, name) for part in text.split("<|endoftext|>") if part.split()}
 
 
-def arrow_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
+def column_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.npy"))}
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +362,7 @@ def test_a_validation_block_has_the_number_of_its_first_tokens_document(source, 
     numbers, expected = prepared.val["document"][:].tolist(), groups_of_first_tokens(prepared, source)
     assert len(set(zip(numbers, expected, strict=True))) == len(set(numbers)) == len(set(expected))
     assert len(prepared.domains) < len(set(numbers)) < len(numbers)
-    assert prepared.train.column_names == ["input_ids", "domain"]  # training needs no other column
+    assert prepared.train.column_names == ["domain", "input_ids"]  # training needs no other column
 
 
 def test_shuffled_domains_are_the_domains_in_another_order_and_those_of_a_block_never_change(named_groups):
@@ -433,7 +431,7 @@ def test_two_preparations_make_the_same_blocks(embedded, tmp_path, caplog):
         again = prepare_small(EMBEDDED, tmp_path, vocab_size=1024, seq_len=64, val_percent=10)
     for field in ("key", "corpus_sha256", "tokenizer_sha256", "domains"):
         assert again.manifest[field] == embedded.manifest[field]
-    assert [path.name for path in (tmp_path / again.manifest["key"]).rglob("*.arrow")]
+    assert [path.name for path in (tmp_path / again.manifest["key"]).rglob("*.npy")]
     for name in ("train", "val"):
         np.testing.assert_array_equal(getattr(again, name)["input_ids"], getattr(embedded, name)["input_ids"])
 
@@ -493,16 +491,16 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
-@pytest.mark.parametrize("file", ["train/data-00000-of-00001.arrow", "tokenizer/tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("file", ["train/input_ids.npy", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, caplog, file, damage):
     folder = tmp_path / prepare_small(NamedGroups(), tmp_path).manifest["key"]
-    before, manifest = arrow_files(folder), (folder / "manifest.json").read_text()
+    before, manifest = column_files(folder), (folder / "manifest.json").read_text()
     damage(folder / file)
     with caplog.at_level(logging.WARNING, logger="moe.data.blocks"):
         prepare_small(NamedGroups(), tmp_path)
     assert f"{folder} is damaged" in caplog.text
-    assert arrow_files(folder) == before
+    assert column_files(folder) == before
     assert json.loads((folder / "manifest.json").read_text())["domains"] == json.loads(manifest)["domains"]
 
 
@@ -534,7 +532,7 @@ def test_files_of_the_cache_have_the_permissions_of_new_files(tmp_path):
 def test_files_of_a_killed_preparation_are_not_used(named_groups, tmp_path):
     unfinished = tmp_path / f"{named_groups.manifest['key']}.unfinished"
     (unfinished / "train").mkdir(parents=True)
-    (unfinished / "train" / "data.arrow").write_text("half")
+    (unfinished / "train" / "input_ids.npy").write_text("half")
     assert prepare_small(NamedGroups(), tmp_path).manifest["domains"] == named_groups.manifest["domains"]
     assert not unfinished.exists()
 

@@ -98,7 +98,7 @@ def test_a_run_stops_if_all_checkpoints_are_damaged(cut_off: TrainCommand, survi
 def test_a_damaged_data_cache(damage: str, job: Any, undisturbed: Any, survived: Any, tmp_path: Path) -> None:
     one = job("a", f"data.cache={tmp_path / 'cache'}")
     assert one.run(partial(die_before, "moe.runs.checkpoint", "save", 5)) == -signal.SIGKILL
-    [file] = (tmp_path / "cache").glob("*/train/*.arrow")
+    [file] = (tmp_path / "cache").glob("*/train/input_ids.npy")
     if damage == "truncated":
         os.truncate(file, file.stat().st_size // 2)
     elif damage == "bit flipped":
@@ -124,7 +124,7 @@ def test_a_data_cache_damaged_while_it_is_read(
     if damage == "deleted":
         shutil.rmtree(tmp_path / "cache")
     else:
-        [file] = (tmp_path / "cache").glob("*/train/*.arrow")
+        [file] = (tmp_path / "cache").glob("*/train/input_ids.npy")
         os.truncate(file, 0)
     status = wait_for_end(process)
     if status != 0:

@@ -390,13 +390,13 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
-    change_checksum(cells[0].folder, "val/data-00000-of-00001.arrow")  # validation blocks may change
+    change_checksum(cells[0].folder, "val/input_ids.npy")  # validation blocks may change
     assert main(command) == 0
     changed = read_study(cells[0].folder)
     assert changed["settings"]["model_sha256"] == records[1]["settings"]["model_sha256"]
     assert changed["measured"]["load"] == second["load"]
     assert [entry["seed"] for entry in changed["measured"]["seed_agreement"]] == [2]
-    change_checksum(cells[0].folder, "train/data-00000-of-00001.arrow")
+    change_checksum(cells[0].folder, "train/input_ids.npy")
     assert main([*command, "--samples", "7"]) == 2
     assert "its data has changed" in capsys.readouterr().err
 

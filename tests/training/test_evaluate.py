@@ -3,13 +3,14 @@
 import collections
 import math
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from moe.config.model import ModelConfig
 from moe.config.options import complete, router_spec
 from moe.data.blocks import Batch, batch
+from moe.data.table import BlockTable
 from moe.metrics.catalog import ROUTING_METRICS
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.routing.decision import TrainingText
@@ -19,13 +20,13 @@ S, V = 16, 50
 SIZE = ModelConfig(dim=16, heads=2, layers=1, ffn=8, num_experts=8, dense_ffn=16)
 
 
-def make(router: str) -> tuple[MoEForCausalLM, Dataset]:
+def make(router: str) -> tuple[MoEForCausalLM, BlockTable]:
     """Return an untrained small model with this router, and six random blocks, three of each domain."""
     torch.manual_seed(0)
     spec = router_spec(router)
     model = MoEForCausalLM(MoEConfig.of(SIZE, spec, vocab_size=V, seq_len=S)).eval()
-    ids = torch.randint(0, V, (6, S)).tolist()
-    blocks = Dataset.from_dict({"input_ids": ids, "domain": [0, 0, 0, 1, 1, 1]}).with_format("numpy")
+    ids = torch.randint(0, V, (6, S)).numpy()
+    blocks = BlockTable({"input_ids": ids, "domain": np.array([0, 0, 0, 1, 1, 1])})
     for layer in model.moe_layers:
         layer.router.before_training(TrainingText(torch.ones(V, dtype=torch.long), ("a", "b")))
     return model, blocks
@@ -104,7 +105,7 @@ def test_evaluation_batches_mix_domains_and_read_every_block_once(monkeypatch: p
     """
     read: list[list[int]] = []
 
-    def recording_batch(data: Dataset, indices: range) -> Batch:
+    def recording_batch(data: BlockTable, indices: range) -> Batch:
         read.append(list(indices))
         return batch(data, indices)
 
