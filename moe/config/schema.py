@@ -1,6 +1,7 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import json
+from dataclasses import MISSING as FIELD_MISSING
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, get_type_hints
@@ -351,3 +352,16 @@ def allowed_values(key: str) -> str | None:
     if found is None:
         return None
     return str(found.metadata.get("allowed", describe(get_type_hints(holder)[name])))
+
+
+def defaults(holder: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the default of each key of the configuration, or of another dataclass, flat, if it has one."""
+    types, found = get_type_hints(holder), dict[str, Any]()
+    for each in fields(holder):
+        if is_dataclass(types[each.name]):
+            found |= defaults(types[each.name], f"{prefix}{each.name}.")
+        elif each.default_factory is not FIELD_MISSING:
+            found[f"{prefix}{each.name}"] = each.default_factory()
+        elif each.default not in (FIELD_MISSING, MISSING):
+            found[f"{prefix}{each.name}"] = each.default
+    return found

@@ -1,10 +1,9 @@
 """The text of `--help`: keys with their meanings, options with their purposes; and of `--help` with one of these."""
 
 import textwrap
-from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from inspect import Parameter
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,7 +12,7 @@ from moe.config import meanings
 from moe.config.classes import locate
 from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, options, sources
 from moe.config.question import parts_of, text_of
-from moe.config.schema import Config, allowed_values
+from moe.config.schema import allowed_values, defaults
 from moe.launch.hints import hint
 from moe.launch.option_files import named_in, read_option, values_of
 from moe.program import program
@@ -202,7 +201,7 @@ def value_text(value: Any) -> str:
 
 def usual_values() -> dict[str, Any]:
     """Return each key with its default, or with the value in the group's usual option."""
-    values = _defaults()
+    values = defaults()
     for group, option in usual_options().items():
         if group in ("model", "data", "optimizer", "logger"):
             values |= values_of(group, sources(group)[option])
@@ -215,16 +214,3 @@ def usual_options() -> dict[str, str]:
     chosen: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     pairs = [pair for entry in chosen["defaults"] if isinstance(entry, dict) for pair in entry.items()]
     return {group: str(option) for group, option in pairs if group in GROUPS and option is not None}
-
-
-def _defaults(holder: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """Return the default of each key of a dataclass, flat, if it has one."""
-    types, found = get_type_hints(holder), dict[str, Any]()
-    for each in fields(holder):
-        if is_dataclass(types[each.name]):
-            found |= _defaults(types[each.name], f"{prefix}{each.name}.")
-        elif each.default is not MISSING:
-            found[f"{prefix}{each.name}"] = each.default
-        elif each.default_factory is not MISSING:
-            found[f"{prefix}{each.name}"] = each.default_factory()
-    return found

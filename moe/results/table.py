@@ -20,6 +20,7 @@ import pandas as pd
 
 from moe.config.cell import Grid
 from moe.config.keys import DEFAULTED, OFF, flatten
+from moe.config.schema import defaults
 from moe.config.trainable import ALL
 from moe.runs import events
 from moe.runs.folder import single_runs, user
@@ -99,6 +100,7 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return rows of runs as one table: facts, factors, then metrics as floats. A row with a record has "causal"."""
     known = [row for row in rows if "causal" in row]  # rows with a record; only there a key is known to be absent
     absent = {key: ABSENT for row in known for key in row if "/" not in key and key not in FACTS}
+    absent |= _levels({key: value for key, value in defaults().items() if key in absent})  # keys from after a run
     table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)
     metrics = [column for column in table if "/" in column]
     factors = [column for column in table if "/" not in column and column not in FACTS]

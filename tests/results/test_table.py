@@ -235,13 +235,22 @@ def _refuse(path: Path | str) -> Any:
 
 def test_varied_factors_leave_out_copies_of_the_seed_free_settings_and_tied_factors(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "a", seed=1, router="topk", threads=1, z=0.1)
-    write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, batch_size=8)  # z does not apply to it
+    b = write_run(tmp_path / "x" / "b", seed=2, router="hash", threads=2, router_rate=8, z=0.0)
+    change_record(b, identity={"seed": 2})  # z does not apply to it
     write_run(tmp_path / "x" / "c", seed=2, router="topk", threads=2, z=0.1)
     runs = load_runs([tmp_path])
     assert varied_factors(runs) == ["router", "seed"]
-    assert tied_factors(runs) == {"batch_size": "router", "router._target_": "router"}
-    assert levels(runs["batch_size"]) == [8, "absent"]
+    assert tied_factors(runs) == {"router_rate": "router", "router._target_": "router"}
+    assert levels(runs["router_rate"]) == [8, "absent"]
     assert levels(runs["z"]) == [0.1, "absent"]
+
+
+def test_a_key_from_after_a_run_was_recorded_has_its_default(tmp_path: Path) -> None:
+    write_run(tmp_path / "x" / "old", seed=1)
+    write_run(tmp_path / "x" / "new", seed=2, lb_sequence=0.0, capacity=None)
+    runs = load_runs([tmp_path])
+    assert runs["lb_sequence"].tolist() == [0.0, 0.0]
+    assert runs["capacity"].tolist() == ["none", "none"]
 
 
 def test_the_report_says_that_a_key_without_effect_follows_the_router(tmp_path: Path) -> None:
