@@ -25,6 +25,7 @@ class InterveningRouter(Router):
         super().__init__(router.dim, router.num_experts, fixed_k=None)
         self.router = router
         self.intervention = intervention
+        self.replays = router.replays
 
     @property
     def chain(self) -> list[Router]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe.config.model import ModelConfig
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.cost import count_parameters, flops_per_token
+from moe.specialization.interventions import intervene
 
 V, S = 61, 8
 TOPK = {"_target_": "moe.routers.topk.TopK", "k": 2}
@@ -53,6 +55,16 @@ def test_each_layer_routes_as_the_same_layer_of_the_other_model(other: Path, tra
     ours.loss.backward()
     assert all(p.grad is not None for p in model.parameters())  # and the other model is none of its parts
     assert count_parameters(model).active < count_parameters(model).total
+
+
+def test_decisions_of_the_other_model_can_be_changed_in_all_layers_as_a_study_does(other: Path) -> None:
+    ids = torch.randint(0, V, (2, S))
+    model = replaying(other, seed=1).eval()
+    expected = model(ids).logits
+    with ExitStack() as stack:
+        for layer in model.moe_layers:
+            stack.enter_context(intervene(layer, lambda routing, _: routing))
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_with_the_weights_of_the_other_model_it_is_that_model(other: Path) -> None:
