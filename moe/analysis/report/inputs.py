@@ -200,12 +200,12 @@ def collect_inputs(
 def tested_metrics(runs: pd.DataFrame) -> tuple[str, ...]:
     """Return `TESTED`, with bits per byte in place of the perplexity if the runs have several tokenizers.
 
-    Where the load of all layers together is unknown, its mean over layers takes its place.
+    Where it is null for a run, the mean over layers takes the place of the load of all layers together.
     Where validation text chose the values of tuned keys, test text judges them.
     """
     several, judged = several_tokenizers(runs), is_judged(runs)
     names = ("val/bits_per_byte" if several and name == "val/perplexity" else name for name in TESTED)
-    names = (with_every_run(runs, name) for name in names)
+    names = (with_every_run(runs, name) if name in runs else name for name in names)
     return tuple(test if judged and (test := name.replace("val/", "test/")) in runs else name for name in names)
 
 
