@@ -44,6 +44,7 @@ from moe.launch.overrides import (
     values_of,
 )
 from moe.launch.resolvers import run_name
+from moe.routing.loss_table import CHOICE_WEIGHTS, LOSSES
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -371,11 +372,12 @@ def _why_ignored(key: str, cell: Cell) -> str:
         return "there is one expert"
     if key in DEFAULTED:
         return f"optimizer={cell.choices['optimizer']} has no Muon, and AdamW does not use this key"
-    if key == "load" and cell.config.router.get("load") is not None:
-        return "this router has a loss of its own for it, router.load"
-    if key == "load" and cell.config.router.get("k", 1) >= cell.config.model.num_experts:
+    loss = next((loss for loss in LOSSES.values() if loss.weight == key), None)
+    if loss and cell.config.router.get(key) is not None:
+        return f"this router has a loss of its own for it, router.{key}"
+    if key in CHOICE_WEIGHTS and cell.config.router.get("k", 1) >= cell.config.model.num_experts:
         return "every token goes to all experts"
-    if key == "load":
-        return f"router={cell.choices['router']} does not choose by learned logits with Gaussian noise, each by itself"
+    if loss and loss.needs:
+        return f"router={cell.choices['router']} does not {loss.needs}"
     settings = "" if key in OFF else " with its other settings"
     return f"router={cell.choices['router']} ignores {key}{settings}"

@@ -13,7 +13,7 @@ from moe.checks import ConfigError, require
 from moe.routers.seeding import seeded
 from moe.routing.decision import Context, Knobs, Routing, TrainingText, picked
 from moe.routing.expected_load import bar, expected_load_cv
-from moe.routing.loss_table import BALANCE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
+from moe.routing.loss_table import CHOICE_WEIGHTS, COSTLY, PROBABILITY_WEIGHTS
 from moe.routing.stats import RoutingStats
 
 # How the optimizers treat a parameter. matrix: Muon, or AdamW with weight decay where AdamW trains everything. other,
@@ -183,14 +183,14 @@ class Router(nn.Module):
         expert has always the probability 1.
         """
         keys = set(self.ignores)
-        if not self.expects_load or self.fixed_k == self.num_experts:
+        if not self.expects_load:
             keys.add("load")
         if any(router.expert_rows is None for router in self.chain):
             keys |= {"simbal", "erc"}
         if self.fixed_k == 1:
             keys.add("output_orthogonality")
         if self.fixed_k == self.num_experts:
-            keys |= BALANCE_WEIGHTS
+            keys |= CHOICE_WEIGHTS
         if self.num_experts == 1:
             keys |= PROBABILITY_WEIGHTS | COSTLY
         return frozenset(keys)

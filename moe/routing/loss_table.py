@@ -14,6 +14,7 @@ class Loss(NamedTuple):
     formula: str
     meaning: str
     paper: str
+    needs: str = ""  # what not every router does, and one must do to have this loss
 
 
 # Losses that any router can have. `weight` is a key at the root of the configuration.
@@ -62,6 +63,7 @@ LOSSES = {
         "Imbalance of the load that is expected under `noise`. Unlike a count of tokens it has a gradient. In training "
         "alone. docs/routing.md says which routers have it. Computed only where it is weighted.",
         "Shazeer et al., 1701.06538, appendix A; with one standard deviation for all logits",
+        needs="choose by learned logits with Gaussian noise, each by itself",
     ),
     "negative_information": Loss(
         "mutual_information",
@@ -111,6 +113,8 @@ LOSSES = {
 
 # The keys of the losses that need a router's probabilities. Those of the balance losses also need uneven loads.
 BALANCE_WEIGHTS = frozenset(("lb", "lb_sequence", "lb_global", "lb_document"))
+# The keys of the losses that are constant if every token goes to all experts.
+CHOICE_WEIGHTS = BALANCE_WEIGHTS | {"load"}
 PROBABILITY_WEIGHTS = BALANCE_WEIGHTS | {
     "lb_first",
     "importance",
