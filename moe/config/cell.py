@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.config.schema import Config
+from moe.config.words import as_word
 
 CHOOSES = "val/loss"  # its mean over the seeds for tuning decides which values of tuned keys are the best
 
@@ -26,6 +27,13 @@ class Grid(NamedTuple):
     search: str | None = None
     typed: dict[str, list[str]] = {}
     replaced: dict[str, str] = {}
+
+    def replacements(self) -> list[str]:
+        """Return in words what the command overrules, such as "noise=0.5 instead of 0.1"."""
+        now = {key: f"{key}={as_word(self.fixed[key])}" for key in self.replaced if key in self.fixed}
+        return [
+            f"{now.get(key, f'several values of {key}')} instead of {before}" for key, before in self.replaced.items()
+        ]
 
 
 class Cell(NamedTuple):

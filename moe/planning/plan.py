@@ -10,7 +10,7 @@ import pandas as pd
 from moe.analysis.power import Prediction, seeds_for
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
-from moe.config.words import key_of, quoted, with_words
+from moe.config.words import as_word, key_of, quoted, with_words
 from moe.launch.tuning import seeds_after
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.pilot import differences
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
     seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
-    trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, as
+    trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, in
     words. differences: see `moe.planning.pilot`. table: without a pilot, for each level
     of a test, the seeds that effects of several sizes need.
     """
@@ -151,7 +151,7 @@ def make_plan(
         seconds=sum(map(measured.seconds, runs)) if measured else None,
         seconds_from=measured.source if measured else None,
         command=command,
-        replaced=[f"{key}={before}" for key, before in (cells[0].grid.replaced if cells[0].grid else {}).items()],
+        replaced=cells[0].grid.replacements() if cells[0].grid else [],
         differences=[] if pilot is None else differences(cells, pilot),
         table=table,
     )
@@ -173,7 +173,8 @@ def pilot_command(request: Request, cells: list[Cell]) -> str:
     words = ["tune=null"] if config.tune else []
     words += [f"seed={','.join(map(str, seeds))}", "out=pilot"]
     if config.tune_seeds and not config.tune:
-        words += [f"results={quoted(config.results or config.out or 'multirun')}"]
+        folder = config.results or config.out or "multirun"
+        words += [f"results={quoted(folder) if '/' in folder else as_word(folder)}"]
     return request.command(*words, without=["tune", "tune_seeds"])
 
 

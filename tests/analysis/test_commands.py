@@ -110,7 +110,7 @@ def test_levels_that_each_cell_computes_are_printed_as_they_were_typed() -> None
 @pytest.mark.usefixtures("labs")
 def test_what_a_command_replaced_in_its_experiment_is_a_fact_of_the_report() -> None:
     _, runs = trained("experiment=quick_demo", "seed=1", "noise=0.5", "router.temp=1.0,2.0")
-    assert _replaced(runs.assign(experiment="quick_demo: noise=0.5")) == ["noise=0.1"]
+    assert _replaced(runs.assign(experiment="quick_demo: noise=0.5")) == ["noise=0.5 instead of 0.1"]
     _, runs = trained("experiment=quick_demo", "seed=1", "router.temp=1.0,2.0")
     assert _replaced(runs.assign(experiment="quick_demo")) == []
 

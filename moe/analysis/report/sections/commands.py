@@ -76,11 +76,6 @@ def _sweep_of(runs: pd.DataFrame) -> SweepRecord | None:
         return None
 
 
-def replaced_settings(grid: Grid) -> list[str]:
-    """Return the settings in the file of its experiment that a grid replaces, as words of a command."""
-    return [f"{key}={before}" for key, before in grid.replaced.items()]
-
-
 def fixed_settings(grid: Grid) -> list[str]:
     """Return what a grid sets otherwise than its experiment, as words of a command."""
     return [f"{key}={as_word(value)}" for key, value in grid.fixed.items() if value is not None or key != NO_OPTION]

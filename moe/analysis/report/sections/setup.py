@@ -6,7 +6,7 @@ import pandas as pd
 
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.sections.commands import fixed_settings, grid_of, replaced_settings, training_command
+from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
 from moe.analysis.report.sections.planned import planned_facts
 from moe.analysis.tuned import tuned_equally
 from moe.results.conditions import levels
@@ -25,7 +25,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         if (text := _own_settings(inputs.runs[inputs.runs["experiment"] == name], str(name)))
     ]
     if replaced := _replaced(inputs.runs):
-        facts.append(("Settings of the experiment's own file that the command replaced", literal(", ".join(replaced))))
+        facts.append(("What the command replaced in the experiment's own file", literal(", ".join(replaced))))
     total, active, trainable = (
         _range(finished, f"parameters.{part}", _count) for part in ("total", "active", "trainable")
     )
@@ -72,7 +72,7 @@ def _own_settings(runs: pd.DataFrame, name: str) -> str:
 def _replaced(runs: pd.DataFrame) -> list[str]:
     """Return what the commands of these runs replaced in the files of their experiments."""
     grids = [grid_of(members) for _, members in runs.groupby("experiment", sort=False)]
-    return list(dict.fromkeys(word for grid in grids if grid for word in replaced_settings(grid)))
+    return list(dict.fromkeys(word for grid in grids if grid for word in grid.replacements()))
 
 
 def _base(inputs: ReportInputs) -> list[tuple[str, str]]:
