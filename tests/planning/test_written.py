@@ -32,3 +32,12 @@ def test_a_plan_has_its_time_and_digest_and_no_absolute_path(tmp_path: Path, mon
 @pytest.mark.parametrize("text", ["effect=0.5%", "val/loss=1%", "out=../runs", "${oc.env:HOME}/x", "a // b"])
 def test_what_is_no_absolute_path_stays(text: str) -> None:
     assert without_paths(text) == text
+
+
+def test_the_shipped_plans_name_no_path_and_are_as_they_were_made() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*/plan.json"))
+    assert shipped
+    for file in shipped:
+        plan = json.loads(file.read_text())
+        assert without_paths(plan["command"]) == plan["command"]
+        assert plan["digest"] == digest_of_plan(plan)
