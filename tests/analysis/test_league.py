@@ -151,6 +151,16 @@ def test_a_league_names_the_routers_and_seeds_without_a_place_and_judges_alone(t
     assert next(best_setting(same)).startswith("**Best setting here:** router=oracle, ")
 
 
+def test_without_three_routers_with_a_loss_the_report_says_why_there_is_no_league(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, {"topk": 3.0, "hash": 3.1, "nan": math.nan})
+    [_, said] = league(inputs)
+    assert isinstance(said, Paragraph)
+    assert " ".join(said.text.split()) == (
+        "None: a league needs at least 3 causal routers with a finite val/loss, topk among them, and a seed that all "
+        "of these have. Of 3 routers, 2 have a finite val/loss."
+    )
+
+
 def test_the_next_setting_is_told_apart_by_the_ranks_of_the_league(tmp_path: Path) -> None:
     """No contrast compares hash with balanced_random, because topk is the reference."""
     names = ("hash", "balanced_random")

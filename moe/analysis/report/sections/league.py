@@ -67,6 +67,9 @@ ROUNDED = ", although the widths of the experts were chosen for each router"
 SAME_COST = 1.02  # the largest ratio of FLOPs per token at which routers count as equally costly
 
 LEFT_OUT = "Left out: {}."
+NO_LEAGUE = """\
+None: a league needs at least {least} causal routers with a finite {metric}, {reference} among them, and a seed that all
+of these have. Of {planned} routers, {measured} have a finite {metric}."""
 CERTAIN = "In each league, the intervals of all ranks hold together in 95 % of cases."
 OVERLAP = "the intervals of some ranks overlap"
 MOST_NAMED = 5  # routers that a sentence names
@@ -90,11 +93,15 @@ class _Placed(NamedTuple):
 
 def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the ranks of all routers with intervals, their differences to the reference, and their costs."""
-    metric, reference = str(league_metric(inputs)), None
-    for number, (place, (found, finished, lacking)) in enumerate(_leagues(inputs).items()):
-        if not number:
-            yield Heading("League of routers")
-            reference = _reference(inputs)
+    if league_metric(inputs) is None or inputs.contrasts.empty:
+        return
+    metric, reference, leagues = str(league_metric(inputs)), _reference(inputs), _leagues(inputs)
+    yield Heading("League of routers")
+    if not leagues:
+        measured = inputs.runs.loc[np.isfinite(inputs.runs[metric].astype(float)), ROUTER].nunique()
+        facts = {"reference": literal(str(reference)), "planned": inputs.runs[ROUTER].nunique(), "measured": measured}
+        yield Paragraph(NO_LEAGUE.format(least=LEAST, metric=metric, **facts))
+    for number, (place, (found, finished, lacking)) in enumerate(leagues.items()):
         name = f"league_{number}" if place else "league"
         table = _table(found, reference, finished, metric)
         yield Paragraph((f"**{literal(place)}**: " if place else "") + _explained(found, reference, metric))
