@@ -49,6 +49,7 @@ def main(command: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # the terminal may not have the character ±
 
     # Import here, so that --help and a wrong command answer at once. What imports create is no garbage.
+    repeated = "moe.analysis.report.report" in sys.modules
     gc.disable()
     from moe.analysis.report.earlier import Listing
     from moe.analysis.report.inputs import ReportOptions
@@ -59,6 +60,8 @@ def main(command: list[str] | None = None) -> int:
     from moe.results.sweep_tables import console_table
     from moe.results.table import load_runs
 
+    if not repeated:
+        gc.freeze()  # so it need not be searched for garbage again and again
     gc.enable()
     files: list[Path] = []
     earlier = Listing.read(arguments.out)
