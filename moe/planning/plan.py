@@ -170,9 +170,10 @@ def pilot_command(request: Request, cells: list[Cell]) -> str:
     config = cells[0].config
     taken = {*config.tune_seeds, *(cell.config.seed for cell in cells)}
     seeds = seeds_after(0, taken, 3)
-    words = ["tune=null"] if config.tune else []
+    tunes = config.tune is not None or "tune" in map(key_of, request.words)
+    words = ["tune=null"] if tunes else []
     words += [f"seed={','.join(map(str, seeds))}", "out=pilot"]
-    if config.tune_seeds and not config.tune:
+    if config.tune_seeds and not tunes:
         folder = config.results or config.out or "multirun"
         words += [f"results={quoted(folder) if '/' in folder else as_word(folder)}"]
     return request.command(*words, without=["tune", "tune_seeds"])

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import inspect
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from moe.config.keys import flatten, is_free
 from moe.config.options import CONF, GROUPS, options, router_spec
 from moe.config.schema import Config
 from moe.launch import command_line
-from moe.launch.cells import SayThatTorchLoads
+from moe.launch.cells import SayThatTorchLoads, _with_keys_that_exist
 from moe.launch.command_line import read_cells
 from moe.launch.compose import compose_config, composing, typed
 from moe.launch.explain import CLAIM
@@ -631,13 +632,30 @@ def test_an_experiment_sweeps_by_itself_and_the_command_line_narrows_it() -> Non
 
 # `finetuning` needs a checkpoint: tests/launch/test_imported_models.py
 @pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"finetuning"}))
-def test_the_cells_of_every_experiment_differ(experiment: str, finished_ablation: Path) -> None:
+def test_the_cells_of_every_experiment_differ_and_its_pilot_can_be_trained(
+    experiment: str, finished_ablation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that chose a value are in the folder of the study, and not in that of the pilot.
+
+    Of the pilot's command, one cell is composed, in its middle. Single keys of the command may not apply to it.
+    """
     fewer = {"router_league": ["router=topk,switch", "tune=null"], "scaling": ["model.num_experts=8"]}.get(
         experiment, []
     )
-    cells = read_cells([f"experiment={experiment}", "seed=7", f"out={finished_ablation}", *fewer]) or []
+    words = [f"experiment={experiment}", "seed=7", f"out={finished_ablation}", *fewer]
+    cells = read_cells(words) or []
     identities = [str(sorted(cell.config.identity().items(), key=str)) for cell in cells]
     assert len(set(identities)) == len(identities)
+    if not cells[0].config.claims:
+        return  # a plan is about claims
+    one = "moe.launch.cells._with_keys_that_exist"
+    monkeypatch.setattr(one, lambda grid: _with_keys_that_exist([grid[len(grid) // 2]]))
+    monkeypatch.setattr("moe.launch.cells._refuse_given_in_vain", lambda *_: None)
+    command = pilot_command(Request(words, Effect("1sd"), {}, 0.8, 32), cells)
+    [pilot] = read_cells(shlex.split(command)[2:]) or []
+    assert pilot.folder.parents[1] == Path("pilot")
+    assert pilot.config.claims == cells[0].config.claims
+    assert pilot.config.seed not in (7, *cells[0].config.tune_seeds)
 
 
 @pytest.mark.parametrize("group", [g for g in GROUPS if g not in ("router", "experiment", "data", "variant")])

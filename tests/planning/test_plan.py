@@ -24,16 +24,13 @@ from moe.bench.power import Planned, planned, with_effect
 from moe.checks import ConfigError
 from moe.config.cell import Cell, Grid
 from moe.config.claim import ClaimConfig
-from moe.config.options import sources
 from moe.config.schema import Config
-from moe.launch.cells import _with_keys_that_exist
 from moe.launch.command_line import read_cells
-from moe.launch.option_files import read_option
 from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.__main__ import _lines, _read, _with_folders, main
 from moe.planning.cost import Speed, flops_of, flops_of_token, measured_speed, speed_of_pilot, tokens_of
 from moe.planning.pilot import differences, runs_of_pilot
-from moe.planning.plan import Request, free_seeds, make_plan, pilot_command, study_command
+from moe.planning.plan import Request, free_seeds, make_plan, pilot_command
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
@@ -422,30 +419,3 @@ def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
     assert spread.low < math.sqrt(2) < spread.high
     alone = spread_of(CLAIM, runs[runs["noise"] == 0.1])
     assert alone.value == pytest.approx(math.sqrt(2) * table[:, 1].std(ddof=1))
-
-
-WITH_CLAIMS = [name for name, file in sources("experiment").items() if "claims" in read_option(file)]
-
-
-@pytest.fixture
-def one_of_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one cell of a command is composed, in its middle. Single keys of the command may not apply to it."""
-    monkeypatch.setattr("moe.launch.cells._refuse_given_in_vain", lambda *_: None)
-    one = "moe.launch.cells._with_keys_that_exist"
-    monkeypatch.setattr(one, lambda grid: _with_keys_that_exist([grid[len(grid) // 2]]))
-
-
-# `finetuning` needs a checkpoint: tests/launch/test_imported_models.py
-@pytest.mark.usefixtures("one_of_each_command")
-@pytest.mark.parametrize("experiment", [name for name in WITH_CLAIMS if name != "finetuning"])
-def test_the_commands_that_a_plan_prints_work(experiment: str, small: list[str], finished_ablation: Path) -> None:
-    """Results that chose a value are in the folder of the study, and not in that of the pilot."""
-    words = [word for word in small if not word.startswith(("model.dim", "data.seq_len"))]
-    request = REQUEST._replace(words=[f"experiment={experiment}", f"out={finished_ablation}", *words])
-    [study] = read_cells(shlex.split(study_command(request, [45, 46]))[2:]) or []
-    [pilot] = read_cells(shlex.split(pilot_command(request, [study]))[2:]) or []
-    assert (study.folder.parents[1], pilot.folder.parents[1]) == (finished_ablation, Path("pilot"))
-    assert pilot.choices == study.choices
-    assert pilot.config.claims == study.config.claims
-    assert study.config.planned_seeds == 2
-    assert pilot.config.seed not in (45, 46, *study.config.tune_seeds)
