@@ -47,9 +47,9 @@ are certainly better (Tukey's test). Both kinds of intervals take one spread for
 spreads more than the others, the intervals are too narrow. Routers that see later tokens have no rank, because their
 losses are not comparable. Costs are medians; speed depends on what else the machine did."""
 MATTERS_EXPLAINED = """\
-`{random}` deals tokens to experts at random and evenly, and `{oracle}` knows the domain of each text. The share is how
-much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as the oracle.
-It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is Fieller's
+`{random}` deals tokens to experts at random and evenly in training, and `{oracle}` knows the domain of each text. The
+share is how much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as
+the oracle. It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is Fieller's
 95 % interval over seeds, for each router alone; nothing is tested."""
 UNCLEAR = """\
 The distance between `{random}` and `{oracle}` is {distance:+.3g}, which is not clear from zero with these seeds. So the
