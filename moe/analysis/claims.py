@@ -25,9 +25,9 @@ from moe.analysis.sentences import (
     detectable_note,
     deterministic_verdict,
     enumerated,
+    noun,
     p_equals,
     p_text,
-    unit_of,
 )
 from moe.analysis.statistics import (
     corrected,
@@ -162,19 +162,20 @@ def decided(
 
 
 def evidence_sentence(judged: pd.Series) -> str:
-    """Return a row of `judge` in words: the levels compared, the means, the difference, its p, and the reason.
+    """Return a row of `judge` in words: levels, metric and its means, the difference, its p, and the reason.
 
     Of an interaction the means are those of the change at each of the two levels, which stand beside them.
     """
     j = judged
     if j["n"] == 0:
         return str(j["reason"])
+    text = f"{j['compared']}: {noun(j['metric'])} "
     if j["kind"] == "interaction":
         factor = j["compared"].partition(" ")[0]
-        text = f"{j['compared']}: {j['mean']:+.4g} at {factor} {j['level']} "
+        text += f"{j['mean']:+.4g} at {factor} {j['level']} "
         text += f"vs {j['reference mean']:+.4g} at {factor} {j['reference']}"
     else:
-        text = f"{j['compared']}: {j['mean']:.4g} vs {j['reference mean']:.4g}"
+        text += f"{j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
         text += f" ({j['difference'] / j['reference mean']:+.1%})"
     if j["deterministic"]:
@@ -198,7 +199,7 @@ def _detectable(n: int, spread: float, freedom: Freedom, tests: int, metric: str
         return ""
     effect = detectable_effect(n, tests=tests, freedom=freedom)
     low, high = spread_interval(spread, freedom.at(n))
-    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=unit_of(metric))
+    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=noun(metric))
 
 
 def _needed(difference: float, low: float, high: float, spread: float, freedom: Freedom, *, tests: int) -> int | None:

@@ -48,7 +48,7 @@ def dead_layers(values: Mapping[str, Any]) -> list[str]:
 
 
 def lookup(name: str) -> Metric | None:
-    """Return the entry of a metric, or of the variant `name`, with the variant's name and label; None if there is none.
+    """Return the entry of a metric, or of the variant `name`, with the variant's name, label and noun; None if none.
 
     Understands `/pooled`, `/worst`, `/layer03`, `/<domain>`, `/decile0`, `train/routing/...` and
     `adapter/routing/...`.
@@ -57,10 +57,10 @@ def lookup(name: str) -> Metric | None:
         return METRICS[name]
     if name.startswith("train/routing/"):
         metric = ROUTING_METRICS.get(name.removeprefix("train/"))
-        return metric and metric._replace(name=name, label=f"{metric.label}, in training")
+        return metric and metric.narrowed(name, "in training")
     if name.startswith("adapter/routing/"):
         metric = lookup(name.removeprefix("adapter/"))
         computed = metric is not None and metric.function is not None
-        return metric._replace(name=name, label=f"{metric.label}, adapter's router") if metric and computed else None
+        return metric.narrowed(name, "adapter's router") if metric and computed else None
     base, _, suffix = name.rpartition("/")
     return METRICS[base].variant(suffix) if base in METRICS else None

@@ -127,7 +127,7 @@ class Metric(NamedTuple):
         return "better" if improves else "worse"
 
     def variant(self, suffix: str) -> "Metric | None":
-        """Return this metric under the name and label of a variant; None if it has no such variant.
+        """Return this metric under the name, label and noun of a variant; None if it has no such variant.
 
         The meaning of `/pooled` also says when it is null.
         """
@@ -145,4 +145,9 @@ class Metric(NamedTuple):
             text = suffix
         else:
             return None
-        return self._replace(name=f"{self.name}/{suffix}", label=f"{self.label}, {text}", meaning=meaning)
+        return self.narrowed(f"{self.name}/{suffix}", text)._replace(meaning=meaning)
+
+    def narrowed(self, name: str, text: str) -> "Metric":
+        """Return this metric under another name, with what `text` says about it in its label and its noun."""
+        noun = self.noun and (f"{self.noun[:-1]}, {text})" if self.noun.endswith(")") else f"{self.noun} ({text})")
+        return self._replace(name=name, label=f"{self.label}, {text}", noun=noun)

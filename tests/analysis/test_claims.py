@@ -296,10 +296,15 @@ def test_an_interaction_is_a_paired_t_test_of_the_differences_of_differences() -
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected.confidence_interval()))
     assert row["compared"] == "noise 0.5 vs 0.0, change from lb=0.0 to 0.01"
     at = [(cells[0.01, noise] - cells[0.0, noise]).mean() for noise in (0.5, 0.0)]
-    words = (
-        f"{row['compared']}: {at[0]:+.4g} at noise 0.5 vs {at[1]:+.4g} at noise 0.0, difference {changes.mean():+.3g} ["
-    )
-    assert evidence_sentence(row).startswith(words)
+    means = f"{row['compared']}: validation perplexity {at[0]:+.4g} at noise 0.5 vs {at[1]:+.4g} at noise 0.0"
+    assert evidence_sentence(row).startswith(f"{means}, difference {changes.mean():+.3g} [")
+
+
+def test_the_evidence_of_a_claim_names_its_metric() -> None:
+    runs = runs_with_means({0.0: 0.25, 0.5: 0.5}, spread=0).rename(columns={PPL: "routing/load_cv/pooled"})
+    row = judge_first(runs, replace(claim("higher", [0.5], [0.0]), metric="routing/load_cv/pooled"))
+    means = f"{row['mean']:.4g} vs {row['reference mean']:.4g}"
+    assert evidence_sentence(row).startswith(f"noise 0.5 vs 0.0: load CV (layers pooled) {means} (")
 
 
 @pytest.mark.parametrize(

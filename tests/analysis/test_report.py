@@ -383,7 +383,10 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     options = ReportOptions(references={"lb": 0.01}, margins={"val/perplexity": "3%"})
     text = write_report(load_runs([tmp_path / "multirun"]), tmp_path / "out", options).read_text()
     assert "in the experiment's YAML file or on the command line, and every run recorded" in text
-    assert "- noise hurts (+14) (us): **supported**; noise 0.5 vs 0.0: 144.3 vs 130.4 (+10.7%)" in text
+    assert (
+        "- noise hurts (+14) (us): **supported**; noise 0.5 vs 0.0: validation perplexity 144.3 vs 130.4 (+10.7%)"
+        in text
+    )
     assert "noise 0.5 vs 0.0 at lb=0.0: " not in text.split("Post hoc")[0].split("load CV")[0]
     assert "lb 0.0 vs 0.01 at noise=0.0: +0.307 validation perplexity [-1.72, 2.33], p=0.58 (Holm 1), n=3: **eq" in text
     equivalent = text.split("\n**Equivalent**: ")[1].split("\n**")[0]

@@ -124,6 +124,22 @@ def test_variants_have_names_and_labels(name: str, axis: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "noun"),
+    [
+        ("routing/load_cv", "load CV"),
+        ("routing/load_cv/pooled", "load CV (layers pooled)"),
+        ("train/routing/load_cv", "load CV (in training)"),
+        ("adapter/routing/load_cv/pooled", "load CV (layers pooled, adapter's router)"),
+        ("val/loss/python", ""),
+    ],
+)
+def test_the_noun_of_a_variant_says_which_one_it_is(name: str, noun: str) -> None:
+    metric = lookup(name)
+    assert metric is not None
+    assert metric.noun == noun
+
+
+@pytest.mark.parametrize(
     ("name", "when"),
     [
         ("routing/load_cv", ""),
