@@ -34,8 +34,10 @@ from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
+from moe.analysis.sentences import enumerated
 from moe.checks import first_line, plain
 from moe.files import read_text, shown, write_text
+from moe.metrics.catalog import lookup
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
 from moe.runs.planned import digest_of_plan
@@ -197,7 +199,6 @@ def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
 
 def _made(plan: dict[str, Any], runs: pd.DataFrame, trained: list[int]) -> str:
     """Return when a plan was made, its digest, and its seeds and runs, beside the seeds that were trained."""
-    effects = "; ".join(f"{size} of {metric}" for metric, size in plan["effects"].items())
     tuning = f", and {tune} that tune" if (tune := plan.get("runs_that_tune")) else ""
     wanted = {"seeds": numbers_in_words(plan["seeds"]), "runs": plan["runs"], "settings": plan["settings"]}
     made, started = (datetime.fromisoformat(each) for each in (plan["time"], min(runs["started"].dropna())))
@@ -207,9 +208,22 @@ def _made(plan: dict[str, Any], runs: pd.DataFrame, trained: list[int]) -> str:
         started=_moment(started),
         digest=plan["digest"],
         wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] else NOT_WANTED,
-        effect=plan["effect"] + (f" ({effects})" if effects else ""),
+        effect=_effects_in_words(plan),
         trained=numbers_in_words(trained),
     )
+
+
+def _effects_in_words(plan: dict[str, Any]) -> str:
+    """Return the smallest effects that mattered, such as "10 %, but 0.02 nats for test/loss"."""
+    others = enumerated([f"{_amount(size, metric)} for {metric}" for metric, size in plan["effects"].items()])
+    return _amount(plan["effect"]) + (f", but {others}" if others else "")
+
+
+def _amount(size: str, metric: str = "") -> str:
+    """Return an effect of a plan with its unit: that of the metric, %, or sd, a standard deviation of the differences."""
+    number, of_metric = size.removesuffix("sd").removesuffix("%"), lookup(metric)
+    unit = size.removeprefix(number) or (of_metric.unit.removesuffix(" per token") if of_metric else "")
+    return f"{number} {unit}".rstrip()
 
 
 def _moment(time: datetime) -> str:

@@ -95,8 +95,8 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert "80 % of cases" in text
     assert (
         "The plan was made on 2025-12-31 at 23:59 UTC, before the first run started (on 2026-01-01 at 00:00 UTC). Its "
-        f"digest is {plan['digest']}. The smallest effect that mattered is 0.5% (0.01 of val/loss). It names the seeds "
-        "1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained were the seeds 1 to 3."
+        f"digest is {plan['digest']}. The smallest effect that mattered is 0.5 %, but 0.01 nats for val/loss. It names "
+        "the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained were the seeds 1 to 3."
     ) in text
     assert "In every row, metric is val/loss, seeds trained is 3." in text
     assert "| a | 0.0123 | 5 (4 to over 32) |" in text
@@ -144,6 +144,23 @@ def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
     assert "| claim | distance to the bound |" in table
     assert "| a | 1.5 sd | 6 |" in table
     assert "| b | – | unknown |" in table
+
+
+@pytest.mark.parametrize(
+    ("effect", "effects", "words"),
+    [
+        ("1%", {}, "1 %"),
+        ("1.5sd", {}, "1.5 sd"),
+        (
+            "10%",
+            {"test/loss": "0.02", "routing/load_cv": "5%"},
+            "10 %, but 0.02 nats for test/loss and 5 % for routing/load_cv",
+        ),
+        ("0.1", {"routing/load_cv": "0.05"}, "0.1, but 0.05 for routing/load_cv"),
+    ],
+)
+def test_the_effects_of_a_plan_have_their_units(effect: str, effects: dict[str, str], words: str) -> None:
+    assert pages._effects_in_words({"effect": effect, "effects": effects}) == words
 
 
 def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
