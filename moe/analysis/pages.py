@@ -220,7 +220,7 @@ def _effects_in_words(plan: dict[str, Any]) -> str:
 
 
 def _amount(size: str, metric: str = "") -> str:
-    """Return an effect of a plan with its unit: that of the metric, %, or sd, a standard deviation of the differences."""
+    """Return an effect of a plan with its unit: that of the metric, % of its mean, or sd of the differences."""
     number, of_metric = size.removesuffix("sd").removesuffix("%"), lookup(metric)
     unit = size.removeprefix(number) or (of_metric.unit.removesuffix(" per token") if of_metric else "")
     return f"{number} {unit}".rstrip()

@@ -49,7 +49,7 @@ POOLED = ("pooled", "worst", *LAYER)
 SHOWN = {
     "headline": "tables of the console and of the report",
     "tested": "compared and tested in every report",
-    "conditions": "the report's table of routing by condition",
+    "conditions": "the report's table of routing by condition, with the variant that headlines have",
     "layer figures": "figures by layer",
     "gradient figure": "the figure of gradients and updates",
     "dashboard layers": "the dashboard's panels for each layer; six, because W&B shows six panels on a page",

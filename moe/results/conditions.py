@@ -22,9 +22,8 @@ from moe.metrics.catalog import lookup, select
 from moe.results.table import ABSENT, DIGESTS, FACTS, PLUGINS, natural
 
 HEADLINE = tuple(metric.headline for metric in select(shown="headline"))
-ROUTING = tuple(metric.name for metric in select(shown="conditions"))
-# Those of the routers of an adapter, with the pooled load, which the other tables have beside the losses.
-ADAPTER_ROUTING = tuple(name for each in (*HEADLINE, *ROUTING) if lookup(name := f"adapter/{each}") is not None)
+ROUTING = tuple(dict.fromkeys(name for each in select(shown="conditions") for name in (each.name, each.headline)))
+ADAPTER_ROUTING = tuple(name for each in ROUTING if lookup(name := f"adapter/{each}") is not None)
 STD = "std (ddof=1)"
 FACTOR_GROUPS = ("variant", "router", "schedule", "adapter", "model", "data", "optimizer")
 

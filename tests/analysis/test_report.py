@@ -515,15 +515,17 @@ def test_routing_metrics_are_reported_by_condition_where_they_were_measured(tmp_
     for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
         for seed, gini in enumerate(ginis):
             metrics = {"val/loss": 1.0 + seed, "routing/load_gini": gini, "routing/jaccard": math.nan}
+            metrics |= {"routing/load_cv": gini + 1, "routing/load_cv/pooled": gini - 0.1}
             metrics |= {"routing/consistency_kappa": 0.5 + seed} if noise else {}
             write_run(tmp_path / "x" / f"{noise},{seed}", metrics, seed=seed, noise=noise)
     options = ReportOptions(metrics=("routing/consistency_kappa",))  # this metric is also in the table of conditions
     text = write_report(load_runs([tmp_path / "x"]), tmp_path / "out", options).read_text()
     rows = [line for line in text.split("**Routing by condition**")[1].splitlines() if line.startswith("|")]
+    both = "load_cv (mean over layers)", "load_cv/pooled (layers pooled)"
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[:4] if "---" not in row] == [
-        ["noise", "load_gini", "consistency_kappa", "n seeds"],
-        ["0.0", "0.20 ± 0.14", "– (n=0)", "2"],
-        ["0.1", "0.4 ± 0", "1.00 ± 0.71", "2"],
+        ["noise", *both, "load_gini", "consistency_kappa"],
+        ["0.0", "1.20 ± 0.14", "0.10 ± 0.14", "0.20 ± 0.14", "– (n=0)"],
+        ["0.1", "1.4 ± 0", "0.3 ± 0", "0.4 ± 0", "1.00 ± 0.71"],
     ]
     means = pd.read_csv(tmp_path / "out" / "conditions.csv").set_index(["noise", "metric"])["mean"]
     assert means.loc[[(0.0, "val/loss"), (0.0, "routing/load_gini"), (0.1, "routing/load_gini")]].tolist() == [

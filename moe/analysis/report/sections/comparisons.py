@@ -14,6 +14,7 @@ NOISE_FLOOR_EXPLAINED = """\
 These runs differ in the seed alone. The table shows their sample standard deviation (ddof=1) with its 95 % chi-square
 interval, and the smallest true difference that an unpaired t test with so many seeds on each side would find with
 power 0.8."""
+POOLED = "/pooled"  # the end of the name of a metric of all layers together
 OBSERVED_EXPLAINED = "Values of the evaluation. There is one, so it has no spread (–)."
 CONDITIONS_EXPLAINED = """\
 Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds. "± 0" means that every seed has
@@ -66,9 +67,12 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
         (of_adapters, "Routing of adapters by condition", "adapter/routing/"),
     ):
         if metrics:
-            yield Paragraph(f"**{title}**: the same for the metrics `{prefix}...`, averaged over layers.")
+            yield Paragraph(
+                f"**{title}**: the same for the metrics `{prefix}...`, means over layers{_pooled(metrics)}."
+            )
             table = spread_table(means[means["metric"].isin(metrics)])[[*inputs.factors, *metrics, "n seeds"]]
-            yield TableBlock(table.rename(columns=lambda name, cut=prefix: _with_unit(name).removeprefix(cut)))
+            heads = {name: _with_unit(name).removeprefix(prefix) + _layers(name, metrics) for name in table}
+            yield TableBlock(table.rename(columns=heads))
     yield csv_file("conditions", with_intervals(means), "the same with 95 % t intervals.")
 
 
@@ -87,6 +91,23 @@ def _with_unit(column: str) -> str:
     """Return the head of a column: the name of a metric with its unit, or another name as it is."""
     metric = lookup(column) if "/" in column else None  # a factor may have the name of a setting that is measured too
     return f"{column} ({metric.unit})" if metric and metric.unit else column
+
+
+def _pooled(metrics: list[str]) -> str:
+    """Return what `/pooled` means, as the end of a sentence; empty if no metric has it."""
+    pooled = any(name.endswith(POOLED) for name in metrics)
+    return (
+        f"; of `{POOLED}`, the loads of all layers are added first, so that opposite imbalances cancel"
+        if pooled
+        else ""
+    )
+
+
+def _layers(name: str, metrics: list[str]) -> str:
+    """Return how a metric combines layers, as the end of its head, if the table has it both ways."""
+    if f"{name}{POOLED}" in metrics:
+        return " (mean over layers)"
+    return " (layers pooled)" if name.endswith(POOLED) and name.removesuffix(POOLED) in metrics else ""
 
 
 def _with_units(table: pd.DataFrame) -> pd.DataFrame:
