@@ -23,7 +23,7 @@ from train_processes import ROOT, TRAIN, run_script
 from moe.checks import ConfigError, parse
 from moe.config.classes import locate
 from moe.config.keys import flatten, is_free
-from moe.config.options import CONF, GROUPS, options, router_spec
+from moe.config.options import CONF, GROUPS, SEARCH_PATH, options, router_spec
 from moe.config.schema import Config
 from moe.launch import command_line
 from moe.launch.cells import SayThatTorchLoads, _with_keys_that_exist
@@ -778,8 +778,10 @@ def test_the_best_temperature_is_trained_for_twice_the_steps_of_the_recipe(finis
 
 
 def test_a_value_that_replaces_one_of_the_experiment_is_named(
-    finished_ablation: Path, caplog: pytest.LogCaptureFixture
+    finished_ablation: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SEARCH_PATH, "")  # --config-dir changes it
+    monkeypatch.setattr(sys, "path", [*sys.path])
     command = ["experiment=temperature_best_long", f"out={finished_ablation}"]
     read_cells([*command, "steps=7", "seed=1"])
     assert "steps=7 replaces the experiment's steps=600" in caplog.messages
