@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from moe.analysis.league import METRICS, PLAIN, league_of, verdict
-from moe.checks import plain
+from moe.analysis.sentences import with_interval
 from moe.config import meanings
 from moe.config.classes import build, locate
 from moe.config.options import options, router_spec
@@ -165,8 +165,8 @@ def router_verdicts(folder: Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{folder / RUNS}: must have three routers that can be compared, {PLAIN} among them")
     ranked = found.table.dropna(subset="rank").drop(index=PLAIN)
     verdicts = {
-        str(without_causality(each.Index)): plain(f"{each.difference:+.3f} [{each.low:.3f}, {each.high:.3f}], ")
-        + verdict(each.low, each.high)
+        str(without_causality(each.Index)): with_interval(each.difference, each.low, each.high, least=3)
+        + f", {verdict(each.low, each.high)}"
         for each in ranked.itertuples()
     }
     return LEAGUE.format(metric=metric, reference=PLAIN, seeds=found.layout.seeds), {PLAIN: "reference"} | verdicts

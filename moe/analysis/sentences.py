@@ -123,10 +123,27 @@ def null_everywhere(name: str) -> str:
     return ": ".join(filter(None, ["null in every run", metric.when_null if metric else ""]))
 
 
-def decimals(difference: float, least: int) -> int:
-    """Return how many decimals show two significant digits of a difference, at least `least` and at most 10."""
-    size = abs(difference)
-    return least if not 0 < size < math.inf else min(10, max(least, 1 - math.floor(math.log10(size))))
+def decimals(value: float, low: float, high: float, *, least: int) -> int:
+    """Return how many decimals show two significant digits of a value, and one of each end of its interval.
+
+    So an end is shown as 0 only if it is 0. At least `least`, and at most 10. NaN: needs none.
+    """
+    digits = [
+        known - math.floor(math.log10(abs(number)))
+        for number, known in ((value, 1), (low, 0), (high, 0))
+        if math.isfinite(number) and number
+    ]
+    return min(10, max([least, *digits]))
+
+
+def with_interval(value: float, low: float, high: float, *, least: int, sign: str = "+") -> str:
+    """Return a number and its interval, if it has one, with the decimals that both need, as "+0.015 [0.001, 0.029]".
+
+    least: the smallest number of decimals. sign: "+" if the number is a difference, otherwise empty.
+    """
+    digits = decimals(value, low, high, least=least)
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    return plain(f"{value:{sign}.{digits}f}{interval}")
 
 
 def deterministic_verdict(difference: float, margin: float | None = None) -> str:

@@ -1,5 +1,6 @@
 """Tests of the answer to each part of a question, in reports about made-up runs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -126,17 +127,23 @@ def test_runs_that_recorded_the_question_as_a_text_have_the_parts_of_its_file(
 
 
 def ranked(**places: tuple[int, int]) -> pd.DataFrame:
-    """Return the table of a league of routers, each with its best and its worst rank."""
+    """Return the table of a league of routers, each with its best and its worst rank. No router has a verdict."""
     rows = [(3 + number / 10, number + 1, *ends) for number, ends in enumerate(places.values())]
-    return pd.DataFrame(rows, index=list(places), columns=["mean", "rank", "best rank", "worst rank"])
+    table = pd.DataFrame(rows, index=list(places), columns=["mean", "rank", "best rank", "worst rank"])
+    return table.assign(low=math.nan, high=math.nan)
 
 
 def test_the_first_of_a_league_is_named_with_those_that_may_be_as_good() -> None:
-    assert league._first(ranked(a=(1, 1), b=(2, 3), c=(2, 3)), "test loss") == (
+    assert league._first(ranked(a=(1, 1), b=(2, 3), c=(2, 3)), "test loss", "a") == (
         "a has the lowest test loss, 3, and is certainly the best of 3 routers"
     )
-    assert league._first(ranked(a=(1, 2), b=(1, 3), c=(2, 3)), "test loss") == (
-        "a has the lowest test loss, 3; of 3 routers, b may be as good, by the intervals of their ranks"
+    text = "a has the lowest test loss, 3; of 3 routers, b may be as good, by the intervals of their ranks, which "
+    text += "compare all pairs"
+    table = ranked(a=(1, 2), b=(1, 3), c=(2, 3))
+    assert league._first(table, "test loss", "a") == text
+    table.loc[["b", "c"], ["low", "high"]] = 0.1, 0.2
+    assert league._first(table, "test loss", "a") == (
+        f"{text}; compared with a alone, which tells more, b of these is worse than it"
     )
 
 

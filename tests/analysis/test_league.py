@@ -25,8 +25,24 @@ from moe.analysis.report.sections.best_setting import (
     best_setting,
 )
 from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_matters, league, order_of_routers
+from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import block, to_reference
 from moe.results.table import load_runs
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.015, 0.0004, 0.03, "+0.0150 [0.0004, 0.0300]"),
+        (-0.0018, -0.0164, 0.0128, "-0.0018 [-0.0164, 0.0128]"),
+        (0.185, 0.17, 0.199, "+0.185 [0.170, 0.199]"),
+        (0.0, 0.0, 0.0, "+0.000 [0.000, 0.000]"),
+        (0.25, math.nan, math.nan, "+0.250"),
+    ],
+)
+def test_an_end_of_an_interval_is_shown_as_zero_only_if_it_is(value: float, low: float, high: float, text: str) -> None:
+    assert with_interval(value, low, high, least=3) == text
+
 
 LOSSES = {"topk": 3.0, "balanced_random": 3.2, "oracle": 2.9, "hash": 3.21, "expert_choice": 2.0}
 

@@ -26,9 +26,8 @@ from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_ou
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
-from moe.analysis.sentences import decimals, levels_compared
+from moe.analysis.sentences import levels_compared, with_interval
 from moe.analysis.speed_up import SpeedUp, speed_up
-from moe.checks import plain
 
 MOST_SPEED_UPS = 40  # comparisons
 COLUMNS = {
@@ -147,11 +146,9 @@ def _cells(table: pd.DataFrame) -> list[str]:
 
 
 def _cell(value: float, low: float, high: float, share: float, gap: float) -> str:
-    digits = decimals(value, 3)
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
     early = f", read at {share:.0%}" if share < 1 - CLOSE else ""
     between = f", between points {gap:.2g} apart" if gap else ""
-    return plain(f"{value:+.{digits}f}{interval}") + early + between
+    return with_interval(value, low, high, least=3) + early + between
 
 
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:

@@ -16,6 +16,7 @@ from moe.analysis.league import (
     METRICS,
     PLAIN,
     ROUTER,
+    WORSE,
     League,
     league_of,
     losses_by_seed,
@@ -25,9 +26,8 @@ from moe.analysis.league import (
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.sentences import decimals, enumerated, noun, with_capital
+from moe.analysis.sentences import enumerated, noun, with_capital, with_interval
 from moe.analysis.statistics import name_cell
-from moe.checks import plain
 from moe.results.conditions import conditions, present, reference_level
 
 COST = {
@@ -39,22 +39,24 @@ COST = {
 LEAGUE_EXPLAINED = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
 {reference}, paired by seed. Their intervals are corrected for the number of routers: in 95 % of cases all of them
-contain the true differences (Dunnett 1955). The verdict of a row is that of its interval: better or worse if it leaves
-out 0. Verdicts elsewhere in this report are corrected for all of its tests, so they may be undecided where a row of
-this table is not. The intervals of ranks hold together too: a router's best rank is 1 plus the number of routers that
-are certainly better (Tukey's test). Both kinds of intervals take one spread for all routers, {spread:.2g}, from
+contain the true differences (Dunnett 1955). The verdict of a row compares the router with {reference} alone: better or
+worse if its interval leaves out 0. Verdicts elsewhere in this report are corrected for all of its tests, so they may be
+undecided where a row of this table is not. Ranks compare all pairs of routers: a router's best rank is 1 plus the
+number of routers that are certainly better (Tukey's test). Their intervals hold together too. They are about more
+comparisons and so know less about each: a router may be worse than {reference} by its verdict, although the intervals
+of their ranks overlap. Both kinds of intervals take one spread for all routers, {spread:.2g}, from
 {freedom} degrees of freedom. The spread of single routers is between {least:.2g} and {most:.2g}: for a router that
 spreads more than the others, the intervals are too narrow. Routers that see later tokens have no rank, because their
 losses are not comparable. Costs are medians; speed depends on what else the machine did."""
 MATTERS_EXPLAINED = """\
 `{random}` deals tokens to experts at random and evenly in training, and `{oracle}` knows the domain of each text. The
 share is how much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as
-the oracle. It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is Fieller's
-95 % interval over seeds, for each router alone; nothing is tested."""
+the oracle. It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is
+Fieller's 95 % interval over seeds, for each router alone; nothing is tested."""
 UNCLEAR = """\
 The distance between `{random}` and `{oracle}` is {distance:+.3g}, which is not clear from zero with these seeds. So the
 shares have no interval: the data do not tell how much routing matters here."""
-WORSE = """\
+ORACLE_WORSE = """\
 Here `{oracle}` is worse than `{random}`: the distance is {distance:.3g}. So it is no upper limit, and the shares do not
 mean what they are called: below 0 is then better than random. It may have fewer experts per token, or the domain helps
 little."""
@@ -118,8 +120,11 @@ def order_of_routers(inputs: ReportInputs) -> str:
     Routers and seeds without a place are named.
     """
     leagues = _leagues(inputs)
+    if not leagues:
+        return ""
     lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
-    order = _order({place: _ranked(each.found) for place, each in leagues.items()}, noun(str(league_metric(inputs))))
+    tables = {place: _ranked(each.found) for place, each in leagues.items()}
+    order = _order(tables, noun(str(league_metric(inputs))), _reference(inputs))
     return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
 
 
@@ -153,30 +158,40 @@ def league_metric(inputs: ReportInputs) -> str | None:
     return next(iter(present(inputs.runs, METRICS)), None)
 
 
-def _order(leagues: dict[str, pd.DataFrame], unit: str) -> str:
+def _order(leagues: dict[str, pd.DataFrame], unit: str, reference: Any) -> str:
     if len(leagues) < 2:
-        return next((f"{_first(table, unit)}." for table in leagues.values()), "")
+        return next((f"{_first(table, unit, reference)}." for table in leagues.values()), "")
     orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
     if all(order == orders[0] for order in orders) and all(map(_is_certain, leagues.values())):
         order = ", ".join(map(str, orders[0]))
         return f"The order by {unit} is the same at {places}: {order}. Every rank is certain. {CERTAIN}"
     if changed := _changed_places(leagues):
         return f"The order by {unit} depends on the setting: {changed}. {CERTAIN}"
-    best = "; ".join(f"at {place}, {_first(table, unit)}" for place, table in leagues.items())
+    best = "; ".join(f"at {place}, {_first(table, unit, reference)}" for place, table in leagues.items())
     open_ = f"The runs do not decide whether the order of routers differs between {places}: {OVERLAP}."
     return f"{open_} {with_capital(best)}."
 
 
-def _first(table: pd.DataFrame, unit: str) -> str:
-    """Return the best router of a league, and those that cannot be told from it."""
+def _first(table: pd.DataFrame, unit: str, reference: Any) -> str:
+    """Return the best router of a league, those that cannot be told from it, and which of these the reference beats."""
     best, value = table.index[0], table["mean"].iloc[0]
     rivals = [str(name) for name in table.index[1:] if table.loc[name, "best rank"] == 1]
     text = f"{best} has the lowest {unit}, {value:.4g}"
     if not rivals:
         return f"{text}, and is certainly the best of {len(table)} routers"
-    more = f" and {len(rivals) - MOST_NAMED} more" if rivals[MOST_NAMED:] else ""
-    names = f"{', '.join(rivals[:MOST_NAMED])}{more}"
-    return f"{text}; of {len(table)} routers, {names} may be as good, by the intervals of their ranks"
+    text += f"; of {len(table)} routers, {_named(rivals)} may be as good, by the intervals of their ranks, "
+    text += "which compare all pairs"
+    worse = [name for name in rivals if verdict(*table.loc[name, ["low", "high"]]) == WORSE]
+    if not worse:
+        return text
+    verb = "is" if len(worse) == 1 else "are"
+    return f"{text}; compared with {reference} alone, which tells more, {_named(worse)} of these {verb} worse than it"
+
+
+def _named(routers: list[str]) -> str:
+    """Return the first of some routers, and how many more there are."""
+    more = len(routers) - MOST_NAMED
+    return enumerated([*routers[:MOST_NAMED], f"{more} more"]) if more > 0 else enumerated(routers)
 
 
 def _is_certain(table: pd.DataFrame) -> bool:
@@ -243,18 +258,13 @@ def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) ->
         row |= {"95 % interval of the rank": place if ranked else "–"}
         row |= {ROUTER: str(name), metric: float(standing["mean"]), "n": int(standing["n"])}
         compared = ranked and name != reference
-        row[f"difference from {reference} [interval, all together]"] = _difference(standing) if compared else "–"
+        difference = with_interval(*standing[["difference", "low", "high"]], least=3) if compared else "–"
+        row[f"difference from {reference} [interval, all together]"] = difference
         row["verdict"] = verdict(standing["low"], standing["high"]) if compared else "–"
         row |= {COST[key]: of_router[key].astype(float).median() for key in COST if key in of_router}
         row["causal"] = {True: "yes", False: "no"}.get(of_router["causal"].iloc[0], "unknown")
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _difference(row: pd.Series) -> str:
-    digits = decimals(row["difference"], 3)
-    interval = f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]" if math.isfinite(row["low"]) else ""
-    return plain(f"{row['difference']:+.{digits}f}{interval}")
 
 
 def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -282,7 +292,7 @@ def how_much_routing_matters(inputs: ReportInputs) -> Iterator[ReportBlock]:
         clear = covered(*(limits[side].to_numpy() for side in (ORACLE, RANDOM, ORACLE))).clear
         distance = float((limits[RANDOM] - limits[ORACLE]).mean())
         if not clear or distance < 0:
-            doubts.append((WORSE if clear else UNCLEAR).format(random=RANDOM, oracle=ORACLE, distance=distance))
+            doubts.append((ORACLE_WORSE if clear else UNCLEAR).format(random=RANDOM, oracle=ORACLE, distance=distance))
         compared.append(members[members[ROUTER].isin(values.columns)])
     if not rows:
         return
@@ -321,4 +331,4 @@ def _share(share: Share) -> str:
         return "–"
     if not np.isfinite(share.low):
         return "unknown, because random and oracle are not clearly apart"
-    return plain(f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]")
+    return with_interval(*share[:3], least=2, sign="")

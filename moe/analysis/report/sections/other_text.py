@@ -65,10 +65,13 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from long_list([literal(problem) for problem in dict.fromkeys(problems)])
     if not compared:
         return
-    digits = [decimals(difference, 4) for difference in found["difference"]]
+    ends = ["ci_low", "ci_high"], ["documents_low", "documents_high"]
+    digits = [
+        max(decimals(row["difference"], *row[columns], least=4) for columns in ends) for _, row in found.iterrows()
+    ]
     seeds, documents = (
         [_interval(low, high, number) for (low, high), number in zip(found[columns].to_numpy(), digits, strict=True)]
-        for columns in (["ci_low", "ci_high"], ["documents_low", "documents_high"])
+        for columns in ends
     )
     shown = found[["factor", "level", "reference", "within", "n"]].assign(
         **{

@@ -10,10 +10,9 @@ from moe.analysis.figures import curves
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, figure_section
 from moe.analysis.report.inputs import GRADIENT_METRICS, NOT_TRAINED, ReportInputs
-from moe.analysis.sentences import decimals
+from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import interval, over_time
 from moe.analysis.statistics import comparisons, mean_difference
-from moe.checks import plain
 from moe.results.comparable import incomparable
 from moe.runs.traces import MILESTONES
 
@@ -35,20 +34,13 @@ def contrasts_over_training(inputs: ReportInputs) -> Iterator[ReportBlock]:
     table = contrasts_at_shares(inputs)
     if table.empty:
         return
-    cells = [_cell(c.difference, c.together_low, c.together_high) for c in table.itertuples()]
+    cells = [with_interval(c.difference, c.together_low, c.together_high, least=3) for c in table.itertuples()]
     shown = table.assign(cell=cells, share=table["share"].map("{:.0%}".format))
     yield Heading("Over training")
     *first, last = (f"{share:.0%}".removesuffix("%") for share in MILESTONES)
     yield Paragraph(CONTRASTS_EXPLAINED.format(shares=f"{', '.join(first)} and {last} %"))
     yield TableBlock(shown.pivot_table("cell", NAMES, "share", aggfunc="first", sort=False).reset_index())
     yield csv_file("progress", table, "this table, with n.")
-
-
-def _cell(difference: float, low: float, high: float) -> str:
-    """Return a difference with its interval, if there is one, both with the decimals that the difference needs."""
-    digits = decimals(difference, 3)
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
-    return plain(f"{difference:+.{digits}f}{interval}")
 
 
 def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
