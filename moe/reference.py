@@ -76,6 +76,9 @@ LEAGUE = """
 {seeds} seeds of [a study at equal work](studies/router_league.md): better or worse if the interval leaves out 0. All
 intervals hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable.
 Neither has a router that the study leaves out or does not have yet."""
+TWO_MODELS = """
+*Speed* and *league* are about different models, so one column does not explain the other: for the speed, the experts of
+all routers have the same width; in the league, a token costs about the same FLOPs with all, so the widths differ."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 STUDY = DOCS / "studies" / "router_league"  # its shipped tables; without them, the table has no league
@@ -129,7 +132,7 @@ def routers_page() -> str:
     return (
         ROUTERS
         + table
-        + SIZES.format(dim=dim, experts=experts, speed=speed, league=league)
+        + SIZES.format(dim=dim, experts=experts, speed=speed, league=league + (TWO_MODELS if len(columns) > 1 else ""))
         + _table(head, sizes)
         + sections
     )
