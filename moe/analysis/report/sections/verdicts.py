@@ -16,7 +16,7 @@ from moe.analysis.report.blocks import (
     literal,
     long_list,
 )
-from moe.analysis.report.inputs import Family, ReportInputs
+from moe.analysis.report.inputs import OF_CLAIMS, Family, ReportInputs
 from moe.analysis.sentences import (
     DETECTABLE,
     DETERMINISTIC,
@@ -78,6 +78,10 @@ These claims were written down in advance, in the experiment's YAML file or on t
 them before its first step. Each difference is taken between runs of the same seed and averaged over all combinations of
 the other factors. Its 95 % interval, in brackets, is for this difference alone; the verdict is corrected for all tests
 of this report."""
+SECOND_P = """\
+The p in parentheses is corrected with Holm's method, because all tests of this report share 5 %: {shares}. So the first
+p is multiplied by up to {most}."""
+THE_REST = "other comparisons have the rest"
 SOURCES = """\
 In parentheses after a claim is its source: an earlier study, and the part of it that says so. "Our own" marks a claim
 of the experiment's author. The page `docs/sources.md` of the project introduces the studies that its experiments
@@ -132,6 +136,10 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     judged = inputs.claims
     yield Heading("Planned claims")
     yield Paragraph(CLAIMS_EXPLAINED)
+    if shares := [_share_of(family) for family in inputs.families if family.name in OF_CLAIMS]:
+        shares += [THE_REST] if len(inputs.families) > len(shares) else []
+        most = " or ".join(map(str, sorted({*judged["tests"]} - {0})))
+        yield Paragraph(SECOND_P.format(shares="; ".join(shares), most=most))
     if not judged["source"].str.fullmatch(OURS).all():
         yield Paragraph(SOURCES)
     if (judged["verdict"] == UNDECIDED).any():
