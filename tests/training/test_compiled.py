@@ -24,8 +24,9 @@ TRAIN = Path(__file__).parents[2] / "train.py"
         "router=spectra model.first_k_dense_replace=1",
         "adapter=lora_attention adapter.parts=[attention,experts] model.layers=1",
         "adapter=perft_r adapter.router.k=2 model.layers=1",
+        "model.num_experts=4 model.experts_by_layer=1:8 model.routers=1:k:1 noise=0.1 load=0.1",
     ],
-    ids=["drawn and dropped", "swiglu", "dense layer", "lora", "perft_r"],
+    ids=["drawn and dropped", "swiglu", "dense layer", "lora", "perft_r", "different numbers of experts"],
 )
 def test_a_compiled_run_differs_only_by_rounding(overrides: str, small: list[str], tmp_path: Path) -> None:
     events_of_runs = []
