@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
+from moe.config.keys import is_free
 from moe.config.plugins import Plugin
 from moe.config.schema import Config
 from moe.files import read_text, write_json
@@ -148,6 +149,13 @@ class RunRecord(Record):
     commit: str | None
     plugins: dict[str, Plugin]
     facts: RunFacts | None
+
+    @classmethod
+    def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the content without those keys of the identity that have become free since the run was recorded."""
+        if not isinstance(identity := content.get("identity"), dict):
+            return content
+        return content | {"identity": {key: value for key, value in identity.items() if not is_free(key)}}
 
     def __post_init__(self) -> None:
         if self.status == "finished" and self.facts is None:

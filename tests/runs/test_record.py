@@ -97,6 +97,12 @@ def test_a_run_from_before_the_unigram_perplexity_is_read_without_it(tmp_path: P
     assert old.format == FORMAT, "it is written as a record of this format"
 
 
+def test_a_key_that_has_become_free_is_no_part_of_the_identity_of_an_earlier_run(tmp_path: Path) -> None:
+    identity = RUN.identity | {"cuda_graph": False, "data.cache": "elsewhere"}
+    replace(RUN, identity=identity).write(tmp_path / RUN.FILE)
+    assert RunRecord.read(tmp_path / RUN.FILE) == RUN
+
+
 def written_content(record: Any, path: Path) -> dict[str, Any]:
     """Write a record and return the content of its file."""
     record.write(path)
