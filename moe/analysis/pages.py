@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe.analysis.claims import evidence_sentence
+from moe.analysis.claims import evidence_sentence, planned_claims
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
@@ -35,12 +35,12 @@ from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
 from moe.analysis.sentences import enumerated
-from moe.checks import first_line, plain
+from moe.checks import ConfigError, first_line, plain
 from moe.files import read_text, shown, write_text
 from moe.metrics.catalog import lookup
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
-from moe.runs.planned import digest_of_plan
+from moe.runs.planned import digest_of_plan, is_plan
 
 BEGIN = "<!-- What follows is written by `python -m moe.analysis.pages write docs/studies`. -->"
 END = "<!-- Here it ends. -->"
@@ -55,7 +55,7 @@ that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
 WANTED = "It names the seeds {seeds} and {runs} runs: {settings} settings with each seed{tuning}."
 NOT_WANTED = "It names no seeds, because no claim has a number of them."
 PLANNED = """\
-`moe plan` said before the runs how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
+`moe plan` said {order} how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
 difference is inside of what the claim allows, at the given distance to the nearest bound. """
 PILOT = "These numbers come from a small pilot, so they are uncertain: the range is in parentheses."
 NO_PILOT = """\
@@ -149,25 +149,51 @@ def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
         texts += [block_as_markdown(_lower(block) if several else block) for block in blocks]
     if plan.exists():
         try:
-            runs = max((part.runs for part in experiments), key=lambda runs: len(finished_seeds(runs)))
-            texts += map(block_as_markdown, planned(json.loads(read_text(plan)), runs))
+            content = json.loads(read_text(plan))
+            texts += map(block_as_markdown, planned(content, _runs_of_plan(content, experiments)))
+        except ConfigError as error:
+            raise ValueError(f"{plan}: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{plan}: is no plan of `moe plan` ({first_line(error)})") from error
     return PAGE.sub(r"[\1](../\1)", "\n\n".join(texts))
 
 
-def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
-    """Yield what a plan of `moe plan` says, beside the seeds of the runs that were trained.
+def _runs_of_plan(plan: Any, experiments: list[ReportInputs]) -> pd.DataFrame:
+    """Return the runs of the experiment whose claims a plan has; of several, those of the most finished seeds.
 
-    Raises ValueError if the plan was changed after it was made.
+    Raises ConfigError for what is no plan, and for a plan of other claims, without a digest, or with another one.
     """
+    if not is_plan(plan):
+        raise ConfigError("is no plan of `moe plan`")
+    if "digest" not in plan:
+        raise ConfigError("this plan is older than digests and must be made again with `moe plan`")
     if plan["digest"] != digest_of_plan(plan):
-        raise ValueError(f"its digest is {digest_of_plan(plan)} and not {plan['digest']}: it was changed")
+        raise ConfigError(f"its digest is {digest_of_plan(plan)} and not {plan['digest']}: it was changed")
+    claims = {(claim["text"], claim["metric"], claim["kind"]) for claim in plan["claims"]}
+    recorded = [_recorded_claims(part) for part in experiments]
+    same = [part.runs for part, found in zip(experiments, recorded, strict=True) if found == claims]
+    if not same:
+        text, metric, kind = min(claims.symmetric_difference(set[tuple[str, str, str]]().union(*recorded)) or claims)
+        raise ConfigError(
+            f"its claims must be those of the runs; “{plain(text)}” ({kind}, {metric}) is in one of the two alone"
+        )
+    return max(same, key=lambda runs: len(finished_seeds(runs)))
+
+
+def _recorded_claims(part: ReportInputs) -> set[tuple[str, str, str]]:
+    """Return the words, the metric and the kind of each claim that the runs of an experiment recorded."""
+    return {(claim.text, claim.metric, claim.kind) for claim, _ in planned_claims(part.runs)}
+
+
+def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
+    """Yield what a plan of `moe plan` says, beside the seeds of the runs that were trained."""
     seeds = finished_seeds(runs)
+    made, started = (datetime.fromisoformat(each) for each in (plan["time"], min(runs["started"].dropna())))
     yield Heading("What was planned")
-    yield Paragraph(_made(plan, runs, seeds))
+    yield Paragraph(_made(plan, made, started, seeds))
     piloted = any(claim["spread"] is not None for claim in plan["claims"])
-    yield Paragraph(PLANNED.format(power=100 * plan["power"]) + (PILOT if piloted else NO_PILOT))
+    order = "before the runs" if made < started else "afterward"
+    yield Paragraph(PLANNED.format(order=order, power=100 * plan["power"]) + (PILOT if piloted else NO_PILOT))
     most = plan["most_seeds"]
 
     def number(seeds: int | None) -> str:
@@ -197,14 +223,16 @@ def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
     yield TableBlock(pd.DataFrame(rows))
 
 
-def _made(plan: dict[str, Any], runs: pd.DataFrame, trained: list[int]) -> str:
-    """Return when a plan was made, its digest, and its seeds and runs, beside the seeds that were trained."""
+def _made(plan: dict[str, Any], made: datetime, started: datetime, trained: list[int]) -> str:
+    """Return when a plan was made, its digest, and its seeds and runs, beside the seeds that were trained.
+
+    started: when the first run did.
+    """
     tuning = f", and {tune} that tune" if (tune := plan.get("runs_that_tune")) else ""
     wanted = {"seeds": numbers_in_words(plan["seeds"]), "runs": plan["runs"], "settings": plan["settings"]}
-    made, started = (datetime.fromisoformat(each) for each in (plan["time"], min(runs["started"].dropna())))
     return MADE.format(
         time=_moment(made),
-        order="before" if made <= started else "after",
+        order="before" if made < started else "after",
         started=_moment(started),
         digest=plan["digest"],
         wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] else NOT_WANTED,

@@ -38,6 +38,7 @@ from moe.planning.seeds import UNIT, Effect, Need
 from moe.planning.written import as_written
 from moe.program import ended, program
 from moe.runs.place import duration
+from moe.runs.planned import is_plan
 from moe.runs.record import RecordError
 
 WIDTH = 110
@@ -116,8 +117,7 @@ def _check_out(path: Path) -> None:
         content = json.loads(read_text(path))
     except (OSError, ValueError):
         content = None
-    is_plan = isinstance(content, dict) and {"claims", "runs", "command"} <= content.keys()
-    require(is_plan, "--out", path, "a new file, or an earlier plan: this file holds something else")
+    require(is_plan(content), "--out", path, "a new file, or an earlier plan: this file holds something else")
 
 
 def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:

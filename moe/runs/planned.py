@@ -132,3 +132,8 @@ def digest_of(content: Any) -> str:
 def digest_of_plan(plan: dict[str, Any]) -> str:
     """Return the digest of everything in a plan.json but its time and its digest."""
     return digest_of({key: value for key, value in plan.items() if key not in ("time", "digest")})
+
+
+def is_plan(content: Any) -> bool:
+    """Return whether the content of a JSON file is a plan of `moe plan`, also one from before plans had a digest."""
+    return isinstance(content, dict) and {"claims", "runs", "command"} <= content.keys()

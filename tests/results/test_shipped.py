@@ -74,6 +74,11 @@ def test_a_sweep_that_is_shipped_again_replaces_its_tables(sweep: Path, tmp_path
 
 PLAN = {"time": "2025-12-31T23:59:30+00:00", "power": 0.8, "most_seeds": 32, "effect": "0.5%", "runs": 20}
 PLAN |= {"effects": {"val/loss": "0.01"}, "seeds": [1, 2, 3, 4, 7], "settings": 4, "runs_that_tune": 2}
+PLAN |= {"command": "python train.py"}
+
+
+def with_digest(plan: dict[str, Any]) -> dict[str, Any]:
+    return plan | {"digest": digest_of_plan(plan)}
 
 
 def test_a_page_holds_what_the_tables_show_between_its_marks(
@@ -82,13 +87,9 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     page = tmp_path / "docs" / "one.md"
     assert pages.main(["ship", str(sweep), str(page.with_suffix(""))]) == 0
     page.write_text(f"# Title\n\n{pages.BEGIN}\nearlier words\n{pages.END}\n\nThe end.\n")
-    common = {"metric": "val/loss", "spread": 0.01, "seeds_high": None}
-    claims = [
-        common | {"text": "a", "effect": 0.0123, "seeds": 5, "reachable": True, "seeds_low": 4},
-        common | {"text": "b", "effect": 2, "seeds": None, "reachable": False, "seeds_low": 40},
-    ]
-    plan = PLAN | {"claims": claims}
-    plan["digest"] = digest_of_plan(plan)
+    claim = {"text": "noise helps", "metric": "val/loss", "kind": "lower", "spread": 0.01, "effect": 0.0123}
+    claim |= {"seeds": 5, "reachable": True, "seeds_low": 4, "seeds_high": None}
+    plan = with_digest(PLAN | {"claims": [claim]})
     (page.with_suffix("") / pages.PLAN).write_text(json.dumps(plan))
     assert pages.main(["write", str(page.parent)]) == 0
     text = page.read_text()
@@ -98,9 +99,8 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
         f"digest is {plan['digest']}. The smallest effect that mattered is 0.5 %, but 0.01 nats for val/loss. It names "
         "the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained were the seeds 1 to 3."
     ) in text
-    assert "In every row, metric is val/loss, seeds trained is 3." in text
-    assert "| a | 0.0123 | 5 (4 to over 32) |" in text
-    assert "| b | 2 | over 32 |" in text
+    assert "`moe plan` said before the runs how many" in text.replace("\n", " ")
+    assert "| noise helps | val/loss | 0.0123 | 5 (4 to over 32) | 3 |" in text
     assert text.startswith("# Title\n\n<!--")
     assert text.endswith("-->\n\nThe end.\n")
     assert "earlier words" not in text
@@ -110,16 +110,23 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert "| 0.0 | 3.020 ± 0.010 |" in text
     assert "| 0 | 4.000 | 4.000 | 4.000 |" in text
     assert "| 1 | 3.000 | 3.000 | 3.000 |" in text
-    for damaged in (
-        "[]",
-        "{}",
-        "{",
-        json.dumps(plan | {"power": 0.9}),
-        json.dumps({"power": 0.8, "most_seeds": 32, "claims": [claims[0] | {"effect": "much"}]}),
+    old = {key: value for key, value in plan.items() if key != "digest"}
+    for damaged, message in (
+        ("[]", "is no plan of `moe plan`"),
+        ("{}", "is no plan of `moe plan`"),
+        ("{", "is no plan of `moe plan`"),
+        (json.dumps(with_digest(PLAN | {"claims": [claim | {"effect": "much"}]})), "is no plan of `moe plan`"),
+        (json.dumps(plan | {"power": 0.9}), "its digest is "),
+        (json.dumps(old), "this plan is older than digests and must be made again with `moe plan`\n"),
+        (
+            json.dumps(with_digest(PLAN | {"claims": [claim, claim | {"text": "b"}]})),
+            "its claims must be those of the runs; “b” (lower, val/loss) is in one of the two alone\n",
+        ),
+        (json.dumps(with_digest(PLAN | {"claims": [claim | {"kind": "higher"}]})), "its claims must be those of"),
     ):
         (page.with_suffix("") / pages.PLAN).write_text(damaged)
         assert pages.main(["write", str(page.parent)]) == 2
-        assert f"{page.with_suffix('') / pages.PLAN}: is no plan" in capsys.readouterr().err
+        assert f"{page.with_suffix('') / pages.PLAN}: {message}" in capsys.readouterr().err
         assert page.read_text() == text
     (page.with_suffix("") / pages.PLAN).unlink()
     page.write_text("# Title\n")
@@ -131,19 +138,21 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
 def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
     known = {"text": "a", "metric": "val/loss", "effect": 1.5, "spread": None, "seeds": 6, "reachable": True}
     unknown = known | {"text": "b", "effect": None, "seeds": None, "reachable": None}
-    claims = [each | {"seeds_low": None, "seeds_high": None} for each in (known, unknown)]
-    plan = PLAN | {"claims": claims, "seeds": [], "time": "2026-01-02T00:00:00+00:00"}
-    plan["digest"] = digest_of_plan(plan)
+    far = known | {"text": "c", "seeds": None, "reachable": False}
+    claims = [each | {"seeds_low": None, "seeds_high": None} for each in (known, unknown, far)]
+    plan = with_digest(PLAN | {"claims": claims, "seeds": [], "time": "2026-01-01T00:00:00+00:00"})
     runs = pd.DataFrame({"seed": [1, 2, 3], "status": "finished", "started": "2026-01-01T00:00:00+00:00"})
     _, made, text, table = map(block_as_markdown, pages.planned(plan, runs))
     assert "after the first run started (on 2026-01-01 at 00:00 UTC)." in made
     assert "It names no seeds, because no claim has a number of them. Trained were the seeds 1 to 3." in made
+    assert text.startswith("`moe plan` said afterward how many seeds")
     assert text.endswith(
         "There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."
     )
     assert "| claim | distance to the bound |" in table
     assert "| a | 1.5 sd | 6 |" in table
     assert "| b | – | unknown |" in table
+    assert "| c | 1.5 sd | over 32 |" in table
 
 
 @pytest.mark.parametrize(
