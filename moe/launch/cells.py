@@ -293,14 +293,23 @@ def job_cell(composed: DictConfig, hydra: Any) -> Cell:
 
 def _switch_off_ignored(cell: Cell) -> Cell:
     """Return the cell with every key switched off that does not apply to it, and the parts of a question likewise."""
-    record = stored_record(cell)
-    if record is not None and finished(cell) and not cell.config.is_dense:  # its record tells, without torch
-        ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
-    else:
-        ignored = cell.config.ignored_keys()
+    ignored = _ignored(cell)
     question = applicable(cell.config.question, [claim.text for claim in cell.config.claims])
     config = replace(cell.config.without(ignored), question=question)
     return _explicit(cell._replace(config=config, ignored=ignored))
+
+
+def _ignored(cell: Cell) -> frozenset[str]:
+    """Return the keys that do not apply to a cell. The record of a finished run tells, without torch.
+
+    It does not tell whether the run ignores a key that is newer than the record.
+    """
+    record = stored_record(cell)
+    if record is not None and finished(cell) and not cell.config.is_dense:
+        ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
+        if not record.newer(ignored):
+            return ignored
+    return cell.config.ignored_keys()
 
 
 def _explicit(cell: Cell) -> Cell:

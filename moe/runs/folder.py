@@ -38,11 +38,15 @@ def status(cell: Cell) -> str:
 
 
 def difference(cell: Cell) -> list[str]:
-    """Return a text for each key in which the run in the folder differs from this cell."""
+    """Return a text for each key in which the run in the folder differs from this cell.
+
+    A run from before a key existed has its default.
+    """
     record = stored_record(cell)
     if record is None:
         return []
-    stored, wanted = record.identity, json.loads(json.dumps(cell.identity()))
+    wanted = json.loads(json.dumps(cell.identity()))
+    stored = record.identity | record.newer(wanted)
     different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     keys = [key for key in different if key in stored or not _may_not_apply(key)]
     texts = [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]

@@ -5,6 +5,7 @@ never meets a missing key or a wrong type. This module does not import torch, so
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -12,9 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
-from moe.config.keys import is_free
+from moe.config.keys import flatten, is_free
 from moe.config.plugins import Plugin
-from moe.config.schema import Config
+from moe.config.schema import Config, defaults
 from moe.files import read_text, write_json
 from moe.runs.collapse import Collapse
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
@@ -182,6 +183,14 @@ class RunRecord(Record):
     def typed_config(self) -> Config:
         """Return the configuration; a key from after the run has its default. Raises ValueError that names the key."""
         return parse(Config, self.config, "config")
+
+    def newer(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the default of each of these flat keys that did not exist when the run was recorded.
+
+        Keys of a router have no default here: a record lacks those that the run ignores, however old they are.
+        """
+        known, default = flatten(self.config).keys() | self.identity.keys(), defaults()
+        return {key: default[key] for key in keys if key not in known and key in default}
 
     def claims(self) -> list[ClaimConfig]:
         """Return the planned claims. They can be read, because this is checked when the record is made."""

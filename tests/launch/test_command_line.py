@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import signal
@@ -37,6 +38,7 @@ from moe.launch.resolvers import run_name, seeds_in
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
 from moe.planning.seeds import Effect
+from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts
 
 
@@ -1005,6 +1007,29 @@ def test_a_folder_of_the_same_run_is_found_under_any_spelling(tmp_path: Path) ->
     for other in (["noise=0.2"], ["noise=0.1", "seed=1"], ["noise=0.1", "variant=top2", "router.k=2"]):
         [cell] = read_cells([f"out={tmp_path}", *other]) or []
         assert cell.folder != first.folder
+
+
+@pytest.mark.parametrize(("router", "applies"), [("topk", True), ("hash", False)])
+def test_a_run_from_before_a_key_existed_had_its_default(router: str, applies: bool, tmp_path: Path) -> None:
+    """A key that the record does not know is no key that the run ignored."""
+    words = [f"out={tmp_path}", f"router={router}"]
+    [cell] = read_cells(words) or []
+    cell.folder.mkdir(parents=True)
+    write_run_record(cell, "finished", parse(RunFacts, FACTS))
+    record = json.loads((cell.folder / "run.json").read_text())
+    for key in ("lb_first", "optimizer.expert_step", "model.first_k_dense_replace"):
+        group, _, name = key.rpartition(".")
+        del (record["config"][group] if group else record["config"])[name]
+        record["identity"].pop(key, None)
+    (cell.folder / "run.json").write_text(json.dumps(record))
+    [again] = read_cells(words) or []
+    assert finished(again)
+    assert again.identity() == cell.identity()
+    assert ("lb_first" in again.identity()) is applies
+    if applies:
+        [other] = read_cells([*words, "lb_first=0.5"]) or []
+        assert other.folder != cell.folder
+        assert difference(other._replace(folder=cell.folder)) == ["lb_first is 0.0 in the folder, 0.5 in this command"]
 
 
 def test_the_claim_given_as_an_example_works() -> None:
