@@ -270,7 +270,7 @@ def _where(claim: ClaimConfig) -> str:
         first, second = fixed.pop(claim.moderator)
         change = f", change from {claim.moderator}={level(first)} to {level(second)}"
     places = "; ".join(f"{factor}={_listed(map(level, wanted))}" for factor, wanted in fixed.items())
-    cost = "" if claim.at is None else f", at equal training {'FLOPs' if claim.at == 'flops' else claim.at}"
+    cost = "" if claim.at is None else f", read at equal training {'FLOPs' if claim.at == 'flops' else claim.at}"
     return (f" at {places}" if places else "") + change + cost
 
 

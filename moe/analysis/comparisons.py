@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.equal_cost import FLOPS, SECONDS, at_common_cost
+from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_common_cost, metric_curves
 from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.sentences import null_everywhere
@@ -96,20 +96,49 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
     ]
     if absent:
         return Compared(named, rivals, [], absent)
-    if claim.at is not None:
-        named_alone = runs[claim.factor].isin([*named, *rivals]) | (claim.kind == "mixed")
-        try:
-            runs = at_common_cost(runs[named_alone], _metrics(claim), COST_COLUMNS[claim.at], evals)
-        except ValueError as error:
-            return Compared(named, rivals, [], [str(error)])
+    if claim.at is None:
+        return Compared(named, rivals, _pairs(claim, runs, named, rivals), [])
+    try:
+        return Compared(named, rivals, _pairs_at_cost(claim, runs, named, rivals, evals), [])
+    except NothingInCommonError as error:
+        return Compared(named, rivals, [], [str(error)])
+
+
+def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any]) -> list[list[Comparison]]:
+    """Compare each of the levels `named` with each of `rivals`."""
     if claim.kind == "interaction":
         claim, runs = _of_changes(claim, runs, rivals), _changes(claim, runs)
     else:
         runs = _with_mean_of_domains(claim, runs)
-    others = [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
+    others = _others(claim, runs)
     if claim.kind == "mixed":
-        return Compared(named, rivals, _compare_in_model(claim, runs, others, named, rivals), [])
-    return Compared(named, rivals, [[_compare(claim, runs, others, a, b) for b in rivals] for a in named], [])
+        return _compare_in_model(claim, runs, others, named, rivals)
+    return [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
+
+
+def _pairs_at_cost(
+    claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any], evals: pd.DataFrame | None
+) -> list[list[Comparison]]:
+    """Compare as `_pairs` does, at each combination of other factors at a cost that both sides have reached.
+
+    A mixed model compares all levels at once, so these share it. Raises NothingInCommonError if a combination has none.
+    """
+    curves = metric_curves(runs, _metrics(claim), COST_COLUMNS[claim.at or ""], evals)
+    if claim.kind == "mixed":
+        return _pairs(claim, at_common_cost(runs, _others(claim, runs), curves), named, rivals)
+    runs = runs[runs[claim.factor].isin([*named, *rivals])]
+    others = _others(claim, runs)
+
+    def pair(a: Any, b: Any) -> Comparison:
+        both = at_common_cost(two_levels(runs, claim.factor, (a, b), others), others, curves)
+        [[found]] = _pairs(claim, both, [a], [b])
+        return found
+
+    return [[pair(a, b) for b in rivals] for a in named]
+
+
+def _others(claim: ClaimConfig, runs: pd.DataFrame) -> list[str]:
+    return [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
 
 
 def _compare_in_model(

@@ -15,8 +15,9 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 from moe.analysis.simultaneous import interval, over_time
-from moe.analysis.statistics import comparisons
+from moe.analysis.statistics import comparisons, name_cell
 from moe.results.comparable import incomparable
+from moe.results.conditions import conditions
 from moe.results.table import read_event_tables
 
 LOSS = "val/loss"
@@ -45,6 +46,10 @@ class Difference(NamedTuple):
     share: float = 1.0
     gap: float = 0.0
     note: str = ""
+
+
+class NothingInCommonError(ValueError):
+    """Tells that curves have no cost in common, so that nothing can be compared at equal cost."""
 
 
 Curves = dict[Any, pd.DataFrame]  # seed -> columns cost and loss, in rising order of cost
@@ -127,7 +132,7 @@ def differences(treated: Curves, baseline: Curves, shares: tuple[float, ...] = (
         return []
     try:
         most = _largest_common(curve["cost"] for side in sides for curve in side)
-    except ValueError as error:
+    except NothingInCommonError as error:
         return [Difference(math.nan, 0, note=str(error))]
     least = max(curve["cost"].min() for side in sides for curve in side)
     costs = [share * most for share in shares if share * most >= least] or [most]
@@ -144,10 +149,13 @@ def differences(treated: Curves, baseline: Curves, shares: tuple[float, ...] = (
 
 
 def _largest_common(costs: Iterable[pd.Series]) -> float:
-    """Return the largest cost that every curve has reached. Raises ValueError if it lies before the start of one."""
+    """Return the largest cost that every curve has reached.
+
+    Raises NothingInCommonError if it lies before the start of one.
+    """
     ranges = np.array([(each.min(), each.max()) for each in costs])
     if not len(ranges) or not ranges[:, 1].min() >= ranges[:, 0].max() * (1 - CLOSE):
-        raise ValueError(NOTHING_IN_COMMON)
+        raise NothingInCommonError(NOTHING_IN_COMMON)
     return float(ranges[:, 1].min())
 
 
@@ -172,23 +180,40 @@ def _gap(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
     return np.where(np.isclose(known[after], costs, rtol=1e-9), 0.0, np.abs(loss[before] - loss[after]))
 
 
-def at_common_cost(
+def metric_curves(
     runs: pd.DataFrame, metrics: list[str], cost: str, evals: pd.DataFrame | None = None
-) -> pd.DataFrame:
-    """Return the runs with these metrics as they were at the largest cost that all of the finished runs have reached.
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Return the curve of each metric in each finished run that has one: {metric: {folder: columns cost and loss}}.
 
-    They are NaN for a run without evaluations. Seconds are as measured. evals: the evaluations; by default they are
-    read from the run folders. Raises ValueError if the runs have no cost in common.
+    Seconds are as measured. evals: the evaluations; by default they are read from the run folders.
     """
     finished = runs[runs["status"] == "finished"]
     evals = read_event_tables(finished["folder"].unique()).evals if evals is None else evals
+    found = {}
     for metric in metrics:
         curves = training_curves(finished, evals, metric=metric, seconds=MEASURED).dropna(subset=[cost])
-        of_run = {folder: curve.rename(columns={cost: "cost"}) for folder, curve in curves.groupby("folder")}
-        most = _largest_common(curve["cost"] for curve in of_run.values()) if of_run else math.nan
-        found = {folder: at_cost(curve, [most])[0] for folder, curve in of_run.items()}
-        runs = runs.assign(**{metric: runs["folder"].map(found).astype(float)})
-    return runs
+        found[metric] = dict(iter(curves.rename(columns={cost: "cost"}).groupby("folder")))
+    return found
+
+
+def at_common_cost(runs: pd.DataFrame, others: list[str], curves: dict[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
+    """Return the runs with these metrics as they were at the largest cost that all runs of their cell have reached.
+
+    A cell is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. Raises
+    NothingInCommonError if the runs of a cell have no cost in common.
+    """
+    cells = []
+    for levels, members in conditions(runs, others):
+        for metric, of_run in curves.items():
+            known = {folder: of_run[folder] for folder in members["folder"] if folder in of_run}
+            try:
+                most = _largest_common(curve["cost"] for curve in known.values()) if known else math.nan
+            except NothingInCommonError as error:
+                raise NothingInCommonError(f"{error}, at {name_cell(levels)}" if levels else str(error)) from None
+            found = {folder: at_cost(curve, [most])[0] for folder, curve in known.items()}
+            members = members.assign(**{metric: members["folder"].map(found).astype(float)})
+        cells.append(members)
+    return pd.concat(cells) if cells else runs
 
 
 def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:

@@ -32,8 +32,9 @@ class ClaimConfig:
     for all settings. So the other levels of `factor` tell the spread too, and few seeds find more. It needs
     settings that spread alike, and effects that do not differ from seed to seed; otherwise it errs too often.
 
-    at: "flops" or "seconds": compare the metric at the largest training cost that all compared runs have reached,
-    interpolated between two evaluations, not at the end. Seconds are as measured, so the machine should be idle.
+    at: "flops" or "seconds": compare the metric at the largest training cost that both sides of a comparison have
+    reached, interpolated between two evaluations, not at the end. At each combination of levels of the other factors,
+    such as each number of steps, that is a cost of its own. Seconds are as measured, so the machine should be idle.
     """
 
     text: str = MISSING

@@ -139,7 +139,7 @@ def write_runs(place: Path, runs: pd.DataFrame, evals: pd.DataFrame) -> pd.DataF
     for run in runs.to_dict("records"):
         folder = place / "made_up" / run["folder"]
         folder.mkdir(parents=True)
-        config = {"seed": run["seed"], "batch_size": 4, "grad_accum": 2, "data": {"seq_len": 8}, "steps": 40}
+        config = {"seed": run["seed"], "batch_size": 4, "grad_accum": 2, "data": {"seq_len": 8}, "steps": run["steps"]}
         size = {"total": 4000, "active": 1000, "trainable": 4000}
         facts = {"flops_per_token": run["flops_per_token"], "parameters": size}
         write_record(folder, choices={"router": run["router"]}, config=config, **facts)
@@ -189,9 +189,28 @@ def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
     less = at_flops["difference"] - at_the_end["difference"]
     assert less == pytest.approx(math.log2(1.6) / 10), "b was read before its end, where its loss was higher"
     assert at_seconds["difference"] == pytest.approx(at_the_end["difference"]), "both took 4 s"
-    assert at_flops["compared"].endswith(", at equal training FLOPs")
+    assert at_flops["compared"].endswith(", read at equal training FLOPs")
     [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
     assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
+
+
+def test_a_claim_at_equal_cost_reads_each_budget_at_its_own_cost(tmp_path: Path) -> None:
+    """The runs of 40 steps differ by 0.1 and those of 20 steps by 0.3, so that one cost for all would tell 0.2."""
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    early = evals[evals["step"] <= 20].assign(folder="short" + evals["folder"])
+    early["val/loss"] += 0.2 * early["folder"].str.contains("b")
+    short = runs.assign(folder="short" + runs["folder"], run="short" + runs["run"], steps=20)
+    runs = write_runs(tmp_path, pd.concat([runs, short], ignore_index=True), pd.concat([evals, early]))
+    curves = training_curves(runs, read_event_tables(runs["folder"]).evals)
+    table = equal_cost(runs, curves, ["router", "steps"], {}, FLOPS).set_index("within")["value"]
+    assert table["steps=20"] - table["steps=40"] == pytest.approx(0.2)
+    words = {"metric": "val/loss", "factor": "router", "levels": ["b"], "than": ["a"], "at": "flops"}
+    within = {"steps": [20, 40]}
+    higher = ClaimConfig(text="b is worse", kind="higher", **words)
+    model = ClaimConfig(text="b is worse in a model", kind="mixed", direction="higher", **words)
+    change = ClaimConfig(text="less so later", kind="interaction", direction="lower", within=within, **words)
+    judged = judge(runs, [higher, model, change])["difference"].tolist()
+    assert judged == pytest.approx([table.mean(), table.mean(), table["steps=40"] - table["steps=20"]])
 
 
 def test_a_claim_at_equal_cost_has_the_same_verdict_where_only_tables_were_shipped(tmp_path: Path) -> None:
