@@ -135,7 +135,7 @@ def test_an_undecided_claim_names_the_effect_and_the_seeds_of_its_model() -> Non
     needed = int(row["seeds needed"])
     assert share_found(0.08, spread, seeds=needed) >= 0.8 - 0.02
     assert share_found(0.08, spread, seeds=needed - 1) < 0.8 + 0.02
-    detectable, _, rest = row["reason"].partition("smallest detectable effect ")[2].partition(" val/loss (")
+    detectable, _, rest = row["reason"].partition("smallest detectable effect ")[2].partition(" validation loss (")
     assert share_found(float(detectable), spread, seeds=3) == pytest.approx(0.8, abs=0.04)
     low, _, high = rest.partition(")")[0].partition(" to ")
     ends = 10 / stats.chi2.ppf([0.975, 0.025], 10)  # of the variance, with (6 - 1) (3 - 1) degrees of freedom
