@@ -365,3 +365,16 @@ def defaults(holder: Any = Config, prefix: str = "") -> dict[str, Any]:
         elif each.default not in (FIELD_MISSING, MISSING):
             found[f"{prefix}{each.name}"] = each.default
     return found
+
+
+def without_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without free keys and without keys that have their default.
+
+    So it stays the same when a key is added to the configuration or becomes free.
+    """
+    default = defaults()
+    return {
+        key: value
+        for key, value in identity.items()
+        if not is_free(key) and not (key in default and default[key] == value)
+    }

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 from moe.config.cell import Cell
 from moe.config.keys import fingerprint
+from moe.config.schema import without_defaults
 from moe.runs.folder import stored_record
 from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
 
@@ -45,5 +46,5 @@ def kept_claims(cells: list[Cell]) -> str:
 
 
 def run_digest(cell: Cell) -> str:
-    """Return a digest of everything that decides what a run computes."""
-    return digest_of(fingerprint(cell.identity()))
+    """Return a digest of everything that decides what a run computes. A new key with its default does not change it."""
+    return digest_of(fingerprint(without_defaults(cell.identity())))

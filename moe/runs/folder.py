@@ -12,7 +12,7 @@ from typing import Any
 from moe.checks import ConfigError
 from moe.config.cell import Cell, Grid
 from moe.config.keys import DEFAULTED, OFF, fingerprint, is_free
-from moe.config.schema import Config
+from moe.config.schema import Config, without_defaults
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
 from moe.runs.record import RecordError, RunRecord, SweepRecord
@@ -115,9 +115,9 @@ def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
 def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
     """Return a text that is equal for equal runs, and for runs that differ only in keys that decide nothing.
 
-    Such keys are those that may not apply, and free keys such as the choice of a logger.
+    Such keys are those that may not apply, and free keys such as the choice of a logger. A missing key has its default.
     """
-    decisive = {key: value for key, value in (identity | choices).items() if not _may_not_apply(key)}
+    decisive = {key: value for key, value in (without_defaults(identity) | choices).items() if not _may_not_apply(key)}
     return fingerprint({key: value for key, value in decisive.items() if not is_free(key)})
 
 

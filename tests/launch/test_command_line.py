@@ -1026,6 +1026,8 @@ def test_a_run_from_before_a_key_existed_had_its_default(router: str, applies: b
     assert finished(again)
     assert again.identity() == cell.identity()
     assert ("lb_first" in again.identity()) is applies
+    [spelled] = read_cells([*words, "seed=42"]) or []
+    assert spelled.folder == cell.folder
     if applies:
         [other] = read_cells([*words, "lb_first=0.5"]) or []
         assert other.folder != cell.folder

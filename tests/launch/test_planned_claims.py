@@ -9,9 +9,10 @@ from moe.checks import ConfigError
 from moe.config.cell import Cell
 from moe.config.options import SEARCH_PATH
 from moe.config.question import parts_of
+from moe.config.schema import without_defaults
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
-from moe.launch.plans import kept_claims
+from moe.launch.plans import kept_claims, run_digest
 from moe.launch.run import write_run_record
 
 CLAIM = {
@@ -199,3 +200,15 @@ def test_the_question_of_another_experiment_is_a_text_for_own_claims(
         read_own("some", "mine", known)
     with pytest.raises(ConfigError, match=r"'mien'; nearest: mine; the question is from .*wrong.yaml: set question to"):
         read_own("wrong", "mine", more="question: [{ask: 'Is it?', claims: [mien]}]\n")
+
+
+def test_the_digest_of_a_run_stays_when_a_key_is_added_or_becomes_free() -> None:
+    """A cell that ignores keys has the identity that it had before they existed."""
+    [cell, changed] = read_cells(["-m", "lb_first=0.0,0.5"]) or []
+    added = {"lb_first", "optimizer.expert_step", "model.first_k_dense_replace"}
+    assert added <= cell.identity().keys()
+    before = cell._replace(ignored=cell.ignored | added)
+    assert run_digest(before) == run_digest(cell) != run_digest(changed)
+    identity = cell.identity()
+    assert without_defaults(identity | {"cuda_graph": True}) == without_defaults(identity)
+    assert without_defaults(identity | {"noise": 0.3})["noise"] == 0.3
