@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -135,8 +135,16 @@ def spec_of(group: str, content: dict[str, Any]) -> dict[str, Any]:
     content: what the file says. One whose keys belong to the whole configuration (`# @package _global_`) has them at
     the name of its group, beside other keys, such as the balance weight that suits a router.
     """
-    spec: dict[str, Any] = content if "_target_" in content else content.get(group, content)
+    spec: dict[str, Any] = content[group] if names_its_group(group, content) else content
     return spec
+
+
+def names_its_group(group: str, content: Mapping[str, Any]) -> bool:
+    """Return whether the file of an option has its class and settings at the name of its group.
+
+    Its keys then belong to the whole configuration, so its first line must be `# @package _global_`.
+    """
+    return "_target_" not in content and isinstance(content.get(group), Mapping)
 
 
 def router_spec(option: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe.checks import ConfigError, first_line, require
 from moe.config.keys import flatten, is_free
 from moe.config.model import ModelConfig
-from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, sources, spec_of
+from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, names_its_group, sources, spec_of
 from moe.config.schema import Config
 from moe.config.sections import DataConfig, OptimizerConfig
 
@@ -48,11 +48,13 @@ def check_option_files() -> None:
 def require_content(group: str, option: str | None) -> None:
     """Raise ConfigError for an option whose keys Hydra would put in a wrong place, and for one without keys.
 
-    The keys of an experiment or a variant belong to the whole configuration, which the first line of its file says.
+    The keys of an experiment or a variant belong to the whole configuration, which the first line of its file says. So
+    do those of an option that names its class at the name of its group, beside other keys: `router: {_target_: ...}`.
     Only options outside of this project may be empty by mistake.
     """
     path = sources(group).get(str(option))
-    if path is not None and group in WHOLE and read_option(path):
+    content = DictConfig({}) if path is None else read_option(path)
+    if path is not None and content and (group in WHOLE or names_its_group(group, content)):
         first = path.read_text(encoding="utf-8").lstrip().partition("\n")[0]
         required = "`# @package _global_` in the first line"
         require(re.fullmatch(r"#\s*@package _global_\s*", first) is not None, str(path), first, required)
@@ -66,7 +68,7 @@ def require_content(group: str, option: str | None) -> None:
         "variant": "spectra_no_quota",
     }
     example = examples.get(group)
-    if path is not None and example is not None and not path.is_relative_to(CONF) and not read_option(path):
+    if path is not None and example is not None and not path.is_relative_to(CONF) and not content:
         raise ConfigError(f"{path}: is empty; write keys and values as in conf/{group}/{example}.yaml")
 
 
@@ -94,7 +96,7 @@ def values_of(group: str, path: Path) -> dict[str, Any]:
 
 def named_in(group: str, content: Any) -> dict[str, Any]:
     """Return what the file of an option says as flat keys of the whole configuration."""
-    whole = group in WHOLE or spec_of(group, content) is not content
+    whole = group in WHOLE or names_its_group(group, content)
     return flatten(content, "" if whole else f"{group}.")
 
 

@@ -252,6 +252,13 @@ def test_the_first_line_of_an_experiment_must_say_where_its_keys_belong(lab: Pat
         cells("--config-dir=conf", "experiment=mine", "-m")
 
 
+def test_the_first_line_of_a_router_with_keys_of_the_whole_configuration_must_say_so(lab: Path) -> None:
+    path = lab / "conf/router/momentum.yaml"
+    path.write_text("# Mine\nlb: 0.0\nrouter: {_target_: mylab.momentum.Momentum, k: 2, beta: 0.5}\n")
+    with pytest.raises(ConfigError, match=f"^{path}=# Mine: must be `# @package _global_` in the first line$"):
+        cells("--config-dir=conf", "router=momentum")
+
+
 def test_help_lists_the_options_of_a_named_folder_and_refuses_a_missing_one(lab: Path) -> None:
     """The process that is refused finds another folder in the environment, of which the message says nothing."""
     assert "Top-k with momentum, causal" in help_text(["--help", "--config-dir", "conf"])
