@@ -39,6 +39,7 @@ from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, wa
 
 log = logging.getLogger(__name__)
 
+DIGESTS = ("corpus_sha256", "tokenizer_sha256", "test_sha256")  # of a manifest, see `Prepared.digests`
 CACHE_FORMAT = 7  # Increase it whenever the same arguments give different blocks or different files.
 
 
@@ -72,7 +73,7 @@ class Prepared(NamedTuple):
 
         Together with the configuration they determine the blocks.
         """
-        return {name: self.manifest[name] for name in ("corpus_sha256", "tokenizer_sha256", "test_sha256")}
+        return {name: self.manifest[name] for name in DIGESTS}
 
     def predicted_bytes(self, split: str) -> tuple[int, ...]:
         """Return for each domain the bytes (UTF-8) of the text that a model predicts in the split val or test."""

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from moe.analysis.bootstrap import bootstrap
 from moe.checks import parse
-from moe.data.blocks import Prepared
+from moe.data.blocks import DIGESTS, Prepared
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.files import sha256, write_text
 from moe.launch.option_files import default_of
@@ -69,9 +69,9 @@ def study(folder: Path, *, blocks_wanted: int, samples: int, trusted: bool = Fal
         config.require_trust("--trust", "router", "data.source")
     began = time.monotonic()
     data = prepare_data(config, trusted=trusted)
-    if _training_files(data.manifest) != _training_files(record.facts.data):
-        then, now = record.facts.data.get("key"), data.manifest["key"]
-        raise ValueError(f"{folder}: its data has changed (is {now}, was {then})")
+    for name, was in _digests(record.facts.data).items():
+        if data.digests[name] != was:
+            raise ValueError(f"{folder}: its data has changed ({name} is {data.digests[name]}, was {was})")
     model = model_of_run(folder, config, trusted=trusted)
     probes, document = validation_blocks(data, blocks_wanted), documents_of_blocks(data, blocks_wanted)
     knobs = Knobs.of(temperature=model.config.router_temperature, device=model.device)
@@ -217,7 +217,7 @@ def _differ_in_seed_only(a: RunRecord, b: RunRecord) -> bool:
 
     A key that one of them lacks has its default, because that run was recorded before the key existed.
     """
-    if a.facts is None or b.facts is None or _training_files(a.facts.data) != _training_files(b.facts.data):
+    if a.facts is None or b.facts is None or _digests(a.facts.data) != _digests(b.facts.data):
         return False
     keys = a.identity.keys() | b.identity.keys()
     one, other = (
@@ -227,10 +227,9 @@ def _differ_in_seed_only(a: RunRecord, b: RunRecord) -> bool:
     return {key for key in keys if one[key] != other[key]} <= {"seed"} <= keys
 
 
-def _training_files(manifest: dict[str, Any]) -> dict[str, str]:
-    """Return the checksums of the files that training reads. Those of the validation blocks are left out: they can
-    change while all tokens stay the same."""
-    return {path: digest for path, digest in manifest.get("files", {}).items() if not path.startswith("val/")}
+def _digests(manifest: dict[str, Any]) -> dict[str, str | None]:
+    """Return what `Prepared.digests` does, for a recorded manifest. Names and layout of the files may have changed."""
+    return {name: manifest.get(name) for name in DIGESTS}
 
 
 def to_json(value: Any) -> Any:

@@ -390,15 +390,16 @@ def test_a_study_writes_its_files_and_is_repeated_only_for_a_changed_model(
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/specialization.json")}
     shutil.copy(cells[1].folder / "model" / "model.safetensors", cells[0].folder / "model" / "model.safetensors")
-    change_checksum(cells[0].folder, "val/input_ids.npy")  # validation blocks may change
+    earlier = {"key": "another", "files": {"train/data-00000-of-00001.arrow": "another"}}  # the text is the same
+    change_data(cells[0].folder, **earlier)
     assert main(command) == 0
     changed = read_study(cells[0].folder)
     assert changed["settings"]["model_sha256"] == records[1]["settings"]["model_sha256"]
     assert changed["measured"]["load"] == second["load"]
     assert [entry["seed"] for entry in changed["measured"]["seed_agreement"]] == [2]
-    change_checksum(cells[0].folder, "train/input_ids.npy")
+    change_data(cells[0].folder, corpus_sha256="another")
     assert main([*command, "--samples", "7"]) == 2
-    assert "its data has changed" in capsys.readouterr().err
+    assert "its data has changed (corpus_sha256 is " in capsys.readouterr().err
 
     written = (tmp_path / "0" / "specialization.json").read_bytes()  # a page of one's own text needs the model alone
     (tmp_path / "text.txt").write_text("fox & <hound> " * 20)
@@ -424,11 +425,11 @@ def read_study(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "specialization.json").read_text()))
 
 
-def change_checksum(folder: Path, file: str) -> None:
-    """Give one of the data files of a run another checksum."""
+def change_data(folder: Path, **fields: Any) -> None:
+    """Replace recorded facts about the data of a run."""
     data = json.loads((folder / "run.json").read_text())["facts"]["data"]
-    assert data["files"].pop(file)
-    change_record(folder, data=data | {"files": data["files"] | {file: "another"}})
+    assert fields.keys() <= data.keys()
+    change_record(folder, data=data | fields)
 
 
 def test_without_a_study_the_report_gives_the_reason_instead_of_figures(cell: Any) -> None:
