@@ -3,9 +3,11 @@
 `moe.training.watch` notices it.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+HOLD = 20  # steps for which something must hold before it is told
 NAMED = 4  # experts that a sentence names, if there are no more
 
 Kind = Literal["same", "few", "unused"]
@@ -41,6 +43,19 @@ class Collapse(NamedTuple):
         if self.until is not None:
             return f"layer {self.layer}: {then} from step {self.since} to step {self.until}, and no longer"
         return f"layer {self.layer}: {now}" + (f" since step {self.since}" if self.since else "")
+
+
+def quiet_steps(steps: int, warmup: float) -> int:
+    """Return the number of steps of the warm-up of the learning rate, in which nothing is told."""
+    return math.ceil(warmup * steps)
+
+
+def is_too_short(steps: int, warmup: float) -> bool:
+    """Return whether a run ends before a collapse could be told: it has too few steps, or ends within the warm-up.
+
+    A run without training steps shows the model as it is, so it is not too short.
+    """
+    return steps > 0 and (steps < HOLD or steps <= quiet_steps(steps, warmup))
 
 
 def sentences(found: Iterable[Collapse]) -> list[str]:

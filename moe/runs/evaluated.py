@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe.metrics import formulas
-from moe.runs.collapse import Collapse, sentences
+from moe.runs.collapse import Collapse, is_too_short, sentences
 
 IN_EVALUATION = ("routing/utilization", "routing/collapsed")  # how the names begin of what is read here
 
@@ -27,12 +27,13 @@ def in_evaluation(values: Mapping[str, Any]) -> list[Collapse]:
     return found
 
 
-def collapse_lines(values: Mapping[str, Any], told: list[Collapse]) -> list[str]:
+def collapse_lines(values: Mapping[str, Any], told: list[Collapse], *, steps: int, warmup: float) -> list[str]:
     """Return what a run showed of collapsed layers, a sentence each: while it trained, and in its last evaluation.
 
     The terminal and the report both print these. values: an event of the last evaluation. told: from training.
+    steps, warmup: of the run. If it is too short to tell a collapse in training, its evaluation tells none either.
     """
-    evaluated = not_told(in_evaluation(values), told)
+    evaluated = [] if is_too_short(steps, warmup) else not_told(in_evaluation(values), told)
     return [*sentences(told), *(f"{each.sentence()} in the last evaluation" for each in evaluated)]
 
 

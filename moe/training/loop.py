@@ -83,7 +83,7 @@ def train(
                     raise Interrupted(stop, done)
             progress.trained(values)
         collapses = _collapses(training, latest)
-        progress.ended(collapse_lines(latest, collapses))
+        progress.ended(collapse_lines(latest, collapses, steps=config.steps, warmup=config.optimizer.warmup))
     if config.save_model != "none":
         save_model(training, folder / "model", config.steps)
     save_adapter(training, folder / "adapter")

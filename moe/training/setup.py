@@ -25,6 +25,7 @@ from moe.model.replay import check_tokenizer
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
 from moe.routing.decision import TrainingText
+from moe.runs.collapse import quiet_steps
 from moe.training import parallel, process
 from moe.training.graphs import Graphs
 from moe.training.optim import build_optimizers, scale_learning_rates
@@ -117,7 +118,7 @@ def set_up(config: Config) -> Training:
         watch=LoadWatch(
             [layer.router.num_experts for layer in model.moe_layers],
             watched=[can_collapse(layer.router) for layer in model.moe_layers],
-            quiet=math.ceil(config.optimizer.warmup * config.steps),
+            quiet=quiet_steps(config.steps, config.optimizer.warmup),
         ),
     )
 

@@ -14,9 +14,8 @@ from jaxtyping import Bool
 from moe.metrics import formulas
 from moe.metrics.formulas import Sums
 from moe.routers.base import Router
-from moe.runs.collapse import KINDS, Collapse
+from moe.runs.collapse import HOLD, KINDS, Collapse
 
-HOLD = 20  # steps
 EXPECTED = 20  # tokens that an even load would have given an expert while it got none; the chance of that is e^-20
 COLUMNS = 2  # of the arrays of `LoadWatch`: "same", "few", and then one for each expert
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from run_folders import change_record, write_cells, write_metrics, write_record
+from run_folders import RECORD, change_record, write_cells, write_metrics, write_record
 from statsmodels.stats.multitest import multipletests
 from train_processes import ANALYZE, run_script
 
@@ -57,7 +57,7 @@ from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting
-from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, collapse
+from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, SHORT, collapse
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
@@ -590,6 +590,11 @@ def test_the_report_says_in_words_which_layers_collapsed(tmp_path: Path) -> None
     start = "lb=0.1, seed 1, layer 0:"
     evaluated = ["2 of 4 experts (0, 1) take 90 % of the assignments", "no token takes 2 of 4 experts (2, 3)"]
     assert sentences == BulletList([line, *(f"{start} {each} in the last evaluation" for each in evaluated)])
+    for lb in (0.0, 0.1):
+        config = RECORD["config"] | {"lb": lb, "seed": 1, "steps": 2}
+        change_record(tmp_path / "x" / f"lb={lb},seed=1", collapses=[], config=config)
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
+    assert list(collapse(inputs))[1:] == [Paragraph(SHORT.format(runs="2 runs are"))]
 
 
 def test_the_table_of_what_was_run_counts_every_status(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tests of what an evaluation shows of collapsed layers, and of what it adds to what training steps showed."""
 
+import pytest
+
 from moe.runs.collapse import Collapse, sentences
 from moe.runs.evaluated import collapse_lines, in_evaluation, not_told
 
@@ -29,7 +31,17 @@ def test_an_evaluation_adds_what_training_did_not_show_at_its_end() -> None:
 
 def test_the_lines_of_terminal_and_report_have_what_training_and_the_last_evaluation_showed() -> None:
     values = {"routing/utilization": [[0.5, 0.5, 0, 0]], "routing/collapsed/layer00": 0.0}
-    assert collapse_lines(values, [Collapse(0, "unused", [2], 4, 30, None)]) == [
+    assert collapse_lines(values, [Collapse(0, "unused", [2], 4, 30, None)], steps=60, warmup=0.1) == [
         "layer 0: no token takes 1 of 4 experts (2) since step 30",
         "layer 0: no token takes 2 of 4 experts (2, 3) in the last evaluation",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "told"), [(2, 0.0, 0), (19, 0.0, 0), (20, 0.0, 1), (20, 0.99, 0), (200, 0.99, 1), (0, 0.1, 1)]
+)
+def test_an_evaluation_tells_no_collapse_of_a_run_that_training_could_not_tell(
+    steps: int, warmup: float, told: int
+) -> None:
+    values = {"routing/utilization": [[0.5, 0.5, 0, 0]], "routing/collapsed/layer00": 0.0}
+    assert len(collapse_lines(values, [], steps=steps, warmup=warmup)) == told

@@ -15,9 +15,9 @@ from moe.analysis.report.sections.collapse import collapse
 from moe.launch.run import run
 from moe.metrics.formulas import Sums, collapsed, constant
 from moe.results.table import load_runs
-from moe.runs.collapse import Collapse, sentences
+from moe.runs.collapse import HOLD, Collapse, sentences
 from moe.runs.record import RunRecord
-from moe.training.watch import HOLD, LoadWatch
+from moe.training.watch import LoadWatch
 
 E, T = 8, 100
 

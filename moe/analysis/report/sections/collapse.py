@@ -7,15 +7,18 @@ import pandas as pd
 
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
+from moe.runs.collapse import is_too_short
 from moe.runs.evaluated import IN_EVALUATION, collapse_lines
 
 MEANING = """\
 Few experts are at most half of all, and at most a quarter of the way from the fewest that the number of experts per
 token allows to those of an even load. A run tells it when it has held for 20 steps and the warm-up of the learning rate
-is over. The last evaluation is a single look at the validation text."""
+is over. The last evaluation is a single look at the validation text; it tells nothing about a run that ended before."""
 NONE = """\
-The last evaluation of each finished run shows no layer in which few experts take 90 % of the assignments, and no expert
-without tokens."""
+The last evaluation of each finished run that is long enough shows no layer in which few experts take 90 % of the
+assignments, and no expert without tokens."""
+SHORT = """\
+{runs} too short to tell a collapse, with fewer than 20 steps or an end within the warm-up of the learning rate."""
 NONE_TOLD = """\
 No run told of such a layer while it trained, where it must hold for 20 steps, after the warm-up of the learning rate.
 Training steps are not watched where labels or token ids choose the experts."""
@@ -24,19 +27,29 @@ Training steps are not watched where labels or token ids choose the experts."""
 def collapse(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield a sentence for each layer of each finished run whose routing collapsed, now or for a while."""
     runs = inputs.runs.assign(condition=inputs.condition).drop_duplicates("folder")
-    lines, known, last = [], 0, _last_evaluations(inputs.past.evals)
+    lines, short, known, last = [], 0, 0, _last_evaluations(inputs.past.evals)
     for run in runs.to_dict("records"):
         record = inputs.records.get(str(run["folder"]))
         if record is None or record.facts is None:
             continue
         known += 1
         name = "" if len(runs) == 1 else f"{literal(str(run['condition']))}, seed {run.get('seed', 'unknown')}, "
-        found = collapse_lines(last.get(str(run["folder"]), {}), record.facts.collapses)
+        length = _length(record.config)
+        short += is_too_short(**length)
+        found = collapse_lines(last.get(str(run["folder"]), {}), record.facts.collapses, **length)
         lines += [f"{name}{sentence}" for sentence in found]
     if known:
         yield Heading("Collapse")
-        yield Paragraph(MEANING if lines else f"{NONE} {NONE_TOLD}" if inputs.trained else NONE)
+        if short:
+            yield Paragraph(SHORT.format(runs="1 run is" if short == 1 else f"{short} runs are"))
+        if lines or short < known:
+            yield Paragraph(MEANING if lines else f"{NONE} {NONE_TOLD}" if inputs.trained else NONE)
         yield from long_list(lines)
+
+
+def _length(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of steps of a run, and the share of them that is its warm-up."""
+    return {"steps": config.get("steps", 0), "warmup": config.get("optimizer", {}).get("warmup", 0.0)}
 
 
 def _last_evaluations(evals: pd.DataFrame) -> dict[str, dict[str, Any]]:
