@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
@@ -182,7 +182,7 @@ def _sweeps(runs: pd.DataFrame) -> list[Path]:
 
 
 def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:
-    """Return earlier plans with other claims than the newest of `here`, for runs that compute the same.
+    """Return earlier plans that changed claims of the newest of `here`, for runs that compute the same.
 
     here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
     A damaged file there is passed over, because this report is not about its runs.
@@ -197,7 +197,17 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
         except RecordError:
             continue
         for earlier in plans:
-            if digest_of(earlier.claims) != digest_of(here[-1].claims):
+            if digest_of(earlier.claims) != digest_of(here[-1].claims) and alike(earlier, here[-1]):
                 later = {run for plan in present if earlier.time <= plan.time for run in plan.runs}
                 found.append((earlier, len(later & set(earlier.runs))))
     return [(plan, same) for plan, same in found if same]
+
+
+def alike(earlier: PlannedStudy, newest: PlannedStudy) -> list[dict[str, Any]]:
+    """Return the earlier claims about a factor and a metric, or with the words, of one of the newest claims."""
+
+    def keys(claim: dict[str, Any]) -> set[tuple[Any, ...]]:
+        return {(claim.get("text"),), (claim.get("factor"), claim.get("metric"))}
+
+    known = set[tuple[Any, ...]]().union(*map(keys, newest.claims))
+    return [claim for claim in earlier.claims if keys(claim) & known]

@@ -294,6 +294,24 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert plan.digest == plan._replace(time="later").digest != other.digest
 
 
+def test_plans_about_another_factor_or_metric_are_no_changed_claims(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """Such plans share a cell of the base with these runs, and their claims could not be chosen by its results."""
+    beside = tmp_path / "sweeps" / "before"
+    beside.mkdir()
+    plan = PlannedStudy("2026-01-02T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)], [0, 1], 5, ["a", "b"])
+    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+
+    def changed(**claim: str) -> int:
+        earlier = [asdict(CLAIM) | {"text": "b"} | claim]
+        other = plan._replace(time="2026-01-01T00:00:00+00:00", experiment="other", claims=earlier)
+        PlansRecord(plans=[other]).write(beside / "plans.json")
+        return len(study_of(runs).changed)
+
+    assert changed(kind="lower") == 1, "the same factor and metric"
+    assert changed(factor="router", text="a") == 1, "the same words"
+    assert changed(factor="router") == changed(metric="val/accuracy") == 0
+
+
 def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataFrame, tmp_path: Path) -> None:
     old = PlannedStudy("2026-01-01T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)] * 8, [0, 1], None, ["a", "b"])
     new = old._replace(time="2026-01-02T00:00:00+00:00", claims=[asdict(CLAIM)], seeds=[0, 1, 2], runs=["c"])
@@ -305,7 +323,7 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]))) == []
     turned = new._replace(claims=[asdict(CLAIM) | {"kind": "lower"}])
     [told] = warnings_of_looks(study._replace(plans=[old._replace(claims=[asdict(CLAIM)]), turned]))
-    assert "with others: “a” has kind lower instead of higher. Each claim" in told
+    assert "with others: “a” had kind higher then, and has lower now. Each claim" in told
     [(_, fact)] = planned_facts(study)
     assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
     assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact

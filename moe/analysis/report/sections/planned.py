@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import takewhile
 
-from moe.analysis.looks import FURTHER, Study
+from moe.analysis.looks import FURTHER, Study, alike
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import literal
 from moe.analysis.sentences import enumerated
@@ -63,7 +63,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         yield CHANGED.format(
             time=earlier.time,
             experiment=literal(earlier.experiment),
-            claims=len(earlier.claims),
+            claims=len(alike(earlier, study.plans[-1])),
             runs=runs,
             changes=_changes(earlier, study.plans[-1]),
         )
@@ -101,14 +101,16 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
 
 
 def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
-    """Return what became of claims whose words stayed, such as ": “A” has kind lower instead of higher"."""
+    """Return what became of claims whose words stayed, such as ": “A” had kind higher then, and has lower now"."""
     now = {claim.get("text"): claim for claim in newest.claims}
     found = []
     for claim in earlier.claims:
         new = now.get(claim.get("text"), claim)
         fields = [key for key in new if new[key] != claim.get(key)]
-        words = [f"{key} {as_word(new[key])} instead of {as_word(claim.get(key))}" for key in fields]
-        found += [f"“{claim.get('text')}” has {enumerated(words)}"] if words else []
+        if fields:
+            before = enumerated([f"{key} {as_word(claim.get(key))}" for key in fields])
+            after = enumerated([as_word(new[key]) for key in fields])
+            found.append(f"“{claim.get('text')}” had {before} then, and has {after} now")
     return literal(f": {'; '.join(found)}") if found else ""
 
 
