@@ -66,7 +66,8 @@ class Study(NamedTuple):
     planned: the number of seeds after which it decides, as its first run recorded it. seeds: those of the finished
     runs. earlier: the looks before this one, in the order of time. plans: what was planned for these runs, the last one
     being that of the newest command. changed: earlier plans with other claims for some of the same runs, with the
-    number of these runs. unwritten: whether this look could not be written down.
+    number of these runs. unwritten: whether this look could not be written down. starts: seed -> when its first run
+    started.
     """
 
     planned: int | None = None
@@ -75,6 +76,7 @@ class Study(NamedTuple):
     plans: list[PlannedStudy] = []
     changed: list[tuple[PlannedStudy, int]] = []
     unwritten: bool = False
+    starts: dict[int, datetime] = {}
 
     @property
     def everything(self) -> Seen:
@@ -127,7 +129,14 @@ def study_of(runs: pd.DataFrame) -> Study:
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
         changed=_changed(plans, _sweeps(runs)) if plans else [],
+        starts=_starts(runs) if plans else {},
     )
+
+
+def _starts(runs: pd.DataFrame) -> dict[int, datetime]:
+    """Return when the first run of each seed started."""
+    times = pd.to_datetime(runs["started"], utc=True, format="ISO8601").groupby(runs["seed"]).min().dropna()
+    return {int(seed): time.to_pydatetime() for seed, time in times.items()}
 
 
 def finished_seeds(runs: pd.DataFrame) -> list[int]:

@@ -170,11 +170,12 @@ def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> pd.DataFrame:
-    """Five seeds of a made-up experiment, in a sweep folder of its own."""
+    """Five seeds of a made-up experiment, in a sweep folder of its own, that started after all plans of these tests."""
     folder = tmp_path / "sweeps" / "noise" / "run"
     folder.mkdir(parents=True)
     write_record(folder, "noise_lb_seed")
-    return null_runs(str(folder), "noise_lb_seed", 5, "equal", np.random.default_rng(0))
+    made_up = null_runs(str(folder), "noise_lb_seed", 5, "equal", np.random.default_rng(0))
+    return made_up.assign(started="2026-02-01T00:00:00+00:00")
 
 
 def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
@@ -326,7 +327,12 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     assert "with others: “a” had kind higher then, and has lower now. Each claim" in told
     [(_, fact)] = planned_facts(study)
     assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
-    assert f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step, digest {new.digest}; " in fact
+    written = f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step"
+    assert f"{written}, digest {new.digest}; " in fact
+    for begun, which in (([0, 1], "the runs of seed 2"), ([1], "the runs of seeds 0, 2"), ([0, 1, 2], "1 of its runs")):
+        started = runs["started"].mask(runs["seed"].isin(begun), "2026-01-01T12:00:00+00:00")
+        [(_, fact)] = planned_facts(study_of(runs.assign(started=started)))
+        assert f"{written} of {which}, digest {new.digest}; " in fact
 
 
 def test_the_planned_number_of_seeds_is_that_of_the_run_that_started_first() -> None:

@@ -1,6 +1,7 @@
 """What was planned before the runs, and what follows from earlier looks at their results."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import takewhile
 
 from moe.analysis.looks import FURTHER, Study, alike
@@ -46,15 +47,26 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     if not study.plans:
         return []
     until = f"decided after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
-    first, *later = map(_plan_in_words, study.plans)
+    first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
     return [("Planned", literal(f"{first}{newest}; {until}"))]
 
 
-def _plan_in_words(plan: PlannedStudy) -> str:
-    seeds = ", ".join(map(str, plan.seeds))
-    written = f"written down {plan.time}, before the first step, digest {plan.digest}"
-    return f"{_claims(len(plan.claims))}, seeds {seeds}, {written}"
+def _plan_in_words(plan: PlannedStudy, starts: dict[int, datetime]) -> str:
+    """Return what a plan says, and before the first step of which runs. starts: when the first run of a seed started.
+
+    Runs that had begun when the plan was written down are not among the runs that it names by digest.
+    """
+    time = datetime.fromisoformat(plan.time)
+    new = [seed for seed in plan.seeds if starts.get(seed, time) >= time]
+    which = f"the runs of seed{'s' * (len(new) > 1)} {_numbers(new)}" if new else f"{len(plan.runs)} of its runs"
+    before = "before the first step" + (f" of {which}" if new != plan.seeds else "")
+    written = f"written down {plan.time}, {before}, digest {plan.digest}"
+    return f"{_claims(len(plan.claims))}, seeds {_numbers(plan.seeds)}, {written}"
+
+
+def _numbers(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def warnings_of_looks(study: Study) -> Iterator[str]:
