@@ -31,6 +31,7 @@ from moe.config.words import SEARCHED, as_word, with_words
 from moe.files import read_text, shown, write_json
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
+from moe.launch.tuning import SEEDS
 from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_pilot
 from moe.planning.pilot import runs_of_pilot
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
@@ -60,7 +61,7 @@ def main() -> int:
         request = _with_folders(request)
         pilot = None if arguments.pilot is None else runs_of_pilot(arguments.pilot)
         if pilot is None:
-            _say_without_pilot(request, cells)
+            _say_without_pilot(request, cells, sys.argv[1:])
         plan = make_plan(request, cells, pilot, lambda: _speed(cells, pilot), trials)
         write_json(arguments.out, as_written(plan.as_json()))
     except (ConfigError, RecordError) as error:
@@ -135,18 +136,26 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     assert cells is not None
     if not cells[0].config.claims:
         raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
+    for key in SEEDS[1:]:
+        values = list(dict.fromkeys(getattr(cell.config, key) for cell in cells))
+        allowed = "one value for all runs: a plan counts runs by seed alone, and its pilot would repeat these values"
+        require(len(values) == 1, key, ",".join(map(as_word, values)), allowed)
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
     return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
 
 
-def _say_without_pilot(request: Request, cells: list[Cell]) -> None:
-    """Print what a plan lacks without a pilot, and the commands that train and name one."""
+def _say_without_pilot(request: Request, cells: list[Cell], typed: list[str]) -> None:
+    """Print what a plan lacks without a pilot, and the commands that train and name one.
+
+    typed: the words of this command, which the second one repeats. Folders that only the environment names are added.
+    """
     print(*textwrap.wrap(WITHOUT_PILOT.format(unit=UNIT), WIDTH), sep="\n")
     print(f"  {pilot_command(request, cells)}")
-    words = shlex.join([*request.words, f"effect={request.effect.text}"])
-    print(f"  python -m moe plan {words} --pilot pilot", flush=True)
+    named = any(word.startswith(("--config-dir", f"{SEARCHED}=")) for word in typed)
+    folders = [] if named else [word for word in request.words if word.startswith(f"{SEARCHED}=")]
+    print(f"  python -m moe plan {shlex.join([*typed, *folders, '--pilot', 'pilot'])}", flush=True)
 
 
 def _speed(cells: list[Cell], pilot: pd.DataFrame | None) -> Speed:

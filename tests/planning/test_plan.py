@@ -233,12 +233,14 @@ def test_what_a_plan_lacks_without_a_pilot_is_said_before_any_work(
         out = capsys.readouterr().out
         assert "This plan has no pilot" in out
         assert "seed=1,2,3 out=pilot\n" in out
-        assert out.endswith("python -m moe plan experiment=noise_lb_seed effect=2sd --pilot pilot\n")
+        assert out.endswith(f"python -m moe plan {shlex.join(words)} --pilot pilot\n")
         raise ConfigError("no more")
 
     monkeypatch.setattr("moe.planning.__main__.make_plan", work)
     monkeypatch.setattr("moe.planning.__main__._cells", lambda request: (cells_of([42]), []))
-    monkeypatch.setattr("sys.argv", ["moe plan", "experiment=noise_lb_seed", "effect=2sd", f"--out={tmp_path / 'x'}"])
+    words = ["experiment=noise_lb_seed", "--power", "0.9", "--most=64", "effect=2sd", f"--out={tmp_path / 'x'}"]
+    words += ["--effect", "val/perplexity=1%"]
+    monkeypatch.setattr("sys.argv", ["moe plan", *words])
     assert main() == 2
     before = signal.getsignal(signal.SIGINT)
 
@@ -358,6 +360,10 @@ def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
         (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
         (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
         (["effect=1", "--pliot", "x"], "nearest: --pilot"),
+        (
+            ["experiment=noise_lb_seed", "effect=1", "noise=0.0,0.5", "lb=0.0", "seed=${{data_seed}}", "data_seed=3,4"],
+            "data_seed=3,4: must be one value for all runs",
+        ),
         (
             ["experiment=noise_lb_seed", "effect=1", "seed=42", "model.experts_by_layer=0-1:4"],
             "claims[3].metric=routing/load_cv/pooled: must be another metric: it is null if layers differ",
