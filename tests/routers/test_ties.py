@@ -116,6 +116,9 @@ def compare_compiled(name: str) -> None:
     plain = decide(router, x, ids, inputs.context(ids))
     router.chain[0].compile()
     compiled = decide(router, x, ids, inputs.context(ids))
+    if plain.slots is not None:  # each slot has one expert, whatever the tokens are
+        assert torch.equal(plain.expert, compiled.expert), name
+        return
     assert torch.equal(experts_of(plain, B * S), experts_of(compiled, B * S)), name
 
 
