@@ -40,10 +40,10 @@ class Cell(NamedTuple):
     """One cell of a sweep, or a single run.
 
     config: its configuration. folder: its run folder. choices: the option chosen from each group. ignored: the keys
-    that do not apply to this run (`Config.ignored_keys`); they are switched off in `config`. overrides: the words from
-    which a launcher composes this cell again. twins: those of other cells of the command that are the same run in the
-    same folder, because the keys that tell them apart do not apply. grid: all cells of the command; None for a single
-    run.
+    that do not apply to this run (`run_routers.ignored_keys`); they are switched off in `config`. overrides: the words
+    from which a launcher composes this cell again. twins: those of other cells of the command that are the same run in
+    the same folder, because the keys that tell them apart do not apply. grid: all cells of the command; None for a
+    single run.
     """
 
     config: Config

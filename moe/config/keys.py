@@ -31,7 +31,7 @@ FREE_KEYS = (
 )
 
 # Keys that not every run can use, each with the value that switches it off. A run whose router ignores a key has this
-# value, and its record names no level of the key. `Config.ignored_keys` says which keys a run ignores.
+# value, and its record names no level of the key. `run_routers.ignored_keys` says which keys a run ignores.
 OFF: dict[str, Any] = {
     "noise": 0.0,
     "capacity": None,

@@ -1,20 +1,18 @@
-"""The routers of a run: class and settings of each, and whether they fit its other settings."""
+"""The routers of a run: their classes and settings, whether they fit its other settings, and which keys they ignore."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe.checks import ConfigError, require, unknown
 from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import replayed
 from moe.config.classes import build, locate
-from moe.config.keys import OFF
-
-if TYPE_CHECKING:
-    from moe.config.schema import Config
+from moe.config.keys import DEFAULTED, DENSE_IGNORES, OFF, RATES
+from moe.config.schema import Config
 
 
-def specs(config: "Config") -> list[tuple[dict[str, Any], int]]:
+def specs(config: Config) -> list[tuple[dict[str, Any], int]]:
     """Return class and settings of each router, with the number of its experts, each pair once.
 
     First comes `router` with the number of the first layer that has it, and with `model.num_experts` if none does.
@@ -26,7 +24,7 @@ def specs(config: "Config") -> list[tuple[dict[str, Any], int]]:
     return list({repr(pair): pair for pair in unique or [(config.router, config.model.num_experts)]}.values())
 
 
-def build_all(config: "Config") -> list[Any]:
+def build_all(config: Config) -> list[Any]:
     """Return a router of each of `specs`, without memory for its parameters. This imports torch."""
     import torch
 
@@ -39,7 +37,7 @@ def build_all(config: "Config") -> list[Any]:
 
 
 @contextmanager
-def _naming(config: "Config", spec: dict[str, Any], experts: int) -> Iterator[None]:
+def _naming(config: Config, spec: dict[str, Any], experts: int) -> Iterator[None]:
     """Let a ConfigError about a router of `specs` begin with the keys that give it only to some layers."""
     try:
         yield
@@ -49,7 +47,7 @@ def _naming(config: "Config", spec: dict[str, Any], experts: int) -> Iterator[No
         raise ConfigError(f"{routers}{numbers}{error}") from error
 
 
-def check(config: "Config") -> None:
+def check(config: Config) -> None:
     """Raise ConfigError for wrong keys or ranges of the router, and for a schedule or data that do not fit it."""
     config.check_adapter()
     routers = build_all(config)
@@ -78,7 +76,7 @@ def check(config: "Config") -> None:
         schedule(knob, setting, 0.0)
 
 
-def _check_one(config: "Config", router: Any) -> None:
+def _check_one(config: Config, router: Any) -> None:
     """Raise ConfigError for a router that does not fit this run."""
     router.check_class()
     if router.replays is not None:
@@ -101,3 +99,50 @@ def _check_one(config: "Config", router: Any) -> None:
         most = router.num_experts / (router.fixed_k or 1)
         allowed = f"null, or below {most:g}: from there on an expert has room for all tokens, so that none is dropped"
         require(config.capacity < most, "capacity", config.capacity, allowed)
+
+
+def ignored_keys(config: Config) -> frozenset[str]:
+    """Return the keys that change nothing in this run.
+
+    These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, `drop` if there
+    is no capacity limit, and those of `DEFAULTED` that this optimizer does not use, or that concern weights which this
+    model does not have. If no layer is a Mixture of Experts, they are all keys of `OFF`, and the groups in
+    `DENSE_IGNORES`. Otherwise this imports torch.
+    """
+    muon = config.optimizer.muon_lr is not None
+    unused = {"optimizer.experts_lr"} if muon else {"optimizer.momentum", "optimizer.expert_step"}
+    if muon and config.optimizer.router_lr is None:  # with a value, AdamW trains the routers
+        unused.add("optimizer.router_lr")
+    frozen = config.without_effect()
+    unused |= frozen & DEFAULTED
+    if config.is_dense:
+        return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
+    router, *of_layers = routers = build_all(config)
+    if all(each.num_experts == 1 for each in routers):
+        unused.add("optimizer.expert_step")
+    if not any(p.requires_grad for each in routers for p in each.parameters()) and not router.weights_elsewhere:
+        unused.add("optimizer.router_lr")
+    used = [key for each in of_layers for key in OFF.keys() - each.ignored_keys()]
+    alike = [each.ignored_keys() for each in routers if type(each) is type(router)]
+    ignored = (frozenset.intersection(*alike) - {*used}) | frozen
+    if config.capacity is None or "capacity" in ignored:
+        ignored |= {"drop"} | router.ignores_without_capacity
+    return frozenset(ignored & {*OFF, *(f"router.{name}" for name in config.router)} | unused)
+
+
+def settings_in_effect(config: Config) -> dict[str, Any]:
+    """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
+    routers = [] if config.is_dense else build_all(config)
+    same, *of_layers = [each.same_as for each in routers if type(each) is type(routers[0])] or [{}]
+    shared = [name for name, value in same.items() if all(each.get(name, ...) == value for each in of_layers)]
+    equivalent = {f"router.{name}": same[name] for name in shared}
+    seeds = dict(zip(("init_seed", "data_seed"), config.seeds, strict=True)) | {"seed": None}
+    settings = config.identity() | equivalent | seeds | {"trainable": str(config.trains)}
+    if settings[layer_experts.KEY] is not None:  # two spellings may give the layers the same numbers
+        settings |= {layer_experts.KEY: None, "model.num_experts": config.model.experts_of_layers}
+    return settings
+
+
+def is_causal(config: Config) -> bool:
+    """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""
+    return all(each.is_causal(capacity=config.capacity, drop=config.drop) for each in build_all(config))

@@ -9,12 +9,12 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING
 
 from moe.checks import ConfigError, describe, finite, one_of, require, require_path
-from moe.config import layer_experts, layer_routers, run_routers
+from moe.config import layer_experts, layer_routers
 from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
-from moe.config.keys import DEFAULTED, DENSE_IGNORES, OF_EXPERTS, OFF, RATES, flatten, is_free
+from moe.config.keys import DENSE_IGNORES, OF_EXPERTS, OFF, flatten, is_free
 from moe.config.model import ModelConfig
 from moe.config.plugins import Plugin, plugins
 from moe.config.question import parts_of
@@ -188,34 +188,6 @@ class Config:
         require(whole or adapter.splits, "adapter._target_", name, allowed)
         adapter.check(dim=self.model.dim)
 
-    def ignored_keys(self) -> frozenset[str]:
-        """Return the keys that change nothing in this run.
-
-        These are the keys of `OFF` and of the router itself that the router ignores, such as router.gate, `drop` if
-        there is no capacity limit, and those of `DEFAULTED` that this optimizer does not use, or that concern weights
-        which this model does not have. If no layer is a Mixture of Experts, they are all keys of `OFF`, and the groups
-        in `DENSE_IGNORES`. Otherwise this imports torch.
-        """
-        muon = self.optimizer.muon_lr is not None
-        unused = {"optimizer.experts_lr"} if muon else {"optimizer.momentum", "optimizer.expert_step"}
-        if muon and self.optimizer.router_lr is None:  # with a value, AdamW trains the routers
-            unused.add("optimizer.router_lr")
-        frozen = self.without_effect()
-        unused |= frozen & DEFAULTED
-        if self.is_dense:
-            return frozenset((*OFF, *DENSE_IGNORES, *RATES, "optimizer.expert_step", *unused))
-        router, *of_layers = routers = run_routers.build_all(self)
-        if all(each.num_experts == 1 for each in routers):
-            unused.add("optimizer.expert_step")
-        if not any(p.requires_grad for each in routers for p in each.parameters()) and not router.weights_elsewhere:
-            unused.add("optimizer.router_lr")
-        used = [key for each in of_layers for key in OFF.keys() - each.ignored_keys()]
-        alike = [each.ignored_keys() for each in routers if type(each) is type(router)]
-        ignored = (frozenset.intersection(*alike) - {*used}) | frozen
-        if self.capacity is None or "capacity" in ignored:
-            ignored |= {"drop"} | router.ignores_without_capacity
-        return frozenset(ignored & {*OFF, *(f"router.{name}" for name in self.router)} | unused)
-
     def without_effect(self) -> frozenset[str]:
         """Return the keys that change nothing in this run because parameters are frozen (`trainable`).
 
@@ -227,18 +199,6 @@ class Config:
             acts_on, muon = adapter.acts_on, adapter.muon
         layers, dense_layers = self.model.layers, self.model.first_k_dense_replace
         return self.trains.without_effect(layers=layers, dense_layers=dense_layers, acts_on=acts_on, muon=muon)
-
-    def settings_in_effect(self) -> dict[str, Any]:
-        """Return `identity`, with the values that mean the same as the given ones. This imports torch, unless dense."""
-        routers = [] if self.is_dense else run_routers.build_all(self)
-        same, *of_layers = [each.same_as for each in routers if type(each) is type(routers[0])] or [{}]
-        shared = [name for name, value in same.items() if all(each.get(name, ...) == value for each in of_layers)]
-        equivalent = {f"router.{name}": same[name] for name in shared}
-        seeds = dict(zip(("init_seed", "data_seed"), self.seeds, strict=True)) | {"seed": None}
-        settings = self.identity() | equivalent | seeds | {"trainable": str(self.trains)}
-        if settings[layer_experts.KEY] is not None:  # two spellings may give the layers the same numbers
-            settings |= {layer_experts.KEY: None, "model.num_experts": self.model.experts_of_layers}
-        return settings
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -271,10 +231,6 @@ class Config:
         }
         off = {key: OFF[key] for key in OFF.keys() & ignored}
         return replace(self, router=used, optimizer=replace(self.optimizer, **defaults), **off)
-
-    def is_causal(self) -> bool:
-        """Return whether the routing of all layers is causal, see `Router.is_causal`. This imports torch."""
-        return all(each.is_causal(capacity=self.capacity, drop=self.drop) for each in run_routers.build_all(self))
 
     def plugins(self, *keys: str) -> dict[str, Plugin]:
         """Return the code from outside of this project that this run needs, by package. See `foreign_classes`.

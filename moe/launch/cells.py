@@ -309,7 +309,7 @@ def _ignored(cell: Cell) -> frozenset[str]:
         ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
         if not record.newer(ignored):
             return ignored
-    return cell.config.ignored_keys()
+    return run_routers.ignored_keys(cell.config)
 
 
 def _explicit(cell: Cell) -> Cell:

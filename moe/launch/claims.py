@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from moe.checks import ConfigError, printable, require, unknown
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.config.classes import build
@@ -171,7 +172,7 @@ def _is_within(cell: Cell, claim: ClaimConfig) -> bool:
 def _check_applies(key: str, claim: ClaimConfig, members: Sequence[Cell]) -> None:
     """Raise ConfigError if a claim is about a key that all its runs ignore, such as noise with a hash router."""
     if claim.factor in OFF and claim.within and members:
-        applies = any(claim.factor not in cell.config.ignored_keys() for cell in members)
+        applies = any(claim.factor not in run_routers.ignored_keys(cell.config) for cell in members)
         require(applies, key, claim.within, f"levels at which {claim.factor} changes something")
 
 

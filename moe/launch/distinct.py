@@ -7,6 +7,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from moe.checks import ConfigError
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.config.keys import fingerprint, flatten, is_free
 from moe.config.schema import Config
@@ -42,7 +43,7 @@ def each_run_once(cells: list[Cell], *, say: bool, merge: bool) -> list[Cell]:
     same: dict[str, list[Cell]] = {}
     trained = all(map(finished, cells))  # then torch is not imported, and there is nothing to save
     for cell in cells:
-        settings = cell.config.identity() if trained else cell.config.settings_in_effect()
+        settings = cell.config.identity() if trained else run_routers.settings_in_effect(cell.config)
         same.setdefault(fingerprint(settings), []).append(cell)
     everywhere = set.intersection(*({*cell.overrides} for cell in cells))
     shared: dict[tuple[str, str], set[str]] = {}  # what all cells have in which two words mean the same run

@@ -17,6 +17,7 @@ from typing import Any
 
 from moe import files
 from moe.checks import ConfigError, first_line, parse
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.files import shown
@@ -229,7 +230,7 @@ def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, err
         name=cell.folder.name,
         started=before.started if before else datetime.now(UTC).isoformat(timespec="seconds"),
         choices=cell.choices,
-        causal=config.is_causal(),
+        causal=run_routers.is_causal(config),
         config=asdict(config),
         identity=cell.identity(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},

@@ -11,6 +11,7 @@ import pandas as pd
 from moe.analysis.comparisons import compared
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.report.inputs import collect_inputs, tested_metrics
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig
 from moe.launch.run import run_record
@@ -85,7 +86,7 @@ def _write_records(cells: list[Cell], sweep: Path) -> None:
             first,
             name=cell.folder.name,
             choices=cell.choices,
-            causal=cell.config.is_causal(),
+            causal=run_routers.is_causal(cell.config),
             config=asdict(cell.config),
             identity=cell.identity(),
         )

@@ -122,7 +122,7 @@ def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
 
 
 def _may_not_apply(key: str) -> bool:
-    """Return whether some runs ignore a key, and then do not have it in their identity: see `Config.ignored_keys`."""
+    """Return whether some runs ignore a key, so that their identity lacks it: see `run_routers.ignored_keys`."""
     return key in OFF or key in DEFAULTED or key.startswith("router.")
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_runs import run, untimed
 
 from moe.checks import ConfigError
+from moe.config import run_routers
 from moe.launch.command_line import read_cells
 from moe.metrics.catalog import lookup
 from moe.model.causal_lm import load_model
@@ -199,7 +200,7 @@ def test_a_key_applies_to_an_adapter_if_it_changes_a_gradient_or_a_step(name: st
     matrices = [p for key, p in new.items() if roles(model)[p] == "matrix"]
     useful |= {"optimizer.momentum"} if matrices else set()
     useful |= {"optimizer.expert_step"} if any(p.ndim == 3 and len(p) > 1 for p in matrices) else set()
-    assert useful == {*LOSS_KEYS, *OPTIMIZER_KEYS} - one.config.ignored_keys()
+    assert useful == {*LOSS_KEYS, *OPTIMIZER_KEYS} - run_routers.ignored_keys(one.config)
 
 
 def gradients(model: Any, ids: torch.Tensor, config: Any, key: str | None) -> list[list[float]]:

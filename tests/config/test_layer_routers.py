@@ -3,7 +3,7 @@
 import pytest
 
 from moe.checks import ConfigError
-from moe.config import layer_routers
+from moe.config import layer_routers, run_routers
 from moe.config.layer_entries import in_words
 from moe.launch.command_line import read_cells
 
@@ -108,7 +108,7 @@ def test_a_key_applies_if_the_router_of_any_layer_uses_it() -> None:
     )
     assert "lb" in plain.ignored
     assert "lb" not in mixed.ignored
-    assert [each.config.is_causal() for each in (plain, mixed, choice)] == [True, True, False]
+    assert [run_routers.is_causal(each.config) for each in (plain, mixed, choice)] == [True, True, False]
 
 
 def test_a_sweep_over_routers_of_layers_names_its_levels() -> None:

@@ -7,6 +7,7 @@ import torch
 from small_runs import run, untimed
 
 from moe.checks import ConfigError
+from moe.config import run_routers
 from moe.launch.command_line import read_cells
 from moe.training.setup import build_model, prepare_data
 from moe.training.step import micro_batches
@@ -37,7 +38,7 @@ def test_both_seeds_together_are_the_seed(cell: Any) -> None:
     for each in (one, both):
         run(each)
     assert untimed(one.folder) == untimed(both.folder)
-    assert one.config.settings_in_effect() == both.config.settings_in_effect()
+    assert run_routers.settings_in_effect(one.config) == run_routers.settings_in_effect(both.config)
 
 
 def test_a_seed_that_both_seeds_replace_is_trained_once() -> None:
