@@ -1,5 +1,6 @@
 """Find and build the classes that settings name as `_target_`: of this project, or of somebody else."""
 
+import inspect
 import pkgutil
 from typing import Any, cast
 
@@ -49,6 +50,15 @@ def _imported(path: str, where: str) -> Any:
     except (Exception, SystemExit) as error:  # the module may be anybody's, and raise anything
         reason = described(error) if isinstance(error, SystemExit) else first_line(error)
         raise ConfigError(f"{where}={path}: must be a class that can be imported ({reason})") from error
+
+
+def parameter_defaults(path: object, key: str) -> dict[str, Any]:
+    """Return the default of each parameter of the class that the `_target_` at `key` names, if it has one.
+
+    The class is imported, so the user must have written its name. Raises ConfigError like `locate`.
+    """
+    parameters = inspect.signature(locate(path, key, trusted=True)).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def build(spec: Any, key: str, *args: Any, trusted: bool = False) -> Any:

@@ -302,12 +302,12 @@ def _switch_off_ignored(cell: Cell) -> Cell:
 def _ignored(cell: Cell) -> frozenset[str]:
     """Return the keys that do not apply to a cell. The record of a finished run tells, without torch.
 
-    It does not tell whether the run ignores a key that is newer than the record.
+    It does not tell whether the run ignores a key that it lacks: this is a newer key, or one of the router.
     """
     record = stored_record(cell)
     if record is not None and finished(cell) and not cell.config.is_dense:
         ignored = frozenset({*OFF, *cell.config.identity()} - record.identity.keys())
-        if not record.newer(ignored):
+        if ignored <= flatten(record.config).keys():
             return ignored
     return run_routers.ignored_keys(cell.config)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moe.checks import ConfigError
+from moe.config import run_routers
 from moe.config.cell import Cell, Grid
 from moe.config.keys import DEFAULTED, OFF, fingerprint, is_free
+from moe.config.options import CLASSES
 from moe.config.schema import Config, without_defaults
 from moe.files import open_file, open_unlinked
 from moe.runs import csv_mirror, tensorboard_mirror
@@ -40,15 +42,21 @@ def status(cell: Cell) -> str:
 def difference(cell: Cell) -> list[str]:
     """Return a text for each key in which the run in the folder differs from this cell.
 
-    A run from before a key existed has its default.
+    A key that the record lacks is newer, or the run ignored it. It had its default, and differs from that only if this
+    cell does not ignore it.
     """
     record = stored_record(cell)
-    if record is None:
-        return []
-    wanted = json.loads(json.dumps(cell.identity()))
-    stored = record.identity | record.newer(wanted)
-    different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
-    keys = [key for key in different if key in stored or not _may_not_apply(key)]
+    return [] if record is None else _difference(cell, record)
+
+
+def _difference(cell: Cell, record: RunRecord) -> list[str]:
+    wanted = cell.identity()
+    stored = json.loads(json.dumps(record.identity | record.values_of(wanted), default=repr))
+    wanted = json.loads(json.dumps(wanted))
+    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    if any(key not in record.identity and _may_not_apply(key) for key in keys):
+        ignored = run_routers.ignored_keys(cell.config)
+        keys = [key for key in keys if key in record.identity or key not in ignored]
     texts = [f"{key} is {stored.get(key)} in the folder, {wanted.get(key)} in this command" for key in keys]
     return texts or [
         f"the code of {name} has changed since that run began" for name in changed_code(record, cell.config)
@@ -95,12 +103,12 @@ def same_run(cell: Cell) -> Path | None:
     if (cell.folder / RunRecord.FILE).exists() or not cell.folder.parent.is_dir():
         return None
     alike = _runs_by_content(cell.folder.parent).get(_content(cell.identity(), cell.choices), [])
-    return next((folder for folder in alike if not difference(cell._replace(folder=folder))), None)
+    return next((folder for folder, record in alike if not _difference(cell, record)), None)
 
 
 @lru_cache(maxsize=1)  # all cells of a sweep have the same parent
-def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
-    runs: dict[str, list[Path]] = {}
+def _runs_by_content(parent: Path) -> dict[str, list[tuple[Path, RunRecord]]]:
+    runs: dict[str, list[tuple[Path, RunRecord]]] = {}
     for path in sorted(parent.glob(f"*/{RunRecord.FILE}")):
         if path.parent.is_symlink():  # a short name that somebody gave to a run folder
             continue
@@ -108,17 +116,22 @@ def _runs_by_content(parent: Path) -> dict[str, list[Path]]:
             record = RunRecord.read(path)
         except RecordError:  # such a folder is reported if a cell has its name
             continue
-        runs.setdefault(_content(record.identity, record.choices), []).append(path.parent)
+        runs.setdefault(_content(record.identity, record.choices), []).append((path.parent, record))
     return runs
 
 
 def _content(identity: dict[str, Any], choices: dict[str, str | None]) -> str:
-    """Return a text that is equal for equal runs, and for runs that differ only in keys that decide nothing.
+    """Return a text that is equal for equal runs, and for runs that differ only in keys that may decide nothing.
 
     Such keys are those that may not apply, and free keys such as the choice of a logger. A missing key has its default.
+    Only the class knows that of a key of a class, such as a schedule, so these keys are left out too.
     """
-    decisive = {key: value for key, value in (without_defaults(identity) | choices).items() if not _may_not_apply(key)}
-    return fingerprint({key: value for key, value in decisive.items() if not is_free(key)})
+
+    def decides(key: str) -> bool:
+        of_class = any(key.startswith(f"{node}.") for node in CLASSES)
+        return not (of_class or _may_not_apply(key) or is_free(key))
+
+    return fingerprint({key: value for key, value in (without_defaults(identity) | choices).items() if decides(key)})
 
 
 def _may_not_apply(key: str) -> bool:

@@ -5,7 +5,6 @@ never meets a missing key or a wrong type. This module does not import torch, so
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -13,7 +12,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from moe.checks import first_line, parse
 from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
+from moe.config.classes import parameter_defaults
 from moe.config.keys import flatten, is_free
+from moe.config.options import CLASSES
 from moe.config.plugins import Plugin
 from moe.config.schema import Config, defaults
 from moe.files import read_text, write_json
@@ -184,13 +185,19 @@ class RunRecord(Record):
         """Return the configuration; a key from after the run has its default. Raises ValueError that names the key."""
         return parse(Config, self.config, "config")
 
-    def newer(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Return the default of each of these flat keys that did not exist when the run was recorded.
+    def values_of(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the value of each of these flat settings with which the run was trained, if it is known.
 
-        Keys of a router have no default here: a record lacks those that the run ignores, however old they are.
+        A key that the record lacks had its default, because it is newer or the run ignores it. That of a key of a
+        class, such as a router, is the default of the class, which is imported to ask for it.
         """
-        known, default = flatten(self.config).keys() | self.identity.keys(), defaults()
-        return {key: default[key] for key in keys if key not in known and key in default}
+        known = defaults() | flatten(self.config) | self.identity
+        for node in CLASSES:
+            target = settings.get(f"{node}._target_")
+            missing = any(key.startswith(f"{node}.") for key in settings.keys() - known.keys())
+            if missing and target == self.identity.get(f"{node}._target_"):
+                known = flatten(parameter_defaults(target, node), f"{node}.") | known
+        return {key: known[key] for key in settings if key in known}
 
     def claims(self) -> list[ClaimConfig]:
         """Return the planned claims. They can be read, because this is checked when the record is made."""

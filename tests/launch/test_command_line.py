@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,18 +23,20 @@ from run_folders import FACTS
 from train_processes import ROOT, TRAIN, run_script
 
 from moe.checks import ConfigError, parse
+from moe.config.cell import Cell
 from moe.config.classes import locate
 from moe.config.keys import flatten, is_free
 from moe.config.options import CONF, GROUPS, SEARCH_PATH, options, router_spec
 from moe.config.schema import Config
 from moe.launch import command_line
-from moe.launch.cells import SayThatTorchLoads, _with_keys_that_exist
+from moe.launch.cells import SayThatTorchLoads, _with_keys_that_exist, expand
 from moe.launch.command_line import read_cells
 from moe.launch.compose import compose_config, composing, typed
 from moe.launch.explain import CLAIM
 from moe.launch.groups import FilesReadOnce
 from moe.launch.hints import HINTS
 from moe.launch.option_files import default_of
+from moe.launch.overrides import parse_override
 from moe.launch.resolvers import run_name, seeds_in
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
@@ -1014,9 +1017,7 @@ def test_a_run_from_before_a_key_existed_had_its_default(router: str, applies: b
     """A key that the record does not know is no key that the run ignored."""
     words = [f"out={tmp_path}", f"router={router}"]
     [cell] = read_cells(words) or []
-    cell.folder.mkdir(parents=True)
-    write_run_record(cell, "finished", parse(RunFacts, FACTS))
-    record = json.loads((cell.folder / "run.json").read_text())
+    record = recorded(cell)
     for key in ("lb_first", "optimizer.expert_step", "model.first_k_dense_replace"):
         group, _, name = key.rpartition(".")
         del (record["config"][group] if group else record["config"])[name]
@@ -1032,6 +1033,69 @@ def test_a_run_from_before_a_key_existed_had_its_default(router: str, applies: b
         [other] = read_cells([*words, "lb_first=0.5"]) or []
         assert other.folder != cell.folder
         assert difference(other._replace(folder=cell.folder)) == ["lb_first is 0.0 in the folder, 0.5 in this command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "default", "other"),
+    [
+        (["router=topk", "router.gate=renorm"], "router.gate", "renorm", "uniform"),
+        (["adapter=perft_r"], "adapter.activation", "identity", "silu"),
+        (["data=text", f"data.source.paths=[{ROOT}/README.md]"], "data.source.drop_duplicates", "True", "False"),
+    ],
+)
+def test_a_run_from_before_a_class_had_a_key_had_the_default_of_the_class(
+    words: list[str], key: str, default: str, other: str, tmp_path: Path
+) -> None:
+    words = [f"out={tmp_path}", *words]
+    [cell] = read_cells(words) or []
+    record = recorded(cell)
+    *nodes, name = key.split(".")
+    place = record["config"]
+    for node in nodes:
+        place = place[node]
+    del place[name], record["identity"][key]
+    (cell.folder / "run.json").write_text(json.dumps(record))
+    [spelled] = read_cells([*words, f"{key}={default}"]) or []
+    assert spelled.folder == cell.folder
+    assert finished(spelled)
+    [changed] = read_cells([*words, f"{key}={other}"]) or []
+    assert changed.folder != cell.folder
+    [text] = difference(changed._replace(folder=cell.folder))
+    assert text == f"{key} is {default} in the folder, {other} in this command"
+
+
+@pytest.mark.parametrize(
+    ("words", "ignored", "counts"),
+    [
+        (["router=topk", "router.k=1"], ["router.gate=softmax_all"], ["router.gate=uniform"]),
+        (["optimizer=muon"], ["noise=0.0"], ["optimizer.router_lr=0.01"]),
+    ],
+)
+def test_a_key_that_a_finished_run_ignored_counts_where_the_command_does_not_ignore_it(
+    words: list[str], ignored: list[str], counts: list[str], tmp_path: Path
+) -> None:
+    """Whether a run ignores a key can depend on the value of that key: two gates of one expert are equal, not three."""
+    words = [f"out={tmp_path}", *words]
+    [cell] = read_cells(words) or []
+    assert counts[0].partition("=")[0] in cell.ignored
+    recorded(cell)
+    with composing():
+        [again], _ = expand([*map(parse_override, [*words, *ignored])], multirun=False, in_vain=True)
+    assert again.folder == cell.folder
+    assert finished(again)
+    assert again.ignored == cell.ignored
+    [other] = read_cells([*words, *counts]) or []
+    assert other.folder != cell.folder
+    [text] = difference(other._replace(folder=cell.folder))
+    assert text.startswith(counts[0].partition("=")[0])
+
+
+def recorded(cell: Cell) -> dict[str, Any]:
+    """Write the run record of a finished run of a cell, and return its content."""
+    cell.folder.mkdir(parents=True)
+    write_run_record(cell, "finished", parse(RunFacts, FACTS))
+    content: dict[str, Any] = json.loads((cell.folder / "run.json").read_text())
+    return content
 
 
 def test_the_claim_given_as_an_example_works() -> None:
