@@ -44,7 +44,7 @@ from moe.launch.overrides import (
     values_of,
 )
 from moe.launch.resolvers import run_name
-from moe.routing.loss_table import CHOICE_WEIGHTS, LOSSES
+from moe.routing.loss_table import LOSSES
 from moe.runs.folder import finished, same_run, stored_record
 
 log = logging.getLogger(__name__)
@@ -384,9 +384,8 @@ def _why_ignored(key: str, cell: Cell) -> str:
     loss = next((loss for loss in LOSSES.values() if loss.weight == key), None)
     if loss and cell.config.router.get(key) is not None:
         return f"this router has a loss of its own for it, router.{key}"
-    if key in CHOICE_WEIGHTS and cell.config.router.get("k", 1) >= cell.config.model.num_experts:
-        return "every token goes to all experts"
-    if loss and loss.needs:
-        return f"router={cell.choices['router']} does not {loss.needs}"
-    settings = "" if key in OFF else " with its other settings"
-    return f"router={cell.choices['router']} ignores {key}{settings}"
+    ignores = f"router={cell.choices['router']} ignores {key}"
+    if key not in OFF:
+        return f"{ignores} with its other settings"
+    why = run_routers.build_all(cell.config)[0].why_ignored()[key]
+    return f"{ignores}, because {why}" if why else ignores

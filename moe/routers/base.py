@@ -59,6 +59,8 @@ class Router(nn.Module):
       A value that is given for such a key is refused, or recorded as not applicable in a sweep over routers. Default:
       none; the keys that follow from the other declarations are added (`ignored_keys`). `__init__` may set it for one
       instance.
+    - `why`: why `ignores` names keys of the whole configuration, as the end of "router=hash ignores noise, because". It
+      completes the message that refuses such a key. `__init__` may set it too.
     - `ignores_without_capacity`: those that change nothing without a capacity limit. `__init__` may set it too.
     - `same_as`: other values of its settings that mean the same as the given ones, such as {"quota": False} for a quota
       so large that it limits nothing. Cells of a sweep that are equal with these values are trained once. Default: {}.
@@ -100,6 +102,7 @@ class Router(nn.Module):
     expects_load: bool = False
     told: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+    why: str = ""
     ignores_without_capacity: frozenset[str] = frozenset()
     mean_k: float | None = None
 
@@ -176,24 +179,28 @@ class Router(nn.Module):
         return [self]
 
     def ignored_keys(self) -> frozenset[str]:
-        """Return `ignores`, and the keys that change nothing because of what else the router declares.
+        """Return `ignores`, and the keys that change nothing because of what else the router declares."""
+        return frozenset(self.why_ignored())
 
-        Without `expert_rows` there are no losses on them, SimBal and ERC. With one expert per token there are no two
-        outputs to compare. With all experts per token the load is even, and the balance losses are constant. A single
-        expert has always the probability 1.
+    def why_ignored(self) -> dict[str, str]:
+        """Return {key: why it changes nothing} for each of `ignored_keys`; "" for a key in `ignores` without a `why`.
+
+        With one expert per token there are no two outputs to compare. With all experts per token the load is even, and
+        the balance losses are constant. A single expert has always the probability 1.
         """
-        keys = set(self.ignores)
+        found = dict.fromkeys(self.ignores, self.why)
         if not self.expects_load:
-            keys.add("load")
+            found["load"] = "it does not choose by learned logits with Gaussian noise, each by itself"
         if any(router.expert_rows is None for router in self.chain):
-            keys |= {"simbal", "erc"}
+            found |= dict.fromkeys(("simbal", "erc"), "its logits are no products of its input with one row per expert")
         if self.fixed_k == 1:
-            keys.add("output_orthogonality")
+            found["output_orthogonality"] = "each token has one expert"
         if self.fixed_k == self.num_experts:
-            keys |= CHOICE_WEIGHTS
+            found |= dict.fromkeys(CHOICE_WEIGHTS | ({"noise"} & found.keys()), "every token goes to all experts")
         if self.num_experts == 1:
-            keys |= PROBABILITY_WEIGHTS | COSTLY
-        return frozenset(keys)
+            keys = PROBABILITY_WEIGHTS | COSTLY | ({"noise"} & found.keys())
+            found |= dict.fromkeys(keys, "there is one expert")
+        return found
 
     @classmethod
     def setting_keys(cls) -> frozenset[str]:

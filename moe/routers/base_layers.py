@@ -25,6 +25,7 @@ class BaseLayers(LinearRouter):
 
     causal = False
     ignores = frozenset(("lb", "lb_global"))
+    why = "each expert takes equally many tokens in training"
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, fixed_k=1)

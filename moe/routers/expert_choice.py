@@ -28,6 +28,7 @@ class ExpertChoice(LinearRouter):
 
     causal = False
     ignores = frozenset(("lb", "lb_global", "capacity"))
+    why = "each expert takes equally many tokens"
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
         allowed = f"above 0, at most model.num_experts={num_experts}"

@@ -26,6 +26,7 @@ class Hash(Router):
 
     uses_ids = True
     ignores = PROBABILITY_WEIGHTS | {"noise", "z"}
+    why = "a table from token ids to experts decides"
     table: Tensor
 
     def __init__(

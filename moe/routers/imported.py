@@ -19,6 +19,7 @@ class Imported(Router):
     """
 
     ignores = frozenset(("noise",))
+    why = "the router of the imported model adds none"
     weights_elsewhere = True
 
     def __init__(self, dim: int, num_experts: int, *, k: int) -> None:

@@ -68,6 +68,7 @@ class MoEPlusPlus(Router):
         self.mean_k = k * tau * num_experts / (tau * num_experts + choices - num_experts)
         if k == choices:
             self.ignores = frozenset(("load",))
+            self.why = "every token makes all choices"
         self.weight = nn.Parameter(torch.empty(choices, dim))
         self.residual = nn.Parameter(torch.empty(choices, choices)) if residual else None
         self.constant = nn.Parameter(torch.empty(constant, dim)) if constant else None

@@ -45,6 +45,7 @@ class NullExperts(Router):
         self.balance = balance
         if k == choices:
             self.ignores = frozenset(("load",))
+            self.why = "every token makes all choices"
         self.weight = nn.Parameter(torch.empty(choices, dim))
 
     @property

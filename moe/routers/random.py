@@ -18,6 +18,7 @@ class Random(Router):
     """
 
     ignores = PROBABILITY_WEIGHTS | {"z"}
+    why = "its weights are not trained"
     weight: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2) -> None:

@@ -32,6 +32,7 @@ class ReLU(LinearRouter):
     """
 
     ignores = PROBABILITY_WEIGHTS | {"z"}
+    why = "it has no probabilities: its gates need not sum to 1"
     log_coefficient: Tensor  # the logarithm, because a weight that underflowed to 0 could not grow again
 
     def __init__(

@@ -26,6 +26,7 @@ class Replay(Router):
     uses_ids = True
     reads_earlier_tokens = True
     ignores = PROBABILITY_WEIGHTS | {"noise", "z"}
+    why = "the frozen model of another run decides"
 
     def __init__(self, dim: int, num_experts: int, *, run: str, digest: str | None = None) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

@@ -27,6 +27,7 @@ class RunningMeans(Router):
     """
 
     ignores = PROBABILITY_WEIGHTS | {"z"}
+    why = "it has no weights that a loss could train"
     mean: Tensor
 
     def __init__(self, dim: int, num_experts: int, *, k: int = 2, decay: float = 0.99) -> None:

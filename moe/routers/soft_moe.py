@@ -29,6 +29,7 @@ class SoftMoE(Router):
     causal = False
     # A slot has one expert, and each expert has as many slots.
     ignores = BALANCE_WEIGHTS | {"lb_first", "importance", "z", "output_orthogonality", "capacity"}
+    why = "tokens choose no experts: each expert has equally many slots"
 
     def __init__(self, dim: int, num_experts: int, *, slots: int = 32) -> None:
         super().__init__(dim, num_experts, fixed_k=None)

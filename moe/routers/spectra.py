@@ -134,6 +134,7 @@ class Spectra(Router):
             router.so_lambda_max router.so_warmup_steps router.router_entropy_coef"""
         useless |= dict.fromkeys(with_one_expert.split(), True) if num_experts == 1 else {}
         self.ignores = frozenset(key for key, unused in useless.items() if unused)
+        self.why = "each token has at most one expert" if k == 1 else ""
 
         width = num_experts * router_dim
         self.gru = nn.GRUCell(dim, width) if gru else None

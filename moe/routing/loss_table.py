@@ -14,7 +14,6 @@ class Loss(NamedTuple):
     formula: str
     meaning: str
     paper: str
-    needs: str = ""  # what not every router does, and one must do to have this loss
 
 
 # Losses that any router can have. `weight` is a key at the root of the configuration.
@@ -63,7 +62,6 @@ LOSSES = {
         "Imbalance of the load that is expected under `noise`. Unlike a count of tokens it has a gradient. In training "
         "alone. docs/routing.md says which routers have it. Computed only where it is weighted.",
         "Shazeer et al., 1701.06538, appendix A; with one standard deviation for all logits",
-        needs="choose by learned logits with Gaussian noise, each by itself",
     ),
     "negative_information": Loss(
         "mutual_information",

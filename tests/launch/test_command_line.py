@@ -238,15 +238,15 @@ from moe.runs.record import RunFacts
         ("optimizer.muon_lr=-0.1", r"optimizer.muon_lr=-0.1: must be a finite number > 0"),
         ("logger.project='SPACE'", "^logger.project=.*: must be a name of W&B: 1 to 128 .*, not only spaces"),
         ("logger.mode=of", "logger.mode=of: must be one of"),
-        ("router=hash noise=5", "^noise=5.0: router=hash ignores noise; leave it out$"),
-        ("router=soft_moe capacity=1", "^capacity=1.0: router=soft_moe ignores capacity; leave it out$"),
+        ("router=hash noise=5", "^noise=5.0: router=hash ignores noise, because a table .* decides; leave it out$"),
+        ("router=soft_moe capacity=1", "^capacity=1.0: router=soft_moe ignores capacity, because tokens choose no"),
         (
             "router=switch output_orthogonality=1",
-            "^output_orthogonality=1.0: router=switch ignores output_orthogonality; leave it",
+            "^output_orthogonality=1.0: router=switch .*, because each token has one expert; ",
         ),
         ("expert_parallel=true erc=1", "^erc=1.0: must be 0 where each rank has a part of each weight"),
-        ("router=hash erc=1", "^erc=1.0: router=hash ignores erc; leave it out$"),
-        ("router=cosine simbal=1", "^simbal=1.0: router=cosine ignores simbal; leave it out$"),
+        ("router=hash erc=1", "^erc=1.0: router=hash ignores erc, because its logits are no"),
+        ("router=cosine simbal=1", "^simbal=1.0: router=cosine ignores simbal, because its logits are no products"),
         ("drop=score", "^drop=score: nothing is dropped without a capacity limit; leave it out$"),
         ("variant=dense z=1", "^z=1.0: no layer of this model is a Mixture of Experts; leave it out$"),
         (
@@ -266,7 +266,7 @@ from moe.runs.record import RunFacts
         ),
         (
             "router=gumbel model.num_experts=1 router.k=1 noise=1",
-            "^noise=1.0: router=gumbel ignores noise; leave it out$",
+            "^noise=1.0: router=gumbel ignores noise, because there is one expert; leave it out$",
         ),
         ("router=sinkhorn router.k=8 router.epsilon=2", "^router.epsilon=2: router=sinkhorn ignores router.epsilon"),
         (
@@ -296,17 +296,17 @@ from moe.runs.record import RunFacts
         ("model.dense_digest=abc", "^model.dense_digest=abc: must be left out without model.dense$"),
         ("capacity=4", "^capacity=4.0: must be null, or below 4: from there on an expert has room for all tokens"),
         ("router=expert_threshold capacity=8", "^capacity=8.0: must be null, or below 8: "),
-        ("router=random router.k=8 noise=0.5", "^noise=0.5: router=random ignores noise; leave it out$"),
+        ("router=random router.k=8 noise=0.5", "^noise=0.5: router=random ignores noise, because every token"),
         ("router=top_p router.k_max=1 router.p=0.9", "^router.p=0.9: router=top_p ignores router.p with its other"),
-        ("router=top_p router.p=1 router.k_max=8 lb=1", "^lb=1.0: router=top_p ignores lb; leave it out$"),
-        ("router.k=8 lb=1", "^lb=1.0: every token goes to all experts; leave it out$"),
-        ("router.k=8 noise=0.1 load=1", "^load=1.0: every token goes to all experts; leave it out$"),
-        ("router=hash load=1 noise=0.1", "^load=1.0: router=hash does not choose by learned logits"),
+        ("router=top_p router.p=1 router.k_max=8 lb=1", "^lb=1.0: router=top_p ignores lb, because every token"),
+        ("router.k=8 lb=1", "^lb=1.0: router=topk ignores lb, because every token goes to all experts; leave it"),
+        ("router.k=8 noise=0.1 load=1", "^load=1.0: router=topk ignores load, because every token goes to all"),
+        ("router=hash load=1 noise=0.1", "^load=1.0: router=hash ignores load, because it does not choose"),
         ("router=top_p router.p=1 router.k_max=9", "^router.k_max=9: must be between 1 and model.num_experts=8$"),
-        ("model.num_experts=1 router.k=1 router_entropy=1", "^router_entropy=1.0: router=topk ignores router_entropy;"),
-        ("-m experiment=noise_lb_seed router=hash", "^lb=.*: router=hash ignores lb; leave it out$"),
-        ("-m router=hash,random z=1", "^z=1.0: router=hash ignores z; leave it out$"),
-        ("-m router=hash lb=0,0.01", "^lb=0.01: router=hash ignores lb; leave it out$"),
+        ("model.num_experts=1 router.k=1 router_entropy=1", "^router_entropy=1.0: .*, because there is one"),
+        ("-m experiment=noise_lb_seed router=hash", "^lb=.*: router=hash ignores lb, because a table"),
+        ("-m router=hash,random z=1", "^z=1.0: router=hash ignores z, because a table"),
+        ("-m router=hash lb=0,0.01", "^lb=0.01: router=hash ignores lb, because a table"),
         ("router=hash schedule=linear schedule.knob=noise", "^schedule.knob=noise: this router ignores noise"),
         ("hydra.run.dir=x", "^hydra.run.dir=x: write out=DIR, which sets the folder of the runs$"),
         (
@@ -620,7 +620,7 @@ def test_a_value_given_in_vain_is_refused_after_the_runs_are_finished_too(tmp_pa
     for vain in ("noise=0.5", "lb=7", "drop=score"):
         with pytest.raises(
             ConfigError,
-            match=r"(router=hash ignores [a-z]+; leave it out|without a capacity limit.*)$",
+            match=r"(router=hash ignores [a-z]+, because a table .* decides; leave it out|without a capacity limit.*)$",
         ):
             read_cells([*words, vain])
     again = read_cells([*words, "noise=0"]) or []
@@ -967,8 +967,8 @@ def test_the_last_value_of_a_key_counts_and_this_is_said(caplog: pytest.LogCaptu
     [
         ("steps=-1", "steps=-1: must be"),
         ("router.k=99", "router.k=99: must be between 1 and"),
-        ("router=hash noise=1", "noise=1.0: router=hash ignores noise; leave it out"),
-        ("router=hash noise=1,2", "noise=1.0: router=hash ignores noise; leave it out"),
+        ("router=hash noise=1", "noise=1.0: router=hash ignores noise, because"),
+        ("router=hash noise=1,2", "noise=1.0: router=hash ignores noise, because"),
         ("schedule=linear router=switch", "schedule.knob=temperature: this router has no temperature"),
     ],
 )

@@ -72,7 +72,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
             "unknown setting of a search 'hydra.sweeper.n_trial'; nearest: hydra.sweeper.n_trials",
         ),
         (f"-m {OPTUNA} router=topk,topq", "unknown option of router 'topq'"),
-        (f"-m {OPTUNA} router=hash noise=interval(0,1)", "router=hash ignores noise; leave it out"),
+        (f"-m {OPTUNA} router=hash noise=interval(0,1)", "router=hash ignores noise, because a table"),
         (f"-m {OPTUNA} lb=0.1,0.2 hydra.sweeper.n_trials=0", "n_trials=0: must be a whole number from 1 to 10,000"),
         (f"-m {OPTUNA} lb=0.1,0.2 seed=1,2 hydra.sweeper.n_trials=5001", "must be a whole number from 1 to 5,000"),
         (f"-m {OPTUNA} lb=0.1,0.2 hydra.sweeper.direction=up", "direction=up: must be one of minimize, maximize"),

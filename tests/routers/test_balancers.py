@@ -92,9 +92,9 @@ def test_first_choices_may_be_off_balance_where_all_choices_are_even() -> None:
 
 @pytest.mark.parametrize("name", {keys: name for name, keys in IGNORED.items() if keys and name != "replay"}.values())
 def test_a_loss_that_cannot_act_is_refused_in_one_line(name: str, small: list[str]) -> None:
-    """Of routers that ignore the same keys, one is tried. The reason of `load` is about how routers choose."""
+    """Of routers that ignore the same keys, one is tried."""
     key = min(IGNORED[name] - {"load"}, default="load")
     noise = [] if key != "load" else ["noise=0.1"]
-    why = "router=.*|this router .*" if key == "load" else f"router={name} ignores {key}"
+    why = f"router={name} ignores {key}, because .*|this router has a loss of its own for it, router.{key}"
     with pytest.raises(ConfigError, match=rf"^{key}=0\.5: ({why}); leave it out$"):
         read_cells([*small, f"router={name}", *noise, f"{key}=0.5"])

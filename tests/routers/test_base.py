@@ -176,6 +176,7 @@ def test_a_router_ignores_what_follows_from_its_other_declarations() -> None:
     assert LinearRouter(D, E, fixed_k=2).ignored_keys() == {"load"}
     assert LinearRouter(D, E, fixed_k=E).ignored_keys() == {"lb", "lb_sequence", "lb_global", "lb_document", "load"}
     assert Router(D, E, fixed_k=2).ignored_keys() == {"simbal", "erc", "load"}
+    assert all({**Router(D, 1, fixed_k=1).why_ignored(), **LinearRouter(D, E, fixed_k=E).why_ignored()}.values())
 
 
 @pytest.mark.parametrize("base", [Router, LinearRouter])

@@ -226,6 +226,13 @@ def others(annotation: Any, value: Any) -> list[Any]:
     return [each for each in numbers[annotation] if each != value]
 
 
+def test_a_router_says_why_it_ignores_a_key_of_the_whole_configuration() -> None:
+    """A command that gives the key is refused with this reason. For a key of the router, its other settings are one."""
+    found = {spec.name: spec.make(inputs.D).why_ignored() for spec in SPECS + CORNERS}
+    assert [(name, key) for name, why in found.items() for key in why if key in OFF and not why[key]] == []
+    assert sum(key == "noise" for why in found.values() for key in why) > len(WITH_ONE_EXPERT)
+
+
 @pytest.mark.parametrize(
     "spec", [spec for spec in SPECS if spec.name != "spectra_full"] + CORNERS, ids=lambda spec: spec.name
 )
