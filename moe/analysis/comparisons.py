@@ -4,15 +4,15 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
 from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_common_cost, metric_curves
-from moe.analysis.mixed import Mixed, mixed, range_p
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.sentences import null_everywhere
-from moe.analysis.simultaneous import interval
-from moe.analysis.statistics import CONFIDENCE, completed, has_no_spread, mean_difference, name_cell
+from moe.analysis.statistics import CONFIDENCE, name_cell
+from moe.analysis.within_seeds import contrast, range_p
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.metrics.catalog import lookup
 from moe.results.comparable import incomparable, not_poolable
@@ -20,10 +20,6 @@ from moe.results.conditions import by_seed, conditions, levels, two_levels, vari
 from moe.results.table import level
 
 NAN = float("nan")
-WIDER = (
-    "; these levels spread {ratio:.2g} times as much as the model assumes, so its interval is too narrow: by their own "
-    "spread it is [{low:.3g}, {high:.3g}]"
-)
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
@@ -33,9 +29,8 @@ class Comparison(NamedTuple):
     low, high: the 95 % t interval of the difference of the two means.
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
-    spread: standard deviation of the paired differences; of a mixed model, its standard error times the square root of
-    n.
-    freedom: the degrees of freedom of the spread, by the number of seeds.
+    spread: the standard error times the square root of n; with all runs, the standard deviation of the paired
+    differences. freedom: its degrees of freedom, by the number of seeds.
     claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
     deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
     note: a remark for the reader, such as a run that is missing.
@@ -111,8 +106,6 @@ def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: lis
     else:
         runs = _with_mean_of_domains(claim, runs)
     others = _others(claim, runs)
-    if claim.kind == "mixed":
-        return _compare_in_model(claim, runs, others, named, rivals)
     return [[_compare(claim, runs, others, a, b) for b in rivals] for a in named]
 
 
@@ -141,78 +134,13 @@ def _others(claim: ClaimConfig, runs: pd.DataFrame) -> list[str]:
     return [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
 
 
-def _compare_in_model(
-    claim: ClaimConfig, runs: pd.DataFrame, others: list[str], named: list[Any], rivals: list[Any]
-) -> list[list[Comparison]]:
-    """Compare levels in a mixed model of all these runs, also of those at levels that the claim does not name."""
-    if reason := not_poolable(claim.metric, runs):
-        return [[Comparison(0, doubt=reason)] * len(rivals) for _ in named]
-    cells = conditions(runs, [claim.factor, *others])
-    values = pd.concat(
-        {name_cell(dict(cell)): by_seed(members, claim.metric) for cell, members in cells}, names=["cell", "seed"]
-    )
-    try:
-        model = mixed(values)
-    except ValueError as error:
-        return [[Comparison(0, doubt=str(error))] * len(rivals) for _ in named]
-    table = values.unstack("cell")
-    return [[_contrast(claim, model, table, runs, others, (a, b)) for b in rivals] for a in named]
-
-
-def _contrast(
-    claim: ClaimConfig,
-    model: Mixed,
-    table: pd.DataFrame,
-    runs: pd.DataFrame,
-    others: list[str],
-    pair: tuple[Any, Any],
-) -> Comparison:
-    """Compare two levels of a model: the mean difference over the combinations of other factors that both have."""
-    cells = [
-        [name_cell({claim.factor: side} | dict(cell)) for side in pair]
-        for cell, _ in conditions(runs[runs[claim.factor] == pair[0]], others)
-    ]
-    cells = [both for both in cells if set(both) <= set(model.means.index)]
-    if not cells:
-        return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
-    weights = pd.Series(0.0, index=model.means.index)
-    for a, b in cells:
-        weights[a], weights[b] = weights[a] + 1 / len(cells), weights[b] - 1 / len(cells)
-    try:
-        effect, error = model.contrast(weights)
-    except ValueError as failure:
-        return Comparison(0, doubt=str(failure))
-    reference = float(model.means[[b for _, b in cells]].mean())
-    note = f"mixed model of {model.runs} runs, {model.freedom} degrees of freedom"
-    note += _wider_by_pairs(table[weights.index[weights != 0]] @ weights[weights != 0], model, error)
-    found = Comparison(model.seeds, reference + effect, reference, freedom=model.freedom_by_seeds, note=note)
-    return _tested(claim, found, effect, error)
-
-
-def _wider_by_pairs(differences: pd.Series, model: Mixed, error: float) -> str:
-    """Return that the levels compared spread more than the model assumes; an empty text if chance explains it.
-
-    differences: of the two levels by seed, NaN for a seed that lacks runs. Their variance over that of the model is
-    compared with the 95 % quantile of F. The interval of the differences alone is valid for any spread.
-    """
-    values = differences.dropna().to_numpy()
-    n = len(values)
-    if n < 2 or not error > 0:
-        return ""
-    ratio = values.std(ddof=1) / (error * math.sqrt(model.seeds))
-    if ratio**2 <= stats.f.ppf(CONFIDENCE, n - 1, model.freedom):
-        return ""
-    low, high = interval(values)
-    return WIDER.format(ratio=ratio, low=low, high=high)
-
-
 def _tested(claim: ClaimConfig, found: Comparison, effect: float, error: float) -> Comparison:
     """Complete a comparison by what its tests say of an effect with this standard error; NaN: it has none."""
     low, high = claimed_range(claim, found.reference_mean)
     favor = min(effect - low, high - effect)
     found = found._replace(favor=favor, claimed_low=low, claimed_high=high)
     if math.isnan(error):
-        return found._replace(doubt="one seed: nothing to test a difference against")
+        return found._replace(doubt="one seed alone tells the difference: nothing to test it against")
     if error == 0:
         return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
     freedom = found.freedom.at(found.n)
@@ -280,36 +208,56 @@ def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> Comparison:
-    """Compare two levels: the mean difference over all combinations of the other factors, for each seed.
+    """Compare two levels: the mean difference within seeds, over all combinations of the other factors that have both.
 
-    Every pair of runs counts that differs in the two levels alone. What a missing pair would have shown is estimated
-    from the seed's other pairs and from the combination's other seeds, so that it shifts no mean.
+    In a mixed model the runs at the other levels count too: where a run is missing, they tell how the seeds differ.
     """
-    pairs: dict[str, pd.DataFrame] = {}
+    sides: dict[str, pd.DataFrame] = {}
     for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
-        sides = [members[members[claim.factor] == side] for side in (treated, reference)]
-        if all(map(len, sides)):
-            if reason := incomparable(claim.metric, *sides):
+        both = [members[members[claim.factor] == side] for side in (treated, reference)]
+        if all(map(len, both)):
+            if reason := incomparable(claim.metric, *both):
                 return Comparison(0, doubt=reason)
-            a, b = (by_seed(rows, claim.metric) for rows in sides)
-            pairs[name_cell(cell)] = pd.DataFrame({"difference": a - b, "reference": b})
-    if not pairs:
+            a, b = (by_seed(rows, claim.metric) for rows in both)
+            sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b})
+    if not sides:
         return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
-    table = pd.concat(pairs, axis=1)  # a row for each seed; NaN where a run is missing
-    differences, references = (table.xs(column, axis=1, level=1) for column in ("difference", "reference"))
-    note = _lost(differences)
-    references = references.where(differences.notna())
-    differences = differences.dropna(how="all").dropna(how="all", axis=1)
-    n = len(differences)
-    if n == 0:
+    table = pd.concat(sides, axis=1)  # a row for each seed; NaN where a run is missing
+    both_sides = table.xs("treated", axis=1, level=1), table.xs("reference", axis=1, level=1)
+    if claim.kind != "mixed":
+        return _within_seeds(claim, *both_sides, pd.DataFrame(), _lost(both_sides[0] - both_sides[1]))
+    if reason := not_poolable(claim.metric, runs):
+        return Comparison(0, doubt=reason)
+    cells = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
+    rest = pd.DataFrame({name_cell(cell): by_seed(members, claim.metric) for cell, members in cells})
+    number = int(pd.concat([table, rest], axis=1).count().sum())
+    return _within_seeds(claim, *both_sides, rest, f"mixed model of {number} runs")
+
+
+def _within_seeds(
+    claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, rest: pd.DataFrame, note: str
+) -> Comparison:
+    """Compare the values of two levels, a row for each seed and a column for each combination of other factors.
+
+    rest: values of other settings, which tell how the seeds differ.
+    """
+    known = treated.notna().any() & reference.notna().any()
+    treated, reference = treated.loc[:, known], reference.loc[:, known]
+    if not known.any():
         return Comparison(0, note=note, doubt="no seed is left")
-    by_seeds = completed(differences).mean(axis=1).to_numpy()
-    reference_mean = references.mean().mean()
-    scale = max(values.abs().max().max() for values in (differences, references))
-    effect = mean_difference(by_seeds, scale=scale)
-    error = NAN if n == 1 else 0.0 if has_no_spread(by_seeds, scale=scale) else by_seeds.std(ddof=1) / math.sqrt(n)
-    found = Comparison(n, reference_mean + effect, reference_mean, note=note)
-    return _tested(claim, found, effect, float(error))
+    values = pd.concat([treated, reference, rest], axis=1)
+    weights = np.repeat([1 / known.sum(), -1 / known.sum(), 0.0], [known.sum(), known.sum(), rest.shape[1]])
+    try:
+        found = contrast(values.to_numpy(dtype=float), weights)
+    except ValueError as error:
+        return Comparison(0, note=note, doubt=str(error))
+    telling, df = found.estimator.telling, found.estimator.freedom
+    n, mean = int(telling.sum()), float(reference.reindex(values.index[telling]).mean().mean())
+    freedom = PAIRED if math.isnan(df) else Freedom((df + 1) / n, 1)
+    if df < n - 1:
+        note = "; ".join(filter(None, (note, f"{df:.2g} degrees of freedom")))
+    comparison = Comparison(n, mean + found.effect, mean, freedom=freedom, note=note)
+    return _tested(claim, comparison, found.effect, found.error)
 
 
 def _lost(differences: pd.DataFrame) -> str:

@@ -40,8 +40,8 @@ class Prediction(NamedTuple):
 
     low, high: the ends of the range in which every difference lies, which may be infinite. true: the difference that is
     assumed. tests: the number by which 5 % are divided. named, rivals: each of so many levels is compared with each of
-    so many others, and the claim holds if every comparison holds. freedom: that of the spread. Unless it is `PAIRED`,
-    all comparisons have one spread.
+    so many others, and the claim holds if every comparison holds. freedom: that of the spread of a single comparison;
+    several comparisons have all runs.
     """
 
     low: float
@@ -112,13 +112,11 @@ def _simulated_power(prediction: Prediction, n: int) -> float:
     Each level of each seed has a deviation of its own, so that comparisons with a common level depend on each other.
     """
     p, rng = prediction, np.random.default_rng(0)
-    df, held, part = p.freedom.at(n), [], max(1, 2_000_000 // (n * (p.named + p.rivals)))
+    held, part = [], max(1, 2_000_000 // (n * (p.named + p.rivals)))
     for start in range(0, SIMULATED, part):
         levels = rng.normal(scale=math.sqrt(0.5), size=(min(part, SIMULATED - start), n, p.named + p.rivals))
         pairs = p.true + levels[:, :, : p.named, None] - levels[:, :, None, p.named :]
-        own = p.freedom == PAIRED
-        spread = pairs.std(1, ddof=1) if own else np.sqrt(rng.chisquare(df, (len(pairs), 1, 1)) / df)
-        mean, reach = pairs.mean(1), stats.t.isf(p.level, df) * spread / math.sqrt(n)
+        mean, reach = pairs.mean(1), stats.t.isf(p.level, n - 1) * pairs.std(1, ddof=1) / math.sqrt(n)
         held.append(((mean - reach > p.low) & (mean + reach < p.high)).all((1, 2)))
     return float(np.concatenate(held).mean())
 

@@ -28,9 +28,9 @@ class ClaimConfig:
     zero; with a `margin` it is closer to zero than that. The key `domain` in `within` names domains of the text.
 
     "mixed" compares as "higher" or "lower" do, as `direction` says, or with a `margin` as "equivalent" does, but in a
-    linear mixed model of all runs of the sweep at the levels in `within`: a random effect of the seed, and one spread
-    for all settings. So the other levels of `factor` tell the spread too, and few seeds find more. It needs
-    settings that spread alike, and effects that do not differ from seed to seed; otherwise it errs too often.
+    model of all runs of the sweep at the levels in `within`. Where runs are missing, the runs at other levels of
+    `factor` tell how the seeds differ, so that also levels without a common seed are compared. With all runs it is the
+    same test.
 
     at: "flops" or "seconds": compare the metric at the largest training cost that both sides of a comparison have
     reached, interpolated between two evaluations, not at the end. At each combination of levels of the other factors,

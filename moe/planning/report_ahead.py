@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import compared
-from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.report.inputs import collect_inputs, tested_metrics
 from moe.config import run_routers
 from moe.config.cell import Cell
@@ -23,12 +22,11 @@ class Ahead(NamedTuple):
     """What is known of a claim's test ahead.
 
     tests: the number by which the report divides 5 %. rivals: the number of levels with which each level that the
-    claim names is compared. freedom: that of its spread. absent: what the runs lack for the claim.
+    claim names is compared. absent: what the runs lack for the claim.
     """
 
     tests: int
     rivals: int = 1
-    freedom: Freedom = PAIRED
     absent: list[str] = []
 
 
@@ -51,8 +49,7 @@ def tests_ahead(cells: list[Cell]) -> list[Ahead]:
         tests = collect_inputs(runs)[0].claims["tests"]
     found = [compared(claim, runs) for claim in claims]
     return [
-        Ahead(max(1, int(number)), len(each.rivals), each.pairs[0][0].freedom if each.pairs else PAIRED, each.absent)
-        for number, each in zip(tests, found, strict=True)
+        Ahead(max(1, int(number)), len(each.rivals), each.absent) for number, each in zip(tests, found, strict=True)
     ]
 
 

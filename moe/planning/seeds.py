@@ -101,8 +101,7 @@ def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread:
         least = min(pairs, key=lambda pair: pair.freedom.at(pair.n))
         value = math.sqrt(float(np.mean(np.square(spreads))))
         low, high = map(float, spread_interval(value, least.freedom.at(least.n)))
-        paired = f"paired differences of the pilot's {least.n} seeds"
-        return Spread(value, low, high, mean, f"the pilot's {least.note}" if claim.kind == "mixed" else paired)
+        return Spread(value, low, high, mean, f"paired differences of the pilot's {least.n} seeds")
     factors = [factor for factor in varied_factors(pilot) if factor != "seed"]
     groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(pilot, factors)]
     values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
@@ -140,7 +139,7 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
             return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
         ends = low / of_spread, high / of_spread, true / of_spread
-        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, ahead.freedom)
+        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals)
         return seeds_for(prediction, power_wanted=power, most=most)
 
     least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (spread.low, spread.high))

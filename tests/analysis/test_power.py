@@ -40,23 +40,6 @@ def test_power_is_the_share_of_studies_in_which_every_comparison_holds(predictio
     assert power(p, n) == pytest.approx(np.mean(held), abs=3 * error)
 
 
-@pytest.mark.parametrize(("cells", "n", "named", "rivals"), [(6, 4, 1, 1), (6, 4, 1, 4), (8, 3, 2, 3)])
-def test_the_power_of_a_mixed_model_is_the_share_of_studies_in_which_every_comparison_holds(
-    cells: int, n: int, named: int, rivals: int
-) -> None:
-    """All comparisons have the spread of the two-way analysis, whose differences of two runs have variance 1."""
-    y = np.random.default_rng(1).normal(0, math.sqrt(0.5), (4000, n, cells))
-    rest = y - y.mean(1, keepdims=True) - y.mean(2, keepdims=True) + y.mean((1, 2), keepdims=True)
-    freedom = Freedom(cells - 1, cells - 1)
-    reach = stats.t.isf(0.025 / 4, freedom.at(n)) * np.sqrt(2 * (rest**2).sum((1, 2)) / freedom.at(n) / n)
-    mean = y.mean(1)
-    pairs = 2.0 + mean[:, :named, None] - mean[:, None, named : named + rivals]
-    held = (pairs > reach[:, None, None]).all((1, 2))
-    prediction = Prediction(0, math.inf, 2.0, 4, named, rivals, freedom)
-    assert power(prediction, n) == pytest.approx(held.mean(), abs=0.03)
-    assert power(prediction, 1) == 0.0
-
-
 def test_the_detectable_effect_of_other_degrees_of_freedom_is_that_of_the_noncentral_t_distribution() -> None:
     assert detectable_effect(10, freedom=UNPAIRED) * math.sqrt(2) == pytest.approx(1.325, abs=0.001)  # G*Power
     effect = detectable_effect(4, tests=5, freedom=Freedom(5, 5))

@@ -68,7 +68,7 @@ def test_the_level_of_each_claim_is_the_one_that_its_report_applies(tmp_path: Pa
     assert [each.rivals for each in found][:2] == [2, 1]
 
 
-def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> None:
+def test_a_mixed_claim_is_planned_as_a_paired_one_because_a_plan_has_all_runs() -> None:
     cells = read_cells(["experiment=noise_lb_seed"])
     assert cells is not None
     claim = replace(CLAIM, kind="mixed", direction="higher")
@@ -77,7 +77,6 @@ def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> 
     of_one_seed = [cell._replace(config=config) for cell, config in zip(cells, configs, strict=True)][::3]
     assert {cell.config.seed for cell in of_one_seed} == {42}
     found, without = ahead(of_one_seed)
-    assert found.freedom == (5, 5)  # noise x lb: 6 settings
     assert found.tests > 1
     assert without.absent == ["noise=5.0 is in no run"]
     for spread in (NO_PILOT, NO_PILOT._replace(mean=4.0, source="a pilot")):
@@ -89,12 +88,13 @@ def test_a_mixed_claim_is_planned_with_the_degrees_of_freedom_of_its_model() -> 
     rows = [(noise, seed, rng.normal()) for noise in (0.0, 0.1, 0.5) for seed in (1, 2, 3)]
     runs = pd.DataFrame(rows, columns=["noise", "seed", "val/loss"]).assign(status="finished", folder="", experiment="")
     spread = spread_of(claim, runs)
-    assert spread.high / spread.low == pytest.approx(math.sqrt(np.divide(*stats.chi2.ppf([0.975, 0.025], 4))))
-    assert spread.source == "the pilot's mixed model of 9 runs, 4 degrees of freedom"
-    needed, paired = (need(claim, each, NO_PILOT, Effect("2sd"), **MORE).seeds for each in (found, Ahead(1)))
+    assert spread.high / spread.low == pytest.approx(math.sqrt(np.divide(*stats.chi2.ppf([0.975, 0.025], 2))))
+    assert spread.source == "paired differences of the pilot's 3 seeds"
+    paired = replace(claim, kind="higher", direction=None)
+    assert spread[:4] == pytest.approx(spread_of(paired, runs)[:4])
+    needed, as_paired = (need(each, found, NO_PILOT, Effect("2sd"), **MORE).seeds for each in (claim, paired))
+    assert needed == as_paired
     assert needed is not None
-    assert paired is not None
-    assert needed < paired
 
 
 def test_the_planned_power_is_reached(tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""Tests of differences within seeds, behind all claims: other ways to the same numbers, and error rates."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.formula.api import ols
+
+from moe.analysis.claims import judge
+from moe.analysis.comparisons import compared
+from moe.analysis.power import PAIRED
+from moe.analysis.statistics import range_test
+from moe.analysis.within_seeds import contrast, estimator, range_p
+from moe.config.claim import ClaimConfig
+
+B_MINUS_A = np.array([-1.0, 1.0, 0.0, 0.0])
+
+
+def drawn(rng: np.random.Generator, *, seeds: int = 3, cells: int = 6) -> np.ndarray:
+    return 3 + rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 0.1, (seeds, cells))
+
+
+def with_gaps() -> np.ndarray:
+    table = drawn(np.random.default_rng(1), seeds=6, cells=4)
+    table[0, 1] = table[3, 3] = table[4, 0] = math.nan
+    return table
+
+
+def made_up(table: np.ndarray) -> pd.DataFrame:
+    """Return runs at levels 0, 1, ... of a factor; NaN is no run."""
+    rows = [
+        {"noise": float(cell), "seed": seed, "val/loss": table[seed, cell], "status": "finished", "folder": "made up"}
+        for seed in range(len(table))
+        for cell in range(table.shape[1])
+        if not math.isnan(table[seed, cell])
+    ]
+    return pd.DataFrame(rows).assign(experiment="made up")
+
+
+def rises(kind: str) -> ClaimConfig:
+    words = {"text": "rises", "metric": "val/loss", "factor": "noise", "levels": [1.0], "than": [0.0], "kind": kind}
+    return ClaimConfig(**words, direction="higher" if kind == "mixed" else None)
+
+
+def judged(table: np.ndarray, kind: str) -> pd.Series:
+    """Judge that level 1 is higher than level 0."""
+    return judge(made_up(table), [rises(kind)]).iloc[0]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_with_all_runs_it_is_the_paired_t_test_whatever_the_other_settings_are(seeds: int) -> None:
+    table = drawn(np.random.default_rng(seeds), seeds=seeds, cells=4)
+    found = contrast(table, B_MINUS_A)
+    test = stats.ttest_rel(table[:, 1], table[:, 0])
+    assert found.effect == pytest.approx((table[:, 1] - table[:, 0]).mean())
+    assert found.effect / found.error == pytest.approx(test.statistic)
+    assert found.estimator.freedom == seeds - 1
+    model, paired = judged(table, "mixed"), judged(table, "higher")
+    assert model["reason"].startswith(f"mixed model of {4 * seeds} runs")
+    same = ["n", "mean", "reference mean", "difference", "ci_low", "ci_high", "p", "verdict", "seeds needed"]
+    assert model[same].tolist() == pytest.approx(paired[same].tolist(), nan_ok=True)
+    assert [model["ci_low"], model["ci_high"]] == pytest.approx([*test.confidence_interval()])
+
+
+def least_squares(table: np.ndarray) -> float:
+    """Return the difference of the second and the first setting by least squares on settings and seeds."""
+    long = pd.DataFrame(table, columns=list("abcd")).rename_axis("seed").melt(ignore_index=False, var_name="cell")
+    fit = ols("value ~ C(cell) + C(seed)", long.dropna().reset_index()).fit()
+    return float(fit.params["C(cell)[T.b]"])
+
+
+def test_with_missing_runs_it_is_least_squares_without_each_seed_in_turn() -> None:
+    table = with_gaps()
+    found, n = contrast(table, B_MINUS_A), len(table)
+    without = np.array([least_squares(np.delete(table, seed, axis=0)) for seed in range(n)])
+    assert found.effect == pytest.approx(least_squares(table))
+    assert found.error**2 == pytest.approx((n - 1) / n * ((without - found.effect) ** 2).sum())
+    assert n - 2 < found.estimator.freedom < n - 1
+
+
+def test_the_degrees_of_freedom_are_those_of_the_first_two_moments_of_the_variance() -> None:
+    """Satterthwaite's number is twice the squared mean over the variance, for runs that all spread alike."""
+    table = with_gaps()
+    by = estimator(~np.isnan(table), B_MINUS_A)
+    variances = by.errors(np.random.default_rng(0).normal(size=(40_000, by.of_runs.size))) ** 2
+    assert 2 * variances.mean() ** 2 / variances.var() == pytest.approx(by.freedom, rel=0.05)
+
+
+def test_two_settings_are_compared_only_if_seeds_connect_them() -> None:
+    """Settings a and b have seeds of their own; only c, if it has both, can tell how the seeds differ."""
+    table = drawn(np.random.default_rng(3), seeds=6, cells=4)
+    table[:3, [1, 3]] = table[3:, [0, 2]] = math.nan  # seeds 0-2 have a and c, seeds 3-5 have b and d
+    refused = judged(table, "mixed")
+    assert (refused["verdict"], refused["n"]) == ("not tested", 0)
+    connects = "the settings compared share no seed, not even through other settings"
+    assert refused["reason"] == f"mixed model of 12 runs; {connects}"
+    table[3:, 2] = 3.0 + np.arange(3)
+    assert judged(table, "mixed")["n"] == 6
+    assert judged(table, "higher")["n"] == 0
+
+
+def test_one_seed_that_alone_tells_a_difference_does_not_test_it() -> None:
+    """Without seed 0, nothing connects a and b; the other seeds tell nothing of their difference."""
+    table = drawn(np.random.default_rng(3), seeds=4, cells=4)
+    table[1:, 0] = math.nan
+    row = judged(table, "mixed")
+    assert (row["verdict"], row["n"]) == ("not tested", 4)
+    assert row["reason"].endswith("one seed alone tells the difference: nothing to test it against")
+    alone = judged(table[:1], "higher")
+    assert (alone["verdict"], alone["n"]) == ("not tested", 1)
+    assert row["difference"] != pytest.approx(alone["difference"])
+    assert alone["difference"] == pytest.approx(table[0, 1] - table[0, 0])
+
+
+def test_a_run_that_was_copied_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed 1 has more than one run of the same condition"):
+        judge(pd.concat([made_up(with_gaps())] * 2), [rises("mixed")])
+
+
+def test_p_is_that_of_the_tests_of_a_range() -> None:
+    sample = np.random.default_rng(2).normal(0.3, 1, 9)
+    error = sample.std(ddof=1) / 3
+    for low, high in ((0.0, math.inf), (-math.inf, 0.0), (-0.5, 0.5), (0.5, 2.0)):
+        assert range_p(sample.mean(), error, 8, low, high) == pytest.approx(range_test(sample, low, high))
+
+
+def test_an_undecided_claim_with_missing_runs_names_its_degrees_of_freedom_and_counts_on_as_many_for_each_seed() -> (
+    None
+):
+    table = with_gaps()
+    table[:, 1] += 0.02 - contrast(table, B_MINUS_A).effect
+    [[pair]] = compared(rises("mixed"), made_up(table)).pairs
+    df = contrast(table, B_MINUS_A).estimator.freedom
+    assert pair.freedom.at(6) == pytest.approx(df)
+    assert pair.freedom.at(12) == pytest.approx(2 * df + 1)
+    row = judged(table, "mixed")
+    assert row["verdict"] == "undecided"
+    assert row["reason"].startswith(f"mixed model of 21 runs; {df:.2g} degrees of freedom; ")
+    [[complete]] = compared(rises("mixed"), made_up(table[[1, 2, 5]])).pairs
+    assert complete.freedom == PAIRED
+
+
+COMPLETE, ONE_MISSING = ["abcdef"] * 3, ["acdef", *["abcdef"] * 4]
+SCATTERED = ["abcd", "cdef", "abef", "acef", "bdef", "bcf", "adef", "abce"]
+
+
+@pytest.mark.parametrize("present", [COMPLETE, ONE_MISSING, SCATTERED], ids=["complete", "one missing", "scattered"])
+@pytest.mark.parametrize("spreads", ["equal", "b x4", "a and b x4", "others x4", "seeds respond"])
+def test_error_rates(present: list[str], spreads: str) -> None:
+    """Without an effect, a difference of a and b is found in about 5 % of studies, whatever spreads how much."""
+    cells, studies, rng = "abcdef", 10_000, np.random.default_rng(1)
+    known = np.array([[cell in names for cell in cells] for names in present])
+    by = estimator(known, np.array([1.0, -1, 0, 0, 0, 0]))
+    stds = {"b x4": [1, 4, 1, 1, 1, 1], "a and b x4": [4, 4, 1, 1, 1, 1], "others x4": [1, 1, 4, 4, 4, 4]}
+    y = rng.normal(0, stds.get(spreads, [1] * 6), (studies, len(present), 6)) + rng.normal(
+        0, 9, (studies, len(present), 1)
+    )
+    if spreads == "seeds respond":
+        y += rng.normal(size=(studies, len(present), 1)) * np.linspace(-2, 2, 6)
+    runs = y[:, known]
+    rate = (2 * stats.t.sf(np.abs(runs @ by.of_runs) / by.errors(runs), by.freedom) <= 0.05).mean()
+    assert rate <= 0.05 + 0.009
+    if present == COMPLETE:
+        assert rate == pytest.approx(0.05, abs=0.007)
+
+
+def test_a_model_with_one_seed_decides_nothing_and_equal_differences_are_deterministic() -> None:
+    alone = judged(drawn(np.random.default_rng(0), seeds=1, cells=3), "mixed")
+    assert (alone["verdict"], alone["n"]) == ("not tested", 1)
+    exact = judged(np.arange(3.0)[:, None] + np.array([0.0, 1.0, 2.0]), "mixed")
+    assert (exact["verdict"], exact["deterministic"]) == ("supported", True)
