@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -40,51 +40,67 @@ def differences(cells: list[Cell], pilot: pd.DataFrame) -> list[str]:
 
     Options of groups come first, and what only follows from another option is left out. The factors of the plan come
     next. A pilot with further levels tells about the planned ones too, so these are no difference. Neither is a key
-    with its default that the pilot's version of this project did not have yet. A key that only one of the two tunes is
-    one.
+    with its default that the pilot's version of this project did not have yet. A run to which a key does not apply says
+    nothing about it. A key that only one of the two tunes is a difference.
     """
     here, there = [*(cells[0].config.tune or {})], tuned_keys(pilot)
-    keys = dict.fromkeys(key for cell in cells for key in (*cell.choices, *cell.identity()) if _is_setting(key))
-    planned = {key: _levels(_value(cell, key) for cell in cells) for key in keys if key not in (*here, *there)}
-    of_pilot = {key: _levels(_of_pilot(pilot, cells[0], key)) for key in planned}
-    differing = [key for key in planned if not {*planned[key]} <= {*of_pilot[key]}]
-    causes = [key for key in differing if not _follows(key, differing, cells)]
+    planned = {key: used for key, used in _planned(cells).items() if key not in (*here, *there)}
+    of_pilot = {key: _of_pilot(pilot, used.choices, key) for key, used in planned.items()}
+    differing = [key for key, used in planned.items() if not {*used.levels} <= {*of_pilot[key]}]
+    causes = [key for key in differing if not _follows(key, differing, planned)]
     found = [f"{key} is tuned in the plan, and not in the pilot" for key in here if key not in there]
     found += [f"{key} is tuned in the pilot, and not in the plan" for key in there if key not in here]
-    for key in sorted(causes, key=lambda key: (key not in cells[0].choices, len(planned[key]) < 2)):
-        texts = (", ".join(map(str, levels)) for levels in (of_pilot[key], planned[key]))
+    for key in sorted(causes, key=lambda key: (key not in cells[0].choices, len(planned[key].levels) < 2)):
+        texts = (", ".join(map(str, levels)) for levels in (of_pilot[key], planned[key].levels))
         found.append("{} is {} in the pilot, and {} in the plan".format(key, *texts))
     more = len(found) - MOST
     return found[:MOST] + ([f"and {more} more settings"] if more > 0 else [])
 
 
-def _value(cell: Cell, key: str) -> Any:
-    """Return the value of a key in a planned run; its default if the key does not apply there."""
-    known = cell.choices | cell.identity()
-    return known[key] if key in known else default_of(key, cell.choices)
+class _Used(NamedTuple):
+    """The levels of a key in the planned runs to which it applies, and the options that the first of them has."""
+
+    levels: list[Any]
+    choices: dict[str, str | None]
 
 
-def _of_pilot(pilot: pd.DataFrame, cell: Cell, key: str) -> list[Any]:
-    """Return the values of a key in the pilot's runs. Where it is absent, it has its default.
+def _planned(cells: list[Cell]) -> dict[str, _Used]:
+    """Return the settings of planned runs. What a group is does not matter to a run that ignores it."""
+    found: dict[str, _Used] = {}
+    for cell in cells:
+        for key, value in (cell.choices | cell.identity()).items():
+            if key in cell.ignored or not _is_setting(key):
+                continue
+            used = found.setdefault(key, _Used([], cell.choices))
+            if (here := level(value)) not in used.levels:
+                used.levels.append(here)
+    return found
 
-    A key of another option than the plan's has none. A group that the pilot's version did not have is no difference.
+
+def _of_pilot(pilot: pd.DataFrame, choices: dict[str, str | None], key: str) -> list[Any]:
+    """Return the levels of a key in the pilot's runs. If it is absent from all, it has its default.
+
+    choices: the options of the planned runs, by group. A key of another option than theirs has no default. A group that
+    the pilot's version did not have is no difference.
     """
+    known = _levels(pilot[key]) if key in pilot else []
+    if found := [each for each in known if each != ABSENT]:
+        return found
     group = key.partition(".")[0]
-    default = _value(cell, key) if key in cell.choices else default_of(key, cell.choices)
-    if group != key and group in pilot and level(cell.choices.get(group)) not in _levels(pilot[group]):
-        default = ABSENT
-    return [default if value == ABSENT else value for value in pilot[key]] if key in pilot else [default]
+    if group != key and group in pilot and level(choices.get(group)) not in _levels(pilot[group]):
+        return [ABSENT]
+    return [level(choices[key] if key in choices else default_of(key, choices))]
 
 
-def _follows(key: str, differing: list[str], cells: list[Cell]) -> bool:
+def _follows(key: str, differing: list[str], planned: dict[str, _Used]) -> bool:
     """Return whether a key differs only because its group has another option, whose values the plan leaves as they are.
 
     A digest differs because that of which it is the digest does.
     """
     group = key.partition(".")[0]
-    of_option = group != key and group in differing
-    usual = all(level(_value(cell, key)) == level(default_of(key, cell.choices)) for cell in cells)
-    return (of_option and usual) or (key.endswith("_digest") and key.removesuffix("_digest") in differing)
+    used = planned[key]
+    of_option = group != key and group in differing and used.levels == [level(default_of(key, used.choices))]
+    return of_option or (key.endswith("_digest") and key.removesuffix("_digest") in differing)
 
 
 def _is_setting(key: str) -> bool:

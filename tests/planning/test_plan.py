@@ -35,7 +35,7 @@ from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
 from moe.program import Stopped
-from moe.results.table import level
+from moe.results.table import ABSENT, level
 from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
 
 
@@ -339,6 +339,20 @@ def test_an_absent_key_of_the_pilot_has_its_default_and_consequences_are_not_nam
     ]
     assert differences(cells[:1], other.assign(**{"router.k": 7}))[0].startswith("router is topk in the pilot")
     assert len(differences(read_cells(["router=temperature"]) or [], other.assign(**{"router.k": 7}))) == 1
+
+
+def test_a_key_that_does_not_apply_to_a_planned_run_is_no_difference() -> None:
+    """A dense arm beside Mixtures of Experts has no router, and its run in the pilot has none either."""
+    moe, dense = cells_of([7, 8])
+    k = moe.identity()["router.k"]
+    dense = dense._replace(ignored=frozenset({"router", "router.k", "noise"}), choices={"router": "another"})
+    known = {key: level(value) for key, value in moe.identity().items()} | {"router": "topk"}
+    pilot = pd.DataFrame([known, known | {"router.k": ABSENT, "noise": ABSENT}])
+    moe = moe._replace(choices={"router": "topk"})
+    assert differences([moe, dense], pilot) == differences([dense, moe], pilot) == []
+    assert differences([moe, dense], pilot.replace({"router.k": {k: k + 1}})) == [
+        f"router.k is {k + 1} in the pilot, and {k} in the plan"
+    ]
 
 
 def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
