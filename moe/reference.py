@@ -22,7 +22,7 @@ from moe.config.options import options, router_spec
 from moe.files import read_text, write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
 from moe.results.conditions import present, with_causality, without_causality
-from moe.results.shipped import RUNS, read_shipped
+from moe.results.shipped import RUNS, STUDIES, read_shipped
 from moe.routers.base import Router
 
 GENERATED = "Generated from the code by `python -m moe.reference --write`; a test compares."
@@ -81,7 +81,7 @@ TWO_MODELS = """
 all routers have the same width; in the league, a token costs about the same FLOPs with all, so the widths differ."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
-STUDY = DOCS / "studies" / "router_league"  # its shipped tables; without them, the table has no league
+STUDY = STUDIES / "router_league"  # its shipped tables; without them, the table has no league
 EMPTY = "''"  # a text without a letter, as it is written in a yaml file
 
 

@@ -34,7 +34,7 @@ from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
-from moe.analysis.sentences import enumerated
+from moe.analysis.sentences import enumerated, numbers_in_words
 from moe.checks import ConfigError, first_line, plain
 from moe.files import read_text, shown, write_text
 from moe.metrics.catalog import lookup
@@ -57,7 +57,8 @@ NOT_WANTED = "It names no seeds, because no claim has a number of them."
 PLANNED = """\
 `moe plan` said {order} how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
 difference is inside of what the claim allows, at the given distance to the nearest bound. """
-PILOT = "These numbers come from a small pilot, so they are uncertain: the range is in parentheses."
+SOURCES = "These numbers come from {names}, so they are uncertain: the range is in parentheses."
+PILOT = [{"name": "a small pilot"}]  # the sources of a plan from before other runs told a spread
 NO_PILOT = """\
 There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."""
 PAGE = re.compile(r"`docs/([\w-]+\.md)`")  # in the text of a report, which knows no page beside it
@@ -191,9 +192,10 @@ def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
     made, started = (datetime.fromisoformat(each) for each in (plan["time"], min(runs["started"].dropna())))
     yield Heading("What was planned")
     yield Paragraph(_made(plan, made, started, seeds))
-    piloted = any(claim["spread"] is not None for claim in plan["claims"])
+    told = any(claim["spread"] is not None for claim in plan["claims"])
+    sources = SOURCES.format(names=enumerated([source["name"] for source in plan.get("sources", PILOT)]))
     order = "before the runs" if made < started else "afterward"
-    yield Paragraph(PLANNED.format(order=order, power=100 * plan["power"]) + (PILOT if piloted else NO_PILOT))
+    yield Paragraph(PLANNED.format(order=order, power=100 * plan["power"]) + (sources if told else NO_PILOT))
     most = plan["most_seeds"]
 
     def number(seeds: int | None) -> str:
@@ -256,17 +258,6 @@ def _amount(size: str, metric: str = "") -> str:
 
 def _moment(time: datetime) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d at %H:%M} UTC"
-
-
-def numbers_in_words(numbers: list[int]) -> str:
-    """Return whole numbers in rising order, with each row of neighbors as one range, such as "42, 45 to 47"."""
-    rows: list[list[int]] = []
-    for number in sorted(numbers):
-        if rows and number == rows[-1][-1] + 1:
-            rows[-1].append(number)
-        else:
-            rows.append([number])
-    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)
 
 
 def _with_verdicts(text: str, claims: dict[str, pd.DataFrame]) -> str:

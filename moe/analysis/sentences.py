@@ -183,3 +183,14 @@ def enumerated(items: Sequence[object]) -> str:
 def with_capital(text: str) -> str:
     """Return a clause as the start of a sentence."""
     return text[:1].upper() + text[1:]
+
+
+def numbers_in_words(numbers: list[int]) -> str:
+    """Return whole numbers in rising order, with each row of neighbors as one range, such as "42, 45 to 47"."""
+    rows: list[list[int]] = []
+    for number in sorted(numbers):
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)

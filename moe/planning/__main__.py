@@ -20,9 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pandas as pd
-
-from moe.analysis.sentences import level_text
+from moe.analysis.sentences import level_text, numbers_in_words
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
@@ -32,21 +30,36 @@ from moe.files import read_text, shown, write_json
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
 from moe.launch.tuning import SEEDS
-from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_pilot
-from moe.planning.pilot import runs_of_pilot
+from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_runs
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
 from moe.planning.seeds import UNIT, Effect, Need
+from moe.planning.sources import Source, Sources
 from moe.planning.written import as_written
 from moe.program import ended, program
+from moe.results.shipped import STUDIES
 from moe.runs.place import duration
 from moe.runs.planned import is_plan
 from moe.runs.record import RecordError
 
 WIDTH = 110
+DIFFERENCES = 8  # differing settings that are named
 WITHOUT_PILOT = """\
-This plan has no pilot. Without one, nobody knows how much runs differ by chance. So only an effect in standard \
-deviations of the differences between runs of one seed, such as 1.5{unit}, has a number of seeds. Train a pilot of \
-three seeds, and pass it:"""
+This plan has no pilot. So how much runs differ by chance is read from finished runs of this experiment or, without \
+them, from shipped runs. Train a pilot of three seeds to know it better, and pass it:"""
+UNKNOWN = """\
+No runs tell how much runs differ by chance{why}. So only an effect in standard deviations of the differences between \
+runs of one seed, such as 1.5{unit}, has a number of seeds."""
+NO_TABLES = ", and an installed package has no tables of finished studies, as docs/studies of a checkout"
+GUIDE = "This is only a guide, because these runs differ from the plan:"
+LEFT_OUT = """\
+Seeds {seeds} told the spread, so they judge nothing. To judge by them too would be a look at the study, which gets a \
+share of the level."""
+ELSEWHERE = """\
+The command has a folder of its own, because a report about the present one would judge by these seeds. A report about \
+the present folder says how many seeds it lacks, and counts as a look."""
+WITHOUT_CLAIMS = """\
+experiment={}: has no claims, and a plan counts the seeds that claims need; write claims first (docs/reports.md), or \
+see its runs, tokens and FLOPs with `python train.py --list`"""
 NO_NUMBER = "no claim has a number of seeds"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
@@ -59,10 +72,10 @@ def main() -> int:
         arguments, request = _read(sys.argv[1:])
         cells, trials = _cells(request)
         request = _with_folders(request)
-        pilot = None if arguments.pilot is None else runs_of_pilot(arguments.pilot)
-        if pilot is None:
+        sources = Sources(cells, arguments.pilot)
+        if sources.pilot is None:
             _say_without_pilot(request, cells, sys.argv[1:])
-        plan = make_plan(request, cells, pilot, lambda: _speed(cells, pilot), trials)
+        plan = make_plan(request, cells, sources, lambda: _speed(cells, sources), trials)
         write_json(arguments.out, as_written(plan.as_json()))
     except (ConfigError, RecordError) as error:
         print(f"{program('moe plan')}: {error}", file=sys.stderr)
@@ -135,9 +148,12 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
     if not cells[0].config.claims:
-        raise ConfigError(f"experiment={cells[0].experiment}: must have claims, because a plan is about claims")
+        raise ConfigError(WITHOUT_CLAIMS.format(cells[0].experiment))
     for key in SEEDS[1:]:
         values = list(dict.fromkeys(getattr(cell.config, key) for cell in cells))
+        swept = cells[0].grid and key in cells[0].grid.factors
+        if not swept and all(getattr(cell.config, key) == cell.config.seed for cell in cells):
+            continue  # such as data_seed=${seed}, which means null
         allowed = "one value for all runs: a plan counts runs by seed alone, and its pilot would repeat these values"
         require(len(values) == 1, key, ",".join(map(as_word, values)), allowed)
     measured = {claim.metric for claim in cells[0].config.claims}
@@ -151,16 +167,17 @@ def _say_without_pilot(request: Request, cells: list[Cell], typed: list[str]) ->
 
     typed: the words of this command, which the second one repeats. Folders that only the environment names are added.
     """
-    print(*textwrap.wrap(WITHOUT_PILOT.format(unit=UNIT), WIDTH), sep="\n")
+    print(*textwrap.wrap(WITHOUT_PILOT, WIDTH), sep="\n")
     print(f"  {pilot_command(request, cells)}")
     named = any(word.startswith(("--config-dir", f"{SEARCHED}=")) for word in typed)
     folders = [] if named else [word for word in request.words if word.startswith(f"{SEARCHED}=")]
     print(f"  python -m moe plan {shlex.join([*typed, *folders, '--pilot', 'pilot'])}", flush=True)
 
 
-def _speed(cells: list[Cell], pilot: pd.DataFrame | None) -> Speed:
-    """Return the speed of the pilot's runs, or that of a short measurement if they do not tell it."""
-    if pilot is not None and (speed := speed_of_pilot(pilot)):
+def _speed(cells: list[Cell], sources: Sources) -> Speed:
+    """Return the speed of a pilot or of finished runs here, or that of a short measurement if they do not tell it."""
+    source = sources.pilot or sources.own
+    if source is not None and (speed := speed_of_runs(source.runs, source.name)):
         return speed
     print("measuring the speed: a few steps of the setting with the most FLOPs", flush=True)
     return measured_speed(max((cell.config for cell in cells), key=flops_of))
@@ -173,14 +190,15 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.replaced:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)
-    if plan.differences:
-        yield "The pilot has other settings, so its spread and speed may be those of other runs:"
-        yield from (f"  {each}" for each in plan.differences)
+    for source in plan.sources.values():
+        yield from _about(source)
     yield ""
     for each in plan.needs:
         yield f"{_number(each, request.most):>16}  {each.claim.text}"
         yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=18 * " ", subsequent_indent=18 * " ")
     if plan.table:
+        why = "" if STUDIES.is_dir() else NO_TABLES
+        yield from ("", *textwrap.wrap(UNKNOWN.format(why=why, unit=UNIT), WIDTH))
         yield from ("", "seeds of a paired test for effects in standard deviations of the differences between runs:")
         sizes = list(next(iter(plan.table.values())))
         yield "  level    " + "".join(f"{size:>7g}" for size in sizes)
@@ -189,12 +207,26 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield f"  {level_text(tests):<9}{values}"
     yield ""
     tuned = f" + {plan.trials} that tune" if plan.trials else ""
+    if plan.left_out:
+        yield from textwrap.wrap(LEFT_OUT.format(seeds=numbers_in_words(plan.left_out)), WIDTH)
+    if plan.elsewhere and plan.command:
+        yield from textwrap.wrap(ELSEWHERE, WIDTH)
     seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}; {NO_NUMBER}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
     if plan.seconds is not None:
         yield f"time: about {duration(plan.seconds)} of one run after another on this machine, from {plan.seconds_from}"
         yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
+
+
+def _about(source: Source) -> Iterator[str]:
+    """Yield which runs tell a spread, and in what they differ from the planned ones."""
+    yield f"spread: of {source.name} ({len(source.runs)} runs, seeds {numbers_in_words(sorted(source.seeds))})"
+    if source.differs:
+        yield GUIDE
+        yield from (f"  {each}" for each in source.differs[:DIFFERENCES])
+        more = len(source.differs) - DIFFERENCES
+        yield from ([f"  and {more} more settings"] if more > 0 else [])
 
 
 def _number(each: Need, most: int) -> str:
@@ -216,6 +248,7 @@ def _basis(each: Need) -> str:
     if math.isnan(spread.mean):
         return f"{each.claim.metric}: distance to the bound {each.effect:.3g} {UNIT}, {level}; {spread.source}"
     ends = f" ({spread.low:.3g} to {spread.high:.3g})" if spread.value else ""
+    ends += f", {100 * spread.value / spread.mean:.2g} % of the mean {spread.mean:.3g}" if spread.mean > 0 else ""
     distance = f"distance to the bound {each.effect:.3g}, spread {spread.value:.3g}{ends}"
     return f"{each.claim.metric}: {distance}, {level}; {spread.source}"
 

@@ -8,7 +8,7 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -16,10 +16,9 @@ from moe.checks import ConfigError, first_line
 from moe.config.schema import Config
 from moe.data.tokenizer import pretrained_tokenizer
 from moe.launch.flops import forward_flops
-from moe.runs.events import RunListener
-from moe.runs.signals import Signals
 
-MEASURED_STEPS = 8  # of which the first half does not count
+MEASURED_STEPS = 9  # at most; the first one does not count
+MEASURED_SECONDS = 10.0  # after which no further step is measured
 SIZES = ["steps", "batch_size", "grad_accum", "data.seq_len"]
 
 
@@ -34,8 +33,8 @@ class Speed(NamedTuple):
     source: str
 
     def seconds(self, config: Config) -> float:
-        """Return the time of a run after its set-up."""
-        evaluations = 1 + -(-config.steps // config.eval_every)
+        """Return the time of a run after its set-up. The test text at its end counts as one more evaluation."""
+        evaluations = 2 + -(-config.steps // config.eval_every)
         return flops_of(config) * self.of_flop + evaluations * flops_of_token(config) * self.of_evaluation
 
 
@@ -64,44 +63,37 @@ def _vocab_size(tokenizer: str, revision: str | None) -> int:
         raise ConfigError(first_line(error)) from error
 
 
-def speed_of_pilot(pilot: pd.DataFrame) -> Speed | None:
-    """Return the median speed of the pilot's runs, in which evaluations are part of the tokens; None if unknown."""
-    if not {"seconds", "flops_per_token", *SIZES} <= set(pilot):
+def speed_of_runs(runs: pd.DataFrame, name: str) -> Speed | None:
+    """Return the median speed of runs, in which evaluations are part of the tokens; None if unknown.
+
+    name: of the runs, in words.
+    """
+    if not {"seconds", "flops_per_token", *SIZES} <= set(runs):
         return None
-    flops = 3 * pilot[[*SIZES, "flops_per_token"]].astype(float).prod(axis=1)
-    rate = (pilot["seconds"].astype(float) / flops.where(flops > 0)).dropna()
-    return Speed(float(rate.median()), 0.0, "the seconds for each FLOP of the pilot's runs") if len(rate) else None
+    flops = 3 * runs[[*SIZES, "flops_per_token"]].astype(float).prod(axis=1)
+    rate = (runs["seconds"].astype(float) / flops.where(flops > 0)).dropna()
+    return Speed(float(rate.median()), 0.0, f"the seconds for each FLOP of {name}") if len(rate) else None
 
 
 def measured_speed(config: Config) -> Speed:
-    """Return the speed of a setting: a few steps and its evaluations are timed in a temporary folder."""
-    from moe.training.loop import train  # imports torch
+    """Return the speed of a setting, from a few training steps of one micro-batch each.
 
-    steps = min(config.steps, MEASURED_STEPS)
-    short = replace(config, steps=steps, eval_every=max(1, steps), save_every=max(1, steps), save_model="none")
-    times = _Times()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        train(short, Path(folder), signals=Signals(), listeners=[times])
-    of_step = median(times.steps[steps // 2 :]) if times.steps else 0.0
-    return Speed(
-        of_step / flops_of(replace(config, steps=1)),
-        median(times.evaluations) / flops_of_token(config),
-        f"{steps} measured steps of the setting with the most FLOPs, and the FLOPs of each setting",
-    )
+    After the first step, measuring ends with `MEASURED_SECONDS`, and two steps at least are measured. Evaluations are
+    not measured: they are a forward pass over the validation text, so they take a third of what training takes for
+    each token.
+    """
+    from moe.training.precision import choose  # these import torch
+    from moe.training.setup import set_up
+    from moe.training.step import train_step
 
-
-class _Times(RunListener):
-    """Listener that times the steps and the evaluations of a run."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.evaluations: list[float] = []
-        self.last = 0.0
-
-    def begin(self, step: int) -> None:
-        self.last = time.perf_counter()
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        (self.steps if "train/loss" in values else self.evaluations).append(now - self.last)
-        self.last = now
+    short = replace(config, grad_accum=1, steps=max(config.steps, MEASURED_STEPS))
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as name, redirect_stdout(StringIO()):
+        training = set_up(choose(short, Path(name) / "run")[0])
+        while len(times) < 3 or (len(times) < MEASURED_STEPS and sum(times[1:]) < MEASURED_SECONDS):
+            began = time.perf_counter()
+            train_step(training, len(times))
+            times.append(time.perf_counter() - began)
+    of_flop = median(times[1:]) / flops_of(replace(short, steps=1))
+    source = f"{len(times) - 1} measured steps of the setting with the most FLOPs, and the FLOPs of each setting"
+    return Speed(of_flop, len(training.data.val) * config.data.seq_len * of_flop, source)

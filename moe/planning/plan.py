@@ -2,22 +2,21 @@
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
-
-import pandas as pd
 
 from moe.analysis.power import Prediction, seeds_for
 from moe.config.cell import Cell
-from moe.config.claim import ClaimConfig
+from moe.config.schema import Config
 from moe.config.words import as_word, key_of, quoted, with_words
 from moe.launch.tuning import seeds_after
 from moe.planning.cost import Speed, tokens_of
-from moe.planning.pilot import differences
-from moe.planning.report_ahead import Ahead, tests_ahead
-from moe.planning.seeds import NO_PILOT, Effect, Need, need, spread_of
+from moe.planning.report_ahead import tests_ahead
+from moe.planning.seeds import NOT_TOLD, Effect, Need, need
+from moe.planning.sources import Source, Sources
 
-EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the answer without a pilot, in standard deviations of the differences
+EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # where no spread is known: standard deviations of the differences
 
 
 class Request(NamedTuple):
@@ -45,9 +44,11 @@ class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
     seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
+    elsewhere: whether the command has a folder of its own, because runs that tell the spread are in the usual one.
     trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, in
-    words. differences: see `moe.planning.pilot`. table: without a pilot, for each level
-    of a test, the seeds that effects of several sizes need.
+    words. sources: the runs that tell a spread, by their names. left_out: their seeds, which judge nothing. pilot: the
+    command of a pilot; None if the plan has one. table: for each level of a test, the seeds that effects of several
+    sizes need; empty if all spreads are known.
     """
 
     request: Request
@@ -59,8 +60,11 @@ class Plan(NamedTuple):
     seconds: float | None
     seconds_from: str | None
     command: str | None
+    elsewhere: bool
     replaced: list[str]
-    differences: list[str]
+    sources: dict[str, Source]
+    left_out: list[int]
+    pilot: str | None
     table: dict[int, dict[float, int | None]]
 
     @property
@@ -71,9 +75,9 @@ class Plan(NamedTuple):
         """Return the plan as plan.json has it.
 
         `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
-        Effects and spreads are in units of the metric. Without a pilot, spreads are null, and effects are in standard
-        deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that cannot be
-        planned, and runs, tokens, seconds and the command if there is no such number for any claim.
+        Effects, spreads and means are in units of the metric. If no runs tell a spread, it is null, and effects are in
+        standard deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that
+        cannot be planned, and runs, tokens, seconds and the command if there is no such number for any claim.
         """
         return {
             "claims": [_need_as_json(each) for each in self.needs],
@@ -86,7 +90,9 @@ class Plan(NamedTuple):
             "seconds": None if self.seconds is None else round(self.seconds),
             "seconds_from": self.seconds_from,
             "replaced": self.replaced,
-            "pilot_differs": self.differences,
+            "sources": [source.as_json() for source in self.sources.values()],
+            "seeds_left_out": self.left_out,
+            "pilot": self.pilot,
             "power": self.request.power,
             "most_seeds": self.request.most,
             "effect": self.request.effect.text,
@@ -110,6 +116,7 @@ def _need_as_json(each: Need) -> dict[str, Any]:
         "tests": each.tests,
         "effect": None if math.isnan(each.effect) else each.effect,
         "spread": known,
+        "mean": None if known is None else each.spread.mean,
         "spread_from": each.spread.source,
         "seeds_low": each.low,
         "seeds_high": each.high,
@@ -120,26 +127,32 @@ def _need_as_json(each: Need) -> dict[str, Any]:
 def make_plan(
     request: Request,
     cells: list[Cell],
-    pilot: pd.DataFrame | None,
+    sources: Sources | None,
     speed: Callable[[], Speed],
     trials: Sequence[Cell] = (),
 ) -> Plan:
     """Return the plan for the cells of a sweep, whose experiment has claims.
 
-    pilot: see `moe.planning.pilot.runs_of_pilot`. speed: measures that of training here, which takes a while. It is
-    called only if some claim has a number of seeds. trials: the runs that tune.
+    sources: the runs that may tell the spread; None if it is unknown. speed: measures that of training here, which
+    takes a while. It is called only if some claim has a number of seeds. trials: the runs that tune.
     """
     claims = cells[0].config.claims
-    needs = [_need(request, claim, ahead, pilot) for claim, ahead in zip(claims, tests_ahead(cells), strict=True)]
+    needs, used = [], [sources.pilot if sources else None]
+    for claim, ahead in zip(claims, tests_ahead(cells), strict=True):
+        spread, source = sources.spread(claim) if sources else (NOT_TOLD, None)
+        effect = request.effects.get(claim.metric, request.effect)
+        needs.append(need(claim, ahead, spread, effect, power=request.power, most=request.most))
+        used.append(source)
+    known = {source.name: source for source in used if source}
+    told = set[int]().union(*(source.seeds for source in known.values()))
     own = list(dict.fromkeys(cell.config.seed for cell in cells))
     wanted = max((each.seeds for each in needs if each.seeds), default=0)
-    of_pilot = [] if pilot is None else pilot["seed"].astype(int).tolist()
-    seeds = free_seeds(own, {*of_pilot, *cells[0].config.tune_seeds}, wanted)
+    seeds = free_seeds(own, {*told, *cells[0].config.tune_seeds}, wanted)
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
     runs = [cell.config for cell in (*trials, *of_one_seed * max(1, wanted))]
     measured = speed() if seeds else None
-    command = study_command(request, seeds) if seeds else None
-    levels_of_tests = sorted({each.tests for each in needs}) if pilot is None else []
+    elsewhere = _in_folder_of(cells, known.values())
+    levels_of_tests = sorted({each.tests for each in needs if each.spread.source == NOT_TOLD.source})
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
     return Plan(
         request=request,
@@ -150,47 +163,63 @@ def make_plan(
         tokens=sum(map(tokens_of, runs)),
         seconds=sum(map(measured.seconds, runs)) if measured else None,
         seconds_from=measured.source if measured else None,
-        command=command,
+        command=study_command(request, cells[0].config, seeds, elsewhere=elsewhere) if seeds else None,
+        elsewhere=elsewhere,
         replaced=cells[0].grid.replacements() if cells[0].grid else [],
-        differences=[] if pilot is None else differences(cells, pilot),
+        sources=known,
+        left_out=sorted(told),
+        pilot=None if sources and sources.pilot else pilot_command(request, cells),
         table=table,
     )
 
 
-def study_command(request: Request, seeds: list[int]) -> str:
-    """Return the command of the study with these seeds, after which it decides."""
-    return request.command(f"planned_seeds={len(seeds)}", f"seed={','.join(map(str, seeds))}")
+def study_command(request: Request, config: Config, seeds: list[int], *, elsewhere: bool) -> str:
+    """Return the command of the study with these seeds, after which it decides. elsewhere: see `Plan`."""
+    words = [f"planned_seeds={len(seeds)}", f"seed={','.join(map(str, seeds))}"]
+    return request.command(*words, *(_elsewhere(request, config, f"{_out(config)}_study") if elsewhere else []))
+
+
+def _in_folder_of(cells: list[Cell], sources: Iterable[Source]) -> bool:
+    """Return whether runs of these sources are in the folder of the cells, whose report would judge by them."""
+    places = {Path(run).parent.resolve() for source in sources if source.here for run in source.runs["folder"]}
+    return cells[0].folder.parent.resolve() in places
 
 
 def pilot_command(request: Request, cells: list[Cell]) -> str:
-    """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing.
-
-    Results that chose a value of the study, and choose one of the pilot, are not in the folder of the pilot.
-    """
+    """Return the command of a pilot of three seeds, none of which the study has. It tunes nothing."""
     config = cells[0].config
     taken = {*config.tune_seeds, *(cell.config.seed for cell in cells)}
     seeds = seeds_after(0, taken, 3)
-    tunes = config.tune is not None or "tune" in map(key_of, request.words)
-    words = ["tune=null"] if tunes else []
-    words += [f"seed={','.join(map(str, seeds))}", "out=pilot"]
-    if config.tune_seeds and not tunes:
-        folder = config.results or config.out or "multirun"
-        words += [f"results={quoted(folder) if '/' in folder else as_word(folder)}"]
+    words = ["tune=null"] if _tunes(request, config) else []
+    words += [f"seed={','.join(map(str, seeds))}", *_elsewhere(request, config, "pilot")]
     return request.command(*words, without=["tune", "tune_seeds"])
+
+
+def _elsewhere(request: Request, config: Config, folder: str) -> list[str]:
+    """Return the words that put runs into a folder, where results that chose a value of them are not, but are found."""
+    words = [f"out={_path(folder)}"]
+    chosen = config.tune_seeds and not _tunes(request, config)
+    return words + ([f"results={_path(config.results or _out(config))}"] if chosen else [])
+
+
+def _tunes(request: Request, config: Config) -> bool:
+    return config.tune is not None or "tune" in map(key_of, request.words)
+
+
+def _out(config: Config) -> str:
+    return config.out or "multirun"
+
+
+def _path(folder: str) -> str:
+    return quoted(folder) if "/" in folder else as_word(folder)
 
 
 def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:
     """Return so many seeds: the own ones, then those after the largest of them, and below it where these end.
 
-    taken: seeds that must not be added, because they choose or tell the spread.
+    taken: seeds that judge nothing, because they choose or tell the spread. None of them is returned.
     """
-    return [*own, *seeds_after(max(own), {*own, *taken}, wanted)][:wanted]
-
-
-def _need(request: Request, claim: ClaimConfig, ahead: Ahead, pilot: pd.DataFrame | None) -> Need:
-    effect = request.effects.get(claim.metric, request.effect)
-    spread = NO_PILOT if pilot is None else spread_of(claim, pilot)
-    return need(claim, ahead, spread, effect, power=request.power, most=request.most)
+    return [*(seed for seed in own if seed not in taken), *seeds_after(max(own), {*own, *taken}, wanted)][:wanted]
 
 
 def _seeds_alone(request: Request, tests: int, effect: float) -> int | None:

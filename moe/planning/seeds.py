@@ -1,4 +1,4 @@
-"""How many seeds each claim needs, given the difference that matters and the spread of a pilot's runs."""
+"""How many seeds each claim needs, given the difference that matters and the spread of runs."""
 
 import math
 from itertools import chain
@@ -47,7 +47,8 @@ class Effect(NamedTuple):
 class Spread(NamedTuple):
     """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
-    mean: that of the metric over the pilot's runs; NaN if the spread is not known. Its value is then 1.
+    mean: that of the metric over the runs that tell it; NaN if the spread is not known. Its value is then 1. source:
+    in words.
     """
 
     value: float
@@ -76,34 +77,34 @@ class Need(NamedTuple):
     reason: str = ""
 
 
-NO_PILOT = Spread(1.0, math.nan, math.nan, math.nan, "without a pilot")
-NOT_TOLD = NO_PILOT._replace(source="the pilot does not tell the spread")
+NOT_TOLD = Spread(1.0, math.nan, math.nan, math.nan, "no runs tell the spread")
 NOT_IN_PLAN = "the plan lacks what the claim compares: {absent}"
 
 DESIGNS = (["setting"], ["setting", "seed"])
-WITHIN_SEEDS = "the pilot's other settings, without the effect of the seed"
-BETWEEN_SEEDS = "pilot's runs that differ in the seed alone, without pairs: rather too large"
+WITHIN_SEEDS = "other settings, without the effect of the seed"
+BETWEEN_SEEDS = "runs that differ in the seed alone, without pairs, so it is rather too large"
 
 
-def spread_of(claim: ClaimConfig, pilot: pd.DataFrame) -> Spread:
-    """Return the spread of a claim in a pilot's runs; `NOT_TOLD` if they do not tell it.
+def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> Spread:
+    """Return the spread of a claim in runs, such as those of a pilot; `NOT_TOLD` if they do not tell it.
 
-    It comes from the comparisons that the claim makes, pooled over them. If the pilot lacks a level, it is derived from
-    its other settings, after the effects of setting and seed, as if no other factor were averaged over. If it has a
-    single setting, the runs of a seed count as if they had nothing in common. Then it is rather too large.
+    It comes from the comparisons that the claim makes, pooled over them. If the runs lack a level, it is derived from
+    their other settings, after the effects of setting and seed, as if no other factor were averaged over. If they have
+    a single setting, the runs of a seed count as if they had nothing in common. Then it is rather too large. evals: as
+    in `moe.analysis.comparisons.compared`.
     """
-    if claim.metric not in pilot or not (mean := float(pilot[claim.metric].mean())) < math.inf:
+    if claim.metric not in runs or not (mean := float(runs[claim.metric].mean())) < math.inf:
         return NOT_TOLD
-    pairs = [pair for pair in chain(*compared(claim, pilot).pairs) if pair.n > 1]
+    pairs = [pair for pair in chain(*compared(claim, runs, evals).pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
-        return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed of the pilot")
+        return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed")
     if spreads := [pair.spread for pair in pairs if not pair.deterministic]:
         least = min(pairs, key=lambda pair: pair.freedom.at(pair.n))
         value = math.sqrt(float(np.mean(np.square(spreads))))
         low, high = map(float, spread_interval(value, least.freedom.at(least.n)))
-        return Spread(value, low, high, mean, f"paired differences of the pilot's {least.n} seeds")
-    factors = [factor for factor in varied_factors(pilot) if factor != "seed"]
-    groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(pilot, factors)]
+        return Spread(value, low, high, mean, f"paired differences of {least.n} seeds")
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(runs, factors)]
     values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
     y = values[claim.metric].to_numpy(dtype=float)
     settings, seeds_too = (pd.get_dummies(values[[*names]].astype(str)).to_numpy(dtype=float) for names in DESIGNS)
@@ -128,7 +129,7 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
     compared_with = "its range" if ranged else f"an effect of {effect.text}"
     unknown = "" if comparable else f"{compared_with} can be compared only with a spread"
     if absent := "; ".join(ahead.absent):
-        spread = NO_PILOT._replace(source=NOT_IN_PLAN.format(absent=absent))
+        spread = NOT_TOLD._replace(source=NOT_IN_PLAN.format(absent=absent))
     if reason := absent or unknown:
         return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason)
     low, high = claimed_range(claim, spread.mean)

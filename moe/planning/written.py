@@ -17,16 +17,28 @@ ABSOLUTE = re.compile(r"(?<![\w.~}$/])/+(?=[^/\s])[^\s,\]\"'}]*")
 def as_written(plan: dict[str, Any]) -> dict[str, Any]:
     """Return what plan.json holds: the plan, the present time, such as 2026-11-27T09:30:00+00:00, and its digest.
 
-    The command leaves out where the runs lie, if that is an absolute path. Of any other absolute path, only the last
+    A command leaves out where the runs lie, if that is an absolute path. Of any other absolute path, only the last
     part stays, as in ".../lab"; one below the working folder becomes relative.
     """
-    command = plan["command"]
-    if command is not None:
-        words = shlex.split(command)
-        kept = [word for word in words if not (key_of(word) in PLACES and ABSOLUTE.search(word))]
-        command = without_paths(command if kept == words else shlex.join(kept))
-    content = plan | {"command": command, "pilot_differs": [without_paths(text) for text in plan["pilot_differs"]]}
+    commands = {key: _portable(plan[key]) for key in ("command", "pilot") if plan[key] is not None}
+    content = {key: _each_without_paths(value) for key, value in (plan | commands).items()}
     return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "digest": digest_of_plan(content)} | content
+
+
+def _portable(command: str) -> str:
+    """Return a command without words that only say where files lie on this machine."""
+    words = shlex.split(command)
+    kept = [word for word in words if not (key_of(word) in PLACES and ABSOLUTE.search(word))]
+    return command if kept == words else shlex.join(kept)
+
+
+def _each_without_paths(value: Any) -> Any:
+    """Return a value of JSON whose texts have no absolute paths."""
+    if isinstance(value, dict):
+        return {key: _each_without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_each_without_paths(each) for each in value]
+    return without_paths(value) if isinstance(value, str) else value
 
 
 def without_paths(text: str) -> str:

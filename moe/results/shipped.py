@@ -20,13 +20,14 @@ from moe.files import replacing
 from moe.results.table import DIGESTS, FACTS, OF_GRID, PLUGINS, EventTables, read_event_tables, table_of
 
 RUNS, EVALS = "runs.csv.gz", "evals.csv.gz"
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"  # of a checkout; an installed package has none
 CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # kept of each evaluation, with what claims need
 
 PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained the runs
 
 # Columns whose empty cells are null. Elsewhere they are unknown, such as the settings of a run without a record.
 KNOWN = {*FACTS, *DIGESTS} - {"causal"}
-LATER = {"unigram_perplexity", "varied"}  # facts that tables shipped before lack
+LATER = {"unigram_perplexity", "varied", "search", "tuned", "error", "claims", "data.test_sha256"}  # of older tables
 
 # Columns with text, in which a number or a truth value is text too.
 TEXTS = {"folder", "run", *OF_GRID, "status", "error", "started", "commit", "claims", *DIGESTS} - {"place"}
@@ -69,7 +70,7 @@ def _claimed_at_cost(runs: pd.DataFrame) -> tuple[str, ...]:
 def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
     """Return the runs and the evaluations that `ship` wrote, as `load_runs` and `read_event_tables` give them.
 
-    Raises ValueError, naming the file, for one that is damaged.
+    Without a table of evaluations there are none. Raises ValueError, naming the file, for one that is damaged.
     """
     cells = _read(folder / RUNS, KNOWN - LATER, dtype=str, keep_default_na=False)
     try:
@@ -79,11 +80,21 @@ def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
         ]
     except ValueError as error:
         raise ValueError(f"{folder / RUNS}: {first_line(error)}") from error
+    if not (folder / EVALS).exists():
+        return table_of(rows), EventTables(pd.DataFrame(columns=["folder", "step"]), pd.DataFrame(), [])
     evals = _read(folder / EVALS, {"folder", "step"})
     texts = [name for name in evals if name != "folder" and not pd.api.types.is_numeric_dtype(evals[name])]
     if texts and len(evals):
         raise ValueError(f"{folder / EVALS}: column {texts[0]} must hold numbers")
     return table_of(rows), EventTables(evals, pd.DataFrame(), [])
+
+
+def shipped_columns(folder: Path) -> set[str]:
+    """Return the columns of the table of runs in a folder; none if there is no such table, or a damaged one."""
+    try:
+        return {*pd.read_csv(folder / RUNS, nrows=0)}
+    except (OSError, EOFError, ValueError, zlib.error):
+        return set()
 
 
 def _read(path: Path, needed: set[str], **options: Any) -> pd.DataFrame:

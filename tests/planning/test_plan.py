@@ -5,10 +5,11 @@ import math
 import shlex
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,14 +29,16 @@ from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.__main__ import _lines, _read, _with_folders, main
-from moe.planning.cost import Speed, flops_of, flops_of_token, measured_speed, speed_of_pilot, tokens_of
-from moe.planning.pilot import differences, runs_of_pilot
+from moe.planning.cost import Speed, flops_of, flops_of_token, measured_speed, speed_of_runs, tokens_of
+from moe.planning.differences import differences
 from moe.planning.plan import Request, free_seeds, make_plan, pilot_command
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
-from moe.planning.seeds import NO_PILOT, Effect, need, spread_of
+from moe.planning.seeds import NOT_TOLD, Effect, need, spread_of
+from moe.planning.sources import Sources, runs_of_pilot
 from moe.program import Stopped
-from moe.results.table import ABSENT, level
+from moe.results.shipped import ship
+from moe.results.table import ABSENT, level, load_runs
 from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
 
 
@@ -79,20 +82,20 @@ def test_a_mixed_claim_is_planned_as_a_paired_one_because_a_plan_has_all_runs() 
     found, without = ahead(of_one_seed)
     assert found.tests > 1
     assert without.absent == ["noise=5.0 is in no run"]
-    for spread in (NO_PILOT, NO_PILOT._replace(mean=4.0, source="a pilot")):
+    for spread in (NOT_TOLD, NOT_TOLD._replace(mean=4.0, source="a pilot")):
         unknown = need(lacking, without, spread, Effect("2sd"), **MORE)
         assert unknown.reason == "noise=5.0 is in no run"
         assert unknown.spread.source == "the plan lacks what the claim compares: noise=5.0 is in no run"
-    assert spread_of(CLAIM, pd.DataFrame({"val/perplexity": [1.0]})).source == "the pilot does not tell the spread"
+    assert spread_of(CLAIM, pd.DataFrame({"val/perplexity": [1.0]})).source == "no runs tell the spread"
     rng = np.random.default_rng(0)
     rows = [(noise, seed, rng.normal()) for noise in (0.0, 0.1, 0.5) for seed in (1, 2, 3)]
     runs = pd.DataFrame(rows, columns=["noise", "seed", "val/loss"]).assign(status="finished", folder="", experiment="")
     spread = spread_of(claim, runs)
     assert spread.high / spread.low == pytest.approx(math.sqrt(np.divide(*stats.chi2.ppf([0.975, 0.025], 2))))
-    assert spread.source == "paired differences of the pilot's 3 seeds"
+    assert spread.source == "paired differences of 3 seeds"
     paired = replace(claim, kind="higher", direction=None)
     assert spread[:4] == pytest.approx(spread_of(paired, runs)[:4])
-    needed, as_paired = (need(each, found, NO_PILOT, Effect("2sd"), **MORE).seeds for each in (claim, paired))
+    needed, as_paired = (need(each, found, NOT_TOLD, Effect("2sd"), **MORE).seeds for each in (claim, paired))
     assert needed == as_paired
     assert needed is not None
 
@@ -132,10 +135,14 @@ def test_a_plan_with_a_pilot(
     assert (cv["seeds"], cv["spread"]) == (2, 0.0)  # the same difference in every seed
     seeds = max(each["seeds"] or 0 for each in plan["claims"])
     assert plan["seeds"] == list(range(42, 42 + seeds))
-    assert "steps is 10 in the pilot, and 300 in the plan" in plan["pilot_differs"]
-    assert "steps is 10 in the pilot, and 300 in the plan" in printed
+    [source] = plan["sources"]
+    assert (source["name"], source["runs"], source["seeds"]) == ("the pilot", 18, [1, 2, 3])
+    assert "steps is 10 there, and 300 in the plan" in source["differs"]
+    assert "  steps is 10 there, and 300 in the plan\n" in printed
+    assert claim["spread_from"] == "the pilot, only a guide: paired differences of 3 seeds"
+    assert plan["pilot"] is None
     assert {each["reachable"] for each in plan["claims"]} <= {True, False}
-    assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the seconds for each FLOP of the pilot's runs")
+    assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the seconds for each FLOP of the pilot")
     tokens_of_a_run = 300 * 16 * 128
     assert plan["tokens"] == plan["runs"] * tokens_of_a_run
     assert plan["command"] in printed
@@ -151,18 +158,18 @@ MORE = {"power": 0.8, "most": 32}
 
 
 def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
-    spread = NO_PILOT._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
+    spread = NOT_TOLD._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
     found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
-    assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).seeds == 5
-    assert need(CLAIM, Ahead(1), NO_PILOT, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), NOT_TOLD, Effect("2sd"), **MORE).seeds == 5
+    assert need(CLAIM, Ahead(1), NOT_TOLD, Effect("5%"), **MORE).reason.endswith("only with a spread")
     small = need(CLAIM, Ahead(1), spread, Effect("0.5%"), **MORE)
     assert (small.seeds, small.high) == (None, None)
     margin = replace(CLAIM, kind="equivalent", margin="5%")
     within = need(margin, Ahead(1), spread, Effect("1%"), **MORE)
     assert within.effect == pytest.approx(0.2)
     assert within.seeds is not None
-    assert need(margin, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).seeds is None
-    assert math.isnan(need(margin, Ahead(1), NO_PILOT, Effect("2sd"), **MORE).effect)
+    assert need(margin, Ahead(1), NOT_TOLD, Effect("2sd"), **MORE).seeds is None
+    assert math.isnan(need(margin, Ahead(1), NOT_TOLD, Effect("2sd"), **MORE).effect)
 
 
 @pytest.fixture
@@ -196,10 +203,10 @@ def test_tokens_are_those_of_each_setting_and_time_follows_from_its_flops() -> N
     plan = make_plan(REQUEST, cells, None, lambda: speed)
     assert (plan.runs, len(plan.seeds)) == (10, 5)
     assert plan.tokens == 5 * 44 * tokens
-    assert plan.seconds == pytest.approx(5 * (44 * 2 + (2 + 5) * 3))
+    assert plan.seconds == pytest.approx(5 * (44 * 2 + (3 + 6) * 3))
     tuned = make_plan(REQUEST, cells, None, lambda: speed, cells_of([1], steps=(8,)))
     assert (tuned.runs, tuned.trials, tuned.tokens) == (11, 1, plan.tokens + 8 * tokens)
-    assert tuned.seconds == pytest.approx(plan.seconds + 8 * 2 + 2 * 3)
+    assert tuned.seconds == pytest.approx(plan.seconds + 8 * 2 + 3 * 3)
     of_both = make_plan(REQUEST, [*cells, *wide], None, lambda: speed)
     assert of_both.seconds == pytest.approx(plan.seconds * (1 + flops_of_token(wide[0].config) / of_token))
 
@@ -221,7 +228,7 @@ def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> No
     in_sd = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
     assert in_sd.as_json()["claims"][0]["reachable"]
     text = "\n".join(_lines(in_sd))
-    assert "distance to the bound 2 sd, level 5 %; without a pilot" in text
+    assert "distance to the bound 2 sd, level 5 %; no runs tell the spread" in text
 
 
 def test_what_a_plan_lacks_without_a_pilot_is_said_before_any_work(
@@ -248,7 +255,7 @@ def test_what_a_plan_lacks_without_a_pilot_is_said_before_any_work(
         assert signal.getsignal(signal.SIGINT) is before
         raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr("moe.training.loop.train", stop)
+    monkeypatch.setattr("moe.training.setup.set_up", stop)
     with pytest.raises(Stopped):
         measured_speed(base())
 
@@ -283,11 +290,11 @@ def test_of_a_pilot_that_tuned_the_runs_that_judge_tell_the_spread(pilot: Path, 
     assert sorted(runs["seed"]) == sorted(plain["seed"])
     claim = replace(CLAIM, metric="val/perplexity")
     assert spread_of(claim, runs) == spread_of(claim, plain)
-    assert speed_of_pilot(runs) == speed_of_pilot(plain)
+    assert speed_of_runs(runs, "") == speed_of_runs(plain, "")
     cells = cells_of([42])
     tuned = [cell._replace(config=replace(cell.config, tune={"optimizer.muon_lr": [0.01, 0.02]})) for cell in cells]
-    assert "optimizer.muon_lr is tuned in the pilot, and not in the plan" in differences(cells, runs)
-    assert "optimizer.muon_lr is tuned in the plan, and not in the pilot" in differences(tuned, plain)
+    assert "optimizer.muon_lr is tuned there, and not in the plan" in differences(cells, runs)
+    assert "optimizer.muon_lr is tuned in the plan, and not there" in differences(tuned, plain)
     assert not any("muon_lr" in each for each in differences(tuned, runs))
     for folder in tuned_pilot.glob("*seed=[123]"):
         shutil.rmtree(folder)
@@ -318,8 +325,8 @@ def test_the_settings_that_a_pilot_lacks_are_named() -> None:
     other = same.assign(steps=40).drop(columns="noise").assign(batch_size=3)
     batch = cells[0].config.batch_size
     assert differences(cells, other) == [
-        "steps is 40 in the pilot, and 4, 40 in the plan",
-        f"batch_size is 3 in the pilot, and {batch} in the plan",
+        "steps is 40 there, and 4, 40 in the plan",
+        f"batch_size is 3 there, and {batch} in the plan",
     ]
 
 
@@ -331,13 +338,13 @@ def test_an_absent_key_of_the_pilot_has_its_default_and_consequences_are_not_nam
     pilot = pd.DataFrame(rows).drop(columns=newer)
     assert differences(cells, pilot) == []
     changed = [cell._replace(config=replace(cell.config, noise=0.5)) for cell in cells]
-    assert differences(changed, pilot) == ["noise is 0.0 in the pilot, and 0.5 in the plan"]
+    assert differences(changed, pilot) == ["noise is 0.0 there, and 0.5 in the plan"]
     other = pilot.assign(router="topk", logger="csv").drop(columns=["router.temp"])
     assert differences(cells, other) == [
-        "router is topk in the pilot, and temperature in the plan",
-        "router.temp is absent in the pilot, and 1.5, 2.0 in the plan",
+        "router is topk there, and temperature in the plan",
+        "router.temp is absent there, and 1.5, 2.0 in the plan",
     ]
-    assert differences(cells[:1], other.assign(**{"router.k": 7}))[0].startswith("router is topk in the pilot")
+    assert differences(cells[:1], other.assign(**{"router.k": 7}))[0].startswith("router is topk there")
     assert len(differences(read_cells(["router=temperature"]) or [], other.assign(**{"router.k": 7}))) == 1
 
 
@@ -351,7 +358,7 @@ def test_a_key_that_does_not_apply_to_a_planned_run_is_no_difference() -> None:
     moe = moe._replace(choices={"router": "topk"})
     assert differences([moe, dense], pilot) == differences([dense, moe], pilot) == []
     assert differences([moe, dense], pilot.replace({"router.k": {k: k + 1}})) == [
-        f"router.k is {k + 1} in the pilot, and {k} in the plan"
+        f"router.k is {k + 1} there, and {k} in the plan"
     ]
 
 
@@ -360,12 +367,89 @@ def test_seeds_that_are_added_are_free_and_below_the_limit() -> None:
     assert free_seeds([last - 1], {last, 1}, 4) == [last - 1, 0, 2, 3]
     assert free_seeds([42, 43, 44], set(), 2) == [42, 43]
     assert free_seeds([42, 44], {46}, 4) == [42, 44, 45, 47]
+    assert free_seeds([42, 43, 44], {*range(42, 48)}, 3) == [48, 49, 50]
+
+
+@pytest.mark.usefixtures("alone")
+def test_no_seed_that_told_the_spread_judges(pilot: Path) -> None:
+    cells = cells_of([1, 2, 7])
+    plan = make_plan(REQUEST, cells, Sources(cells, pilot), lambda: Speed(1e-9, 0.0, "a test"))
+    assert (plan.seeds, plan.left_out) == ([7, 8], [1, 2, 3])
+    assert plan.command == "python train.py -m experiment=x planned_seeds=2 seed=7,8"
+    assert "Seeds 1 to 3 told the spread, so they judge nothing." in "\n".join(_lines(plan))
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, tmp_path: Path) -> None:
+    """Those of the experiment in its own folder, then its shipped ones, then those of another one with the metric."""
+    claim = replace(CLAIM, metric="val/perplexity")
+    cells = [cell._replace(config=replace(cell.config, claims=[claim])) for cell in cells_of([1, 7])]
+    cells = [cell._replace(folder=tmp_path / "x" / "x" / "new") for cell in cells]
+    request = REQUEST._replace(effect=Effect("5%"))
+
+    def plan() -> tuple[str, str, str]:
+        made = make_plan(
+            request, cells, Sources(cells, studies=tmp_path / "studies"), lambda: Speed(1e-9, 0.0, "a test")
+        )
+        [told] = made.as_json()["claims"]
+        return told["spread_from"], made.command or "", "\n".join(_lines(made))
+
+    assert plan()[:2] == ("no runs tell the spread", "")
+    ship(load_runs([pilot]), tmp_path / "studies" / "y")
+    found, command, text = plan()
+    assert found == "the shipped runs of y, only a guide: paired differences of 3 seeds"
+    assert "the experiment is y there, and x in the plan\n  steps is 10 there, and 4 in the plan\n" in text
+    assert command.endswith("seed=7,8")
+    ship(load_runs([pilot]), tmp_path / "studies" / "x")
+    assert plan()[0] == "the shipped runs of x, only a guide: paired differences of 3 seeds"
+    shutil.copytree(pilot, tmp_path / "x" / "x")
+    found, command, text = plan()
+    assert found == f"the finished runs in {tmp_path / 'x' / 'x'}, only a guide: paired differences of 3 seeds"
+    assert command.endswith("seed=7,8 out=multirun_study")
+    assert "The command has a folder of its own" in text
+
+
+def test_a_spread_of_shipped_runs_is_a_share_of_the_mean(pilot: Path, tmp_path: Path) -> None:
+    """One finished run with the settings of the plan tells the mean here, which is twice that of the shipped runs."""
+    claim = replace(CLAIM, metric="val/perplexity")
+    ship(load_runs([pilot]), tmp_path / "studies" / "x")
+    [cell] = [each._replace(folder=tmp_path / "x" / "new") for each in cells_of([7])]
+    there = Sources([cell], studies=tmp_path / "studies").spread(claim)[0]
+    cell.folder.mkdir(parents=True)
+    config, identity = asdict(cell.config), cell.identity()
+    record = replace(
+        made_up_record(cell.folder, "topk", None, 7), config=config, identity=identity, choices=cell.choices
+    )
+    record.write(cell.folder / RunRecord.FILE)
+    final = {"val/loss": 4.6, "val/accuracy": 0.2, "val/perplexity": 2 * there.mean}
+    metrics = MetricsRecord(final_metrics=final, history={})
+    metrics.write(cell.folder / MetricsRecord.FILE)
+    here, source = Sources([cell], studies=tmp_path / "studies").spread(claim)
+    assert source is not None
+    assert here[:4] == pytest.approx([2 * each for each in there[:4]])
+    assert here.source.endswith(f"at the mean of the finished runs in {tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(0.0, 2), (math.inf, 8)])
+def test_measuring_the_speed_takes_a_few_steps_or_seconds(
+    limit: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trained = replace(base(), grad_accum=4), []
+    training = SimpleNamespace(data=SimpleNamespace(val=range(10)))
+    monkeypatch.setattr("moe.training.setup.set_up", lambda short: trained.append(short.grad_accum) or training)
+    monkeypatch.setattr("moe.training.step.train_step", lambda training, step: trained.append(step))
+    monkeypatch.setattr("moe.planning.cost.MEASURED_SECONDS", limit)
+    speed = measured_speed(config)
+    assert trained == [1, *range(1 + steps)]  # of one micro-batch each, and the first one does not count
+    assert speed.source.startswith(f"{steps} measured steps")
+    assert speed.of_evaluation == pytest.approx(10 * config.data.seq_len * speed.of_flop)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["experiment=noise_lb_seed"], "effect=null: must be given once, such as effect=0.5%"),
+        (["experiment=quick_demo", "effect=1", "seed=42", "router.temp=1.0"], "experiment=quick_demo: has no claims"),
         (["experiment=noise_lb_seed", "effect=-1%"], "effect=-1%: must be an amount > 0"),
         (["effect=1", "--effect", "val/loss"], "--effect=val/loss: must be METRIC=SIZE"),
         (["effect=1", "--effect", "val/loss=1%", "--effect", "val/loss=2%"], "--effect=val/loss=2%: given twice"),
@@ -421,8 +505,9 @@ def test_a_plan_and_its_commands_name_the_folders_of_options(tmp_path: Path, mon
 def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path) -> None:
     """A level for looks at fewer seeds would be that of another study."""
     words = ["experiment=noise_lb_seed", "planned_seeds=8", "effect=1%", f"--out={tmp_path / 'plan.json'}"]
-    request = _read(words)[1]
-    assert request.command("planned_seeds=5") == "python train.py -m experiment=noise_lb_seed planned_seeds=5"
+    request = _read([*words, "data_seed=${seed}"])[1]
+    command = "python train.py -m experiment=noise_lb_seed 'data_seed=${seed}' planned_seeds=5"
+    assert request.command("planned_seeds=5") == command
     cells, _ = planned_cells(request)
     assert {cell.config.planned_seeds for cell in cells} == {None}
 

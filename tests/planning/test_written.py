@@ -14,14 +14,20 @@ COMMAND = "python train.py -m experiment=x out=/tmp/a/runs data.cache=~/c 'lab=[
 
 def test_a_plan_has_its_time_and_digest_and_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    differs = [f"model.checkpoint is {tmp_path}/a/b in the pilot, and /srv/models/big in the plan", "val/loss is 1/2"]
-    plan: dict[str, Any] = {"command": COMMAND, "pilot_differs": differs, "seeds": [1]}
+    differs = [f"model.checkpoint is {tmp_path}/a/b there, and /srv/models/big in the plan", "val/loss is 1/2"]
+    plan: dict[str, Any] = {
+        "command": COMMAND,
+        "pilot": f"{COMMAND} x=1",
+        "sources": [{"differs": differs}],
+        "seeds": [1],
+    }
     written = as_written(plan)
     assert written["command"] == ("python train.py -m experiment=x 'data.cache=~/c' 'lab=[.../lab,b/c]'")
-    assert written["pilot_differs"] == [
-        "model.checkpoint is a/b in the pilot, and .../big in the plan",
+    assert written["sources"][0]["differs"] == [
+        "model.checkpoint is a/b there, and .../big in the plan",
         "val/loss is 1/2",
     ]
+    assert written["pilot"] == written["command"] + " x=1"
     assert str(tmp_path) not in json.dumps(written)
     assert written["digest"] == digest_of_plan(json.loads(json.dumps(written)))
     assert digest_of_plan(written | {"time": "later"}) == written["digest"]
