@@ -1,9 +1,11 @@
 """The typed configuration of a run: keys, types, defaults, and allowed ranges."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING as FIELD_MISSING
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
@@ -310,8 +312,12 @@ def allowed_values(key: str) -> str | None:
     return str(found.metadata.get("allowed", describe(get_type_hints(holder)[name])))
 
 
-def defaults(holder: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """Return the default of each key of the configuration, or of another dataclass, flat, if it has one."""
+@cache
+def defaults(holder: Any = Config, prefix: str = "") -> Mapping[str, Any]:
+    """Return the default of each key of the configuration, or of another dataclass, flat, if it has one.
+
+    The values are shared between callers, who must not change them.
+    """
     types, found = get_type_hints(holder), dict[str, Any]()
     for each in fields(holder):
         if is_dataclass(types[each.name]):
@@ -320,7 +326,7 @@ def defaults(holder: Any = Config, prefix: str = "") -> dict[str, Any]:
             found[f"{prefix}{each.name}"] = each.default_factory()
         elif each.default not in (FIELD_MISSING, MISSING):
             found[f"{prefix}{each.name}"] = each.default
-    return found
+    return MappingProxyType(found)
 
 
 def without_defaults(identity: dict[str, Any]) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def value_text(value: Any) -> str:
 
 def usual_values() -> dict[str, Any]:
     """Return each key with its default, or with the value in the group's usual option."""
-    values = defaults()
+    values = dict(defaults())
     for group, option in usual_options().items():
         if group in ("model", "data", "optimizer", "logger"):
             values |= values_of(group, sources(group)[option])

@@ -191,7 +191,7 @@ class RunRecord(Record):
         A key that the record lacks had its default, because it is newer or the run ignores it. That of a key of a
         class, such as a router, is the default of the class, which is imported to ask for it.
         """
-        known = defaults() | flatten(self.config) | self.identity
+        known = {**defaults(), **flatten(self.config), **self.identity}
         for node in CLASSES:
             target = settings.get(f"{node}._target_")
             missing = any(key.startswith(f"{node}.") for key in settings.keys() - known.keys())
