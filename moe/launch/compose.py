@@ -42,7 +42,7 @@ def composing() -> Iterator[None]:
 
 
 def compose_config(arguments: list[str]) -> DictConfig:
-    """Return what Hydra composes from these overrides, with its own settings resolved as far as folders need them."""
+    """Return what Hydra composes from these overrides, with its own settings."""
     try:
         overrides = [*map(parsed, arguments)]
         if all(_is_group_choice(o) or _sets_value(o) for o in overrides):
@@ -50,8 +50,6 @@ def compose_config(arguments: list[str]) -> DictConfig:
         else:
             composed = compose("config", overrides=arguments, return_hydra_config=True)
             composed.hydra.job.override_dirname = override_dirname(overrides, composed.hydra)
-        OmegaConf.resolve(composed.hydra.run)
-        OmegaConf.resolve(composed.hydra.sweep)
         return composed
     except (*FAULTS, yaml.YAMLError, OSError) as error:
         raise explain(error, arguments) from None

@@ -855,7 +855,8 @@ def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> Non
     )
     assert found.hydra.overrides.task == expected.hydra.overrides.task
     for key in ("run", "sweep", "launcher", "sweeper"):
-        assert OmegaConf.to_container(found.hydra[key]) == OmegaConf.to_container(expected.hydra[key], resolve=True)
+        settings = [OmegaConf.to_container(each.hydra[key], resolve=True) for each in (found, expected)]
+        assert settings[0] == settings[1]
     assert found.hydra.runtime.choices == expected.hydra.runtime.choices
     for each in (found, expected):
         OmegaConf.set_struct(each, False)
