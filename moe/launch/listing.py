@@ -5,12 +5,13 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from moe.checks import ConfigError
 from moe.config.options import CONF, options, search_path
 from moe.files import sha256, write_json
 from moe.launch.cells import Start
@@ -39,32 +40,42 @@ def experiments_lines() -> Iterator[str]:
     row = f"{{:<{max(map(len, names))}}}  {{:>4}}  {{:>14}}  {{:>14}}  {{:>12}}"
     yield row.format("experiment", "runs", "tokens per run", "FLOPs per run", "FLOPs in all")
     for name, runs in _kept(names):
+        if isinstance(runs, ConfigError):
+            yield from (row.format(name, "?", "", "", "").rstrip(), *_indented(names[name]), *_indented(f"{runs}"))
+            continue
         tokens, flops = zip(*runs, strict=True)
         costs = (_range(flops), number_text(sum(flops))) if all(flops) else ("of checkpoint", "")
         yield row.format(name, len(runs), _range(tokens), *costs).rstrip()
-        yield from textwrap.wrap(names[name], WIDTH, initial_indent="  ", subsequent_indent="  ")
+        yield from _indented(names[name])
     yield from ("", *textwrap.wrap(ADVICE, WIDTH))
     yield "  python train.py experiment=noise_lb_seed seed=42 noise=0.0 lb=0.01"
 
 
-def _kept(names: Iterable[str]) -> Iterator[tuple[str, Runs]]:
-    """Yield each experiment with its runs, from the cache if it has them.
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
-    With options from outside of this project nothing is kept, because the classes that they name may change.
+
+def _kept(names: Iterable[str]) -> Iterator[tuple[str, Runs | ConfigError]]:
+    """Yield each experiment with its runs, from the cache if it has them, or with why they are not known.
+
+    An experiment may need the results of another one, which are not there yet. With options from outside of this
+    project nothing is kept, because the classes that they name may change.
     """
     place = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe-routing" / "experiments.json"
     state = None if search_path() else _state()
+    kept: dict[str, Runs] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(place.read_text(encoding="utf-8"))
         if state is not None and content["state"] == state:
-            yield from [(name, content["runs"][name]) for name in names]
-            return
-    found: dict[str, Runs] = {}
-    with composing():
+            kept = {name: content["runs"][name] for name in names if name in content["runs"]}
+    found = dict(kept)
+    with composing() if {*names} - {*kept} else nullcontext():
         for name in names:
-            found[name] = list(_runs(name))
-            yield name, found[name]
-    if state is not None:
+            runs = kept.get(name) or _runs_or_reason(name)
+            yield name, runs
+            if not isinstance(runs, ConfigError):
+                found[name] = runs
+    if state is not None and found != kept:
         with suppress(OSError, ValueError):  # a folder in which nobody may write, or a link
             place.parent.mkdir(parents=True, exist_ok=True)
             write_json(place, {"state": state, "runs": found})
@@ -74,6 +85,13 @@ def _state() -> str:
     """Return what is equal as long as no option and no code of this project changes."""
     files = sorted([*CONF.rglob("*.yaml"), *Path(__file__).parents[1].rglob("*.py")])
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def _runs_or_reason(experiment: str) -> Runs | ConfigError:
+    try:
+        return list(_runs(experiment))
+    except ConfigError as error:
+        return error
 
 
 def _runs(experiment: str) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Tests of `--help` and `--list`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,21 @@ def test_the_list_of_experiments_says_what_their_runs_read_and_compute(
     monkeypatch.setattr(listing, "_state", lambda: "other code")
     with pytest.raises(TypeError):
         help_text(["--list"])
+
+
+def test_the_list_says_which_results_an_experiment_needs_and_keeps_the_others(
+    finished_ablation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results come later. Then only this experiment is composed."""
+    composed: list[str] = []
+    plain_runs = listing._runs
+    monkeypatch.setattr(listing, "_runs", lambda name: composed.append(name) or plain_runs(name))
+    monkeypatch.setattr(listing, "options", lambda group: dict.fromkeys(("temperature_best_long", "default"), "-"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(finished_ablation / "cache"))
+    monkeypatch.chdir(finished_ablation)
+    text = help_text(["--list"])
+    assert re.search(r"^temperature_best_long +\?\n  -\n  .*\btemperature_ablation/results.csv", text, re.M | re.S)
+    assert re.search(r"^default +1 ", text, re.M)
+    (finished_ablation / "multirun").symlink_to(".")
+    assert re.search(r"^temperature_best_long +\d+ .*\n  -\ndefault +1 ", help_text(["--list"]), re.M)
+    assert composed == ["temperature_best_long", "default", "temperature_best_long"]
