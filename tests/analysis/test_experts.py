@@ -190,6 +190,7 @@ def test_the_report_has_the_numbers_of_each_layer_and_says_where_all_are(tmp_pat
     assert "lower mean loss than other ones in 1 of 2 layers, and a higher one in 1." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_of_an_observed_model_draws_nothing_over_training_and_compares_nothing(tmp_path: Path) -> None:
     text = write_report(observed(tmp_path / "run", measured()), tmp_path / "out").read_text()
     for name in ("learning_curves", "gradients", "specialization_stability"):

@@ -79,6 +79,7 @@ def test_small_differences_and_their_intervals_have_as_many_digits_as_they_need(
 
 
 @pytest.mark.parametrize("diverged", [0.0, 0.5], ids=["the reference", "the other level"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_level_without_a_finished_run_leaves_the_report_without_contrasts(tmp_path: Path, diverged: float) -> None:
     """All sections about contrasts also work on a table without rows, and if no run at the reference finished."""
     write_runs(tmp_path / "x", [0.1] * 6)

@@ -322,6 +322,7 @@ def test_columns_over_training_are_evaluations_that_exist(tmp_path: Path) -> Non
     assert list(contrasts_over_training(inputs._replace(past=past))) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_share_before_the_first_step_is_left_out(tmp_path: Path) -> None:
     """10 % of four steps is no step, and the losses before training say nothing about it."""
     for noise, seed in product((0.0, 0.1), (1, 2)):
@@ -464,6 +465,7 @@ def analyze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     published: Path, analyze: Analyze, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +517,7 @@ def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> Non
         collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/jaccard",)))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_routing_metrics_are_reported_by_condition_where_they_were_measured(tmp_path: Path) -> None:
     for noise, ginis in ((0.0, (0.1, 0.3)), (0.1, (0.4, 0.4))):
         for seed, gini in enumerate(ginis):
@@ -658,6 +661,7 @@ def test_a_key_that_is_called_like_a_column_of_the_tables_is_a_factor(tmp_path: 
 
 
 @pytest.mark.parametrize("names", [("", "/"), ("..", "."), ("x" * 5000, "x" * 5001)])
+@pytest.mark.usefixtures("undrawn")
 def test_the_files_of_an_experiment_have_a_folder_of_their_own_whatever_its_name(
     names: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -679,6 +683,7 @@ def test_a_report_about_unreadable_runs_alone_says_so(tmp_path: Path) -> None:
     assert "2 of 2 runs did not finish" in write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_contrasts_without_a_test_are_no_undecided_ones_and_dead_layers_are_named(tmp_path: Path) -> None:
     dead = {"routing/active_experts/layer00": 2.0, "routing/active_experts/layer01": 0.0}
     for noise in (0.0, 0.1):
@@ -1019,6 +1024,7 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
         write_report(load_runs([tmp_path / "r"]), tmp_path / "out", ReportOptions(references={"router": "topkk"}))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for variant, causal in (("top1", True), ("top2", True), ("choice", False)):
@@ -1215,6 +1221,7 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
     assert "judges it on test text. On average, the chosen setting is 10 worse than the mean of all settings" in luck
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tmp_path: Path) -> None:
     """The interval of a single comparison excludes 0, whatever the p after correction is."""
     for seed in range(3):
@@ -1248,6 +1255,7 @@ def test_a_single_run_is_reported_too(published: Path, tmp_path: Path) -> None:
     assert "![learning_curves]" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_sweep_without_a_finished_run_gets_a_report(tmp_path: Path) -> None:
     (tmp_path / "x" / "seed=1").mkdir(parents=True)
     (tmp_path / "x" / "seed=1" / "run.json").write_text("")

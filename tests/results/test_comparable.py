@@ -45,6 +45,7 @@ def test_bits_per_byte_replace_the_perplexity_if_tokenizers_differ(tmp_path: Pat
     assert not [text for text in found.values() if "not comparable" in text]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_means_over_tokens_of_two_tokenizers_stand_in_no_table_of_conditions(tmp_path: Path) -> None:
     """The report says why, and that the tokenizer follows the size of the vocabulary."""
     runs = runs_of(tmp_path, key="data.vocab_size", digest="tokenizer_sha256")

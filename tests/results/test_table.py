@@ -253,6 +253,7 @@ def test_a_key_from_after_a_run_was_recorded_has_its_default(tmp_path: Path) -> 
     assert runs["capacity"].tolist() == ["none", "none"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_that_a_key_without_effect_follows_the_router(tmp_path: Path) -> None:
     for router, seed in product(("topk", "hash"), (1, 2)):
         folder = write_run(tmp_path / "x" / f"{router},{seed}", router=router, seed=seed)
