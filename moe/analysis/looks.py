@@ -21,7 +21,17 @@ from scipy import stats
 from moe.analysis.claims import planned_claims
 from moe.analysis.power import SIGNIFICANCE
 from moe.config.claim import ClaimConfig
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen, digest_of, looks_in, plans_in
+from moe.runs.planned import (
+    Look,
+    LooksRecord,
+    PlannedStudy,
+    PlansRecord,
+    Seen,
+    digest_of,
+    digests_by_earlier_ones,
+    looks_in,
+    plans_in,
+)
 from moe.runs.record import RecordError
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
@@ -194,7 +204,8 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
     """Return earlier plans that changed claims of the newest of `here`, for runs that compute the same.
 
     here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
-    A damaged file there is passed over, because this report is not about its runs.
+    A damaged file there is passed over, because this report is not about its runs. Digests of an earlier form are read
+    with the records of the runs beside them.
     """
     places = [(sweep.parent, "*") for sweep in sweeps] + [(sweep.parent.parent, "*/*") for sweep in sweeps]
     folders = {path.parent for place, depth in places for path in place.glob(f"{depth}/{PlansRecord.FILE}")}
@@ -207,8 +218,9 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
             continue
         for earlier in plans:
             if digest_of(earlier.claims) != digest_of(here[-1].claims) and alike(earlier, here[-1]):
-                later = {run for plan in present if earlier.time <= plan.time for run in plan.runs}
-                found.append((earlier, len(later & set(earlier.runs))))
+                known = {old: new for each in {*sweeps, folder} for old, new in digests_by_earlier_ones(each).items()}
+                later = {known.get(run, run) for plan in present if earlier.time <= plan.time for run in plan.runs}
+                found.append((earlier, len(later & {known.get(run, run) for run in earlier.runs})))
     return [(plan, same) for plan, same in found if same]
 
 

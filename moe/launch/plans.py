@@ -4,10 +4,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 from moe.config.cell import Cell
-from moe.config.keys import fingerprint
-from moe.config.schema import without_defaults
 from moe.runs.folder import stored_record
-from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, looks_in, plans_in
+from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in, plans_in
 
 KEPT = "{runs} claims of an earlier command, which differ: each claim is judged by the runs that recorded it"
 
@@ -29,7 +27,7 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         claims=[asdict(claim) for claim in new[0].config.claims],
         seeds=list(dict.fromkeys(cell.config.seed for cell in cells)),
         planned_seeds=new[0].config.planned_seeds,
-        runs=[run_digest(cell) for cell in new],
+        runs=[digest_of_run(cell.identity()) for cell in new],
     )
     if plan.digest not in {each.digest for each in earlier}:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
@@ -43,8 +41,3 @@ def kept_claims(cells: list[Cell]) -> str:
     begun = [(cell.config.claims, record.claims()) for cell in cells if (record := stored_record(cell))]
     kept = sum(digest_of([*map(asdict, now)]) != digest_of([*map(asdict, recorded)]) for now, recorded in begun)
     return KEPT.format(runs="1 run keeps the" if kept == 1 else f"{kept} runs keep the") if kept else ""
-
-
-def run_digest(cell: Cell) -> str:
-    """Return a digest of everything that decides what a run computes. A new key with its default does not change it."""
-    return digest_of(fingerprint(without_defaults(cell.identity())))

@@ -52,8 +52,8 @@ runs of one seed, such as 1.5{unit}, has a number of seeds."""
 NO_TABLES = ", and an installed package has no tables of finished studies, as docs/studies of a checkout"
 GUIDE = "This is only a guide, because these runs differ from the plan:"
 LEFT_OUT = """\
-Seeds {seeds} told the spread, so they judge nothing. To judge by them too would be a look at the study, which gets a \
-share of the level."""
+Seeds {seeds} told the spread, so they judge nothing. To judge by them too would be a look at the study that no report \
+counts."""
 ELSEWHERE = """\
 The command has a folder of its own, because a report about the present one would judge by these seeds. A report about \
 the present folder says how many seeds it lacks, and counts as a look."""

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from moe.runs.record import Record
+from moe.config.keys import fingerprint
+from moe.config.schema import without_defaults
+from moe.files import read_text
+from moe.runs.record import Record, RunRecord
 
 
 class PlannedStudy(NamedTuple):
@@ -127,6 +130,32 @@ def _check_numbers(place: str, numbers: Iterable[int]) -> None:
 def digest_of(content: Any) -> str:
     """Return the start of the SHA-256 of something that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_run(identity: dict[str, Any]) -> str:
+    """Return a digest of everything that decides what a run computes. A new key with its default does not change it.
+
+    identity: see `RunRecord`.
+    """
+    return digest_of(fingerprint(without_defaults(identity)))
+
+
+def digests_by_earlier_ones(folder: Path) -> dict[str, str]:
+    """Return the digest of each run in a sweep folder, by the one that it had when keys with their defaults counted.
+
+    Plans of that time have the earlier digests, and the records of their runs tell which run each of them is. A record
+    that cannot be read tells nothing.
+    """
+    found = {}
+    for path in folder.glob(f"*/{RunRecord.FILE}"):
+        try:
+            record = json.loads(read_text(path))
+        except (OSError, ValueError):
+            continue
+        identity = record.get("identity") if isinstance(record, dict) else None
+        if isinstance(identity, dict):
+            found[digest_of(fingerprint(identity))] = digest_of_run(identity)
+    return found
 
 
 def digest_of_plan(plan: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen
+from moe.config.keys import fingerprint
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen, digest_of, digest_of_run
 from moe.runs.record import FORMAT, RecordError
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -293,6 +294,22 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
     assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest)}; " in fact
     assert plan.digest == plan._replace(time="later").digest != other.digest
+
+
+def test_digests_of_an_earlier_form_are_read_with_the_records_of_their_runs(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """They covered keys with their defaults too. A record that cannot be read tells nothing, and stops no report."""
+    identity = {"noise": 0.5, "lb_first": 0.0}
+    beside = tmp_path / "sweeps" / "before"
+    for name, text in (("a", json.dumps({"identity": identity})), ("b", "{"), ("c", "[]"), ("d", '{"identity": [1]}')):
+        (beside / name).mkdir(parents=True)
+        (beside / name / "run.json").write_text(text)
+    old, new = digest_of(fingerprint(identity)), digest_of_run(identity)
+    assert new == digest_of_run({"noise": 0.5}) != old
+    plan = PlannedStudy("2026-01-02T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)], [0, 1], 5, [new])
+    other = plan._replace(time="2026-01-01T00:00:00+00:00", claims=[asdict(CLAIM) | {"kind": "lower"}], runs=[old])
+    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    PlansRecord(plans=[other]).write(beside / "plans.json")
+    assert study_of(runs).changed == [(other, 1)]
 
 
 def test_plans_about_another_factor_or_metric_are_no_changed_claims(runs: pd.DataFrame, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from moe.config.question import parts_of
 from moe.config.schema import without_defaults
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
-from moe.launch.plans import kept_claims, run_digest
+from moe.launch.plans import kept_claims
 from moe.launch.run import write_run_record
+from moe.runs.planned import digest_of_run
 
 CLAIM = {
     "text": "a",
@@ -208,7 +209,8 @@ def test_the_digest_of_a_run_stays_when_a_key_is_added_or_becomes_free() -> None
     added = {"lb_first", "optimizer.expert_step", "model.first_k_dense_replace"}
     assert added <= cell.identity().keys()
     before = cell._replace(ignored=cell.ignored | added)
-    assert run_digest(before) == run_digest(cell) != run_digest(changed)
+    digests = [digest_of_run(each.identity()) for each in (before, cell, changed)]
+    assert digests[0] == digests[1] != digests[2]
     identity = cell.identity()
     assert without_defaults(identity | {"cuda_graph": True}) == without_defaults(identity)
     assert without_defaults(identity | {"noise": 0.3})["noise"] == 0.3
