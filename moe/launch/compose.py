@@ -111,11 +111,13 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
         require_content(group, option)
     config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
     with open_dict(config):
-        config.pop("hydra", None)
+        hydra = config.pop("hydra", None)
     given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
-    for key, module in (("dense", dense), ("checkpoint", imported)):
-        if given.get(key) is not None:
-            config.model.update(module.resolve(given))
+    if given.get("dense") is not None:
+        config.model.update(dense.resolve(given))
+    if given.get("checkpoint") is not None:
+        told = [line.partition("=")[0].lstrip("+") for line in (hydra.overrides.task if hydra else ())]
+        config.model.update(imported.resolve(given, told))
     sized = not OmegaConf.is_missing(config.model, "dim")
     key = "model.checkpoint" if choices.get("model") == "imported" else "model.dense"
     require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")

@@ -183,14 +183,26 @@ def test_a_hostile_config_json_is_refused_before_any_work(
     ("words", "message"),
     [
         ("model.dim=64", "model.dim=64: must be 32, as in .*; leave it out"),
+        ("model.shared_experts=0", "model.shared_experts=0: must be 1, as in .*; leave it out"),
         ("model.offload=/tmp/x steps=0", "model.offload=/tmp/x: must be null, because .* is a saved model"),
         ("data.seq_len=33", "data.seq_len=33: must be at most 32, the number of positions"),
         ("data.tokenizer=bpe data.vocab_size=400", "data.tokenizer=bpe: must be the tokenizer of model.checkpoint"),
     ],
 )
 def test_settings_that_the_saved_model_fixes_are_refused(words: str, message: str, read: Read) -> None:
+    """So is the default of a key where the saved model has another value."""
     with pytest.raises(ConfigError, match=message):
         read(*words.split())
+
+
+def test_routers_of_layers_are_those_of_the_saved_model_or_the_command_is_refused(
+    read: Read, base: Path, tmp_path: Path
+) -> None:
+    router = {"_target_": "moe.routers.topk.Temperature", "k": 1, "gate": "renorm", "temp": 1.5}
+    model = changed(base / "model", tmp_path, routers="1:k:1", router_layers={"1": router})
+    assert read(model=model).config.model.routers == "1:k:1"
+    with pytest.raises(ConfigError, match=r"^model\.routers=null: must be 1:k:1, as in .*; leave it out$"):
+        read("model.routers=null", model=model)
 
 
 def test_weights_that_are_missing_are_named(read: Read, base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Only commands that import a model import torch here, because every command line should be checked fast.
 """
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +47,19 @@ UNFIT = {
 }
 
 
-def resolve(model: dict[str, Any]) -> dict[str, Any]:
+def resolve(model: dict[str, Any], told: Collection[str] = ()) -> dict[str, Any]:
     """Return the keys of the `model` group that the checkpoint `model["checkpoint"]` fixes: sizes and digest.
 
-    A key that is not given is None in `model`. Raises ConfigError for a checkpoint that is missing or cannot be
-    imported, and for a given value that differs from the checkpoint's.
+    told: the flat keys that the command sets. A key that is not given is None in `model`, or has its default. Raises
+    ConfigError for a checkpoint that is missing or cannot be imported, and for a given value that differs from the
+    checkpoint's.
     """
     name, revision = model["checkpoint"], model["checkpoint_digest"]
     values = (saved.resolve if saved.is_saved(name, revision) else _sizes)(name, revision)
     values["checkpoint_digest"] = files.digest(name, revision, key="model.checkpoint")
     for key, value in values.items():
-        untouched = model[key] is None or (key in DEFAULTED and model[key] == DEFAULTED[key])
+        given = key in DEFAULTED and f"model.{key}" in told
+        untouched = not given and model[key] in (None, DEFAULTED.get(key))
         allowed = f"{value}, as in {name}; leave it out"
         require(untouched or model[key] == value, f"model.{key}", model[key], allowed)
     return values
