@@ -105,14 +105,8 @@ def directions(name: str) -> tuple[str, str]:
     return (metric.rise, metric.fall) if metric else ("higher", "lower")
 
 
-def unit_of(name: str) -> str:
-    """Return the word that follows a value of a metric in a sentence."""
-    metric = lookup(name)
-    return (metric.noun or metric.name) if metric else name
-
-
 def noun(name: str) -> str:
-    """Return the word for a metric in running text."""
+    """Return the word for a metric in running text, as after a value of it."""
     metric = lookup(name)
     return (metric.noun or metric.label) if metric else name
 

@@ -82,7 +82,7 @@ class Metric(NamedTuple):
     function: Callable[[Sums], np.ndarray] | None = None
     shown: tuple[str, ...] = ()  # keys of SHOWN
     headline_variant: str = ""  # the variant that is tested and shown in headlines
-    noun: str = ""  # short name for verdicts, as in "+14 perplexity"; by default `name`
+    noun: str = ""  # short name for verdicts, as in "+14 perplexity"; by default `label`
     nonnegative: bool = False  # never below 0, so that an axis does not begin below 0, even if an interval does
     per_token: bool = False  # a mean over tokens of text, which cannot be compared between tokenizers
 

@@ -439,7 +439,8 @@ def test_an_added_metric_is_judged_and_corrected_together_with_the_others(publis
     assert {"term", "F", "p", "p GG"} <= set(variance)
     assert table.loc[table["metric"] != metric, "equivalent"].isna().all(), "without a margin, equivalence is unknown"
     assert re.search(
-        r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ val/accuracy \[.*\(Holm 0\.086\), n=3: \*\*equivalent\*\* within", text
+        r"noise 0\.5 vs 0\.0 at lb=0\.0: -\S+ validation accuracy \[.*\(Holm 0\.086\), n=3: \*\*equivalent\*\*",
+        text,
     )
     assert set(pd.read_csv(tmp_path / "out" / "anova.csv")["metric"]) == {*table["metric"]}
     for name in ("noise_lb", "factors_val_accuracy", "contrasts_val_accuracy"):
@@ -481,7 +482,8 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     ]
     text = (tmp_path / "analysis" / "report.md").read_text()
     assert f"In every row, {metric} (nats per token) is 0.5 ± 0, n seeds is 3." in text
-    assert f"lb 0.01 vs 0.0 at noise=0.0: +0 {metric}, n=3: **deterministic**, equal in every seed" in text
+    found = "lb 0.01 vs 0.0 at noise=0.0: +0 router entropy, layer 3, n=3"
+    assert f"{found}: **deterministic**, equal in every seed" in text
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 
@@ -501,6 +503,8 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
         load_runs([tmp_path]), ReportOptions(metrics=("routing/load_gini",))
     )
     assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
+    [line] = asked(with_metric)
+    assert line.count("Gini coefficient of the experts' load") == 2, "a heading and an effect name it by the same words"
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
     parts = [table[column] for part in (with_metric, without_metric) for table, column in post_hoc_tests(part)]
     found = [table["p Holm"] for part in (with_metric, without_metric) for table, _ in post_hoc_tests(part)]

@@ -6,7 +6,7 @@ import yaml
 
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.league import league_metric, standings
-from moe.analysis.sentences import noun, unit_of
+from moe.analysis.sentences import noun
 from moe.config.options import sources
 from moe.config.question import Part, parts_of, text_of
 from moe.files import read_text
@@ -57,7 +57,7 @@ def _suggested(inputs: ReportInputs) -> str:
         return "How well does this one run do?"
     if not inputs.factors:
         return "How much do runs differ by chance alone, if nothing but the seed varies?"
-    units = [each.unit for each in inputs.judgments] or [unit_of(each) for each in inputs.tested[:1]]
+    units = [each.unit for each in inputs.judgments] or [noun(each) for each in inputs.tested[:1]]
     if standings(inputs) and not any(each.planned for each in inputs.judgments):
         units = [noun(str(league_metric(inputs)))]  # the league is the answer
     outcome = " and ".join(dict.fromkeys(units)) or "the model"

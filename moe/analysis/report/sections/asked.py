@@ -9,7 +9,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards, judgments
 from moe.analysis.report.sections.seed_components import spread_sentence
-from moe.analysis.sentences import unit_of
+from moe.analysis.sentences import noun
 from moe.checks import plain
 from moe.results.conditions import by_seed
 
@@ -18,7 +18,7 @@ def asked(inputs: ReportInputs) -> Iterator[str]:
     """Yield a sentence for each metric that was asked for and that these runs have."""
     for metric in inputs.options.metrics:
         if metric in inputs.tested:
-            yield f"**Asked for, {literal(unit_of(metric))}:** {_found(inputs, metric)}"
+            yield f"**Asked for, {literal(noun(metric))}:** {_found(inputs, metric)}"
 
 
 def _found(inputs: ReportInputs, metric: str) -> str:

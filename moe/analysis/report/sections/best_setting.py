@@ -13,7 +13,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.league import league_metric, standings
 from moe.analysis.selection import lead
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, enumerated, levels_compared, noun, standing, unit_of
+from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, enumerated, levels_compared, noun, standing
 from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
 from moe.checks import plain
 from moe.metrics.catalog import lookup
@@ -97,7 +97,7 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     name, values = best.name, best.values
     spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
     judged = _by_league(inputs, found.metric, best)
-    title, unit = CHOSEN if judged else HERE, unit_of(found.metric)
+    title, unit = CHOSEN if judged else HERE, noun(found.metric)
     text = f"**{title}** {literal(name)}, with a {unit} of {values.mean():.4g}{spread}"
     text += f" (n={len(values)}), of {len(found.settings)} settings"
     gaps = following.values - values
@@ -177,7 +177,7 @@ def _luck(found: Ranking) -> str:
         values = judged.loc[best.name].dropna()
         spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
         text += f" On test text, by which nothing was chosen, {literal(best.name)} has a "
-        text += f"{unit_of(tested)} of {values.mean():.4g}{spread}, with the luck of the same seeds."
+        text += f"{noun(tested)} of {values.mean():.4g}{spread}, with the luck of the same seeds."
     if len(chosen.columns) < 2:
         return text + " Without several seeds that all settings have, the luck cannot be estimated."
     where = "on test text" if has_test else "on validation text, as there is no test text"
@@ -200,7 +200,7 @@ def _left_out(found: Ranking) -> Iterator[str]:
         yield f"Ranked by the seeds that all settings have; without seed {seeds}."
     reasons = (
         (found.acausal, "their routers see later tokens, so their losses are not comparable"),
-        (found.without_value, f"no finished run has a finite {unit_of(found.metric)}"),
+        (found.without_value, f"no finished run has a finite {noun(found.metric)}"),
     )
     for names, reason in reasons:
         if names:

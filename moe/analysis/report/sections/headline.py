@@ -14,8 +14,8 @@ from moe.analysis.sentences import (
     SIGNIFICANT,
     UNTESTED,
     enumerated,
+    noun,
     standing,
-    unit_of,
     with_capital,
 )
 from moe.checks import plain
@@ -58,7 +58,7 @@ def _of_observed(inputs: ReportInputs) -> str:
     """Return the answer about one model that was evaluated and not trained: what its routing and its experts do."""
     clauses = []
     if inputs.tested and len(values := by_seed(inputs.runs, inputs.tested[0])):
-        clauses.append(f"the {unit_of(inputs.tested[0])} is {values.mean():.4g}")
+        clauses.append(f"the {noun(inputs.tested[0])} is {values.mean():.4g}")
     clauses += [each.clause for each in findings(inputs) if each.clause]
     return with_capital(f"{'; '.join(clauses)}.")
 
@@ -172,7 +172,7 @@ def _without_comparison(inputs: ReportInputs) -> str:
         return spread_sentence(inputs.runs, inputs.tested[0])
     if inputs.factors:
         return f"Nothing can be compared, because {_why_not_compared(inputs)}."
-    values, unit = by_seed(inputs.runs, inputs.tested[0]), unit_of(inputs.tested[0])
+    values, unit = by_seed(inputs.runs, inputs.tested[0]), noun(inputs.tested[0])
     if len(values) < 2:
         value = f"has a {unit} of {values.mean():.4g}" if len(values) else f"has no finite {unit}"
         return plain(f"The only setting {value}, and there is nothing to compare it with.")
@@ -197,8 +197,8 @@ def _why_not_compared(inputs: ReportInputs) -> str:
     if all(without & {(row.factor, row.level), (row.factor, row.reference)} for row in rows.itertuples()):
         names = sorted(f"{factor}={each}" for factor, each in without)
         more = f" or {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else ""
-        return f"no run with {' or '.join(names[:MOST_NAMED])}{more} finished with a finite {unit_of(metric)}"
-    return f"no two runs that a report compares both finished with a finite {unit_of(metric)}"
+        return f"no run with {' or '.join(names[:MOST_NAMED])}{more} finished with a finite {noun(metric)}"
+    return f"no two runs that a report compares both finished with a finite {noun(metric)}"
 
 
 def _largest(judged: list[Judgment]) -> Judgment:

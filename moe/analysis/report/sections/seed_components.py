@@ -8,7 +8,7 @@ import pandas as pd
 from moe.analysis.components import DATA, INIT, SOURCES, is_crossed, variance_components
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import unit_of
+from moe.analysis.sentences import noun
 
 EXPLAINED = f"""\
 The variance of a metric between runs of one setting, divided by its source. `{INIT}` decides the initial weights, and
@@ -25,11 +25,11 @@ def spread_sentence(runs: pd.DataFrame, metric: str) -> str:
         return f"The sources of the spread cannot be told apart, because {error}."
     total = found["std"].pow(2).sum()
     if total == 0:
-        return f"All runs have the same {unit_of(metric)}."
+        return f"All runs have the same {noun(metric)}."
     init, data, both = (f"{100 * share:.0f} %" for share in found["share"])
     weights, orders, _ = found["levels"]
     return (
-        f"Of the variance of the {unit_of(metric)} between runs, {init} is due to the {SOURCES[INIT]}, {data} to the "
+        f"Of the variance of the {noun(metric)} between runs, {init} is due to the {SOURCES[INIT]}, {data} to the "
         f"{SOURCES[DATA]}, and {both} to {SOURCES['both']} (standard deviation {math.sqrt(total):.2g}; estimated from "
         f"{weights} x {orders} seeds, which is rough if they are few)."
     )
@@ -42,7 +42,7 @@ def seed_components(inputs: ReportInputs) -> Iterator[ReportBlock]:
     tables, reasons = [], []
     for metric in inputs.tested:
         try:
-            tables.append(variance_components(inputs.runs, metric).assign(metric=unit_of(metric)))
+            tables.append(variance_components(inputs.runs, metric).assign(metric=noun(metric)))
         except ValueError as error:
             reasons.append(f"Not estimated: {error}.")
     yield Heading("Initial weights and data order")

@@ -28,8 +28,8 @@ from moe.analysis.sentences import (
     directions,
     level_text,
     levels_compared,
+    noun,
     standing,
-    unit_of,
 )
 from moe.config.claim import OURS
 from moe.results.comparable import several_tokenizers
@@ -191,4 +191,4 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _verdict(contrast: pd.Series) -> str:
     c = contrast
     up, down = directions(c["metric"])
-    return contrast_sentence(c, literal(levels_compared(c)), unit=unit_of(c["metric"]), up=up, down=down)
+    return contrast_sentence(c, literal(levels_compared(c)), unit=noun(c["metric"]), up=up, down=down)
