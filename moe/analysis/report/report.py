@@ -1,13 +1,12 @@
 """Write the report: report.md and report.html, with figures and tables as files beside them.
 
 A section is a function that takes `ReportInputs` and yields blocks. To add one, append it to a chapter below.
-To add figures or sections for one source study alone, see `moe.analysis.studies.registered`.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,12 +55,19 @@ from moe.analysis.report.sections.seed_components import seed_components
 from moe.analysis.report.sections.terms import terms
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
-from moe.analysis.report.study import Section
 from moe.analysis.studies.published import replay
-from moe.analysis.studies.registered import STUDIES
+from moe.analysis.studies.routing_bench import quality_against_speed
+from moe.analysis.studies.temperature.data import TEMPERATURE_NOW
+from moe.analysis.studies.temperature.figures import LOAD_BALANCE
+from moe.analysis.studies.temperature.section import temperature_section
 from moe.checks import escaped
 from moe.files import LinkError, replacing, sha256, write_text
 from moe.results.conditions import levels
+from moe.results.frontier import LATE
+
+Section = Callable[[ReportInputs], Iterable[ReportBlock]]
+# Metrics of training steps that sections about a source study read.
+TRAINING_COLUMNS = (*LATE, LOAD_BALANCE, TEMPERATURE_NOW)
 
 
 class Chapter(NamedTuple):
@@ -95,7 +101,7 @@ CHAPTERS: tuple[Chapter, ...] = (
             other_seeds_and_other_text,
             noise_floor_table,
             seed_components,
-            *itertools.chain.from_iterable(study.experiment_sections for study in STUDIES),
+            quality_against_speed,
         ),
     ),
     Chapter("Tuning", "how the values of tuned keys were chosen for each setting", (tuning,)),
@@ -122,7 +128,7 @@ LAST: tuple[Chapter, ...] = (
     Chapter(
         "Source studies",
         "the reports that a source study wrote",
-        tuple(itertools.chain.from_iterable(study.report_sections for study in STUDIES)),
+        (temperature_section,),
     ),
     Chapter("How this report decides", "when a difference counts as more than chance", (how_it_decides,)),
     Chapter("Terms", "what the words of this page mean", (terms,)),
@@ -142,8 +148,7 @@ def write_report(
     If there are several experiments, each has its own part of the report and its own folder for files. The paths of
     the figures and tables that are saved beside the report are appended to `files`.
     """
-    columns = itertools.chain.from_iterable(study.training_columns for study in STUDIES)
-    all_runs, *experiments = collect_inputs(runs, options, training_columns=tuple(columns))
+    all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS)
     if experiments:
         experiments = [_with_look(part) for part in experiments]
     else:

@@ -1,1 +1,1 @@
-"""Figures, tables and data of single source studies. `registered` lists the studies that extend the report."""
+"""Figures, tables and data of single source studies."""

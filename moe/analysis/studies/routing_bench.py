@@ -21,10 +21,9 @@ from moe.analysis.figures.style import (
 )
 from moe.analysis.report.blocks import ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.study import Study
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import conditions, levels, summary, varied_factors
-from moe.results.frontier import LATE, pareto_front, stem, with_training_means
+from moe.results.frontier import pareto_front, stem, with_training_means
 from moe.results.table import EventTables
 from moe.runs.events import WARM_UP
 
@@ -133,7 +132,7 @@ def _drawings(inputs: ReportInputs) -> Iterator[Drawing]:
     if name := stem(inputs.runs):
         yield from _frontier_drawings(inputs.runs, inputs.past, name)
         caption = "Training loss, validation loss and perplexity against the step."
-        yield drawing(f"{name}_overlay", caption, inputs.too_many_lines() or _overlay(inputs, inputs.runs))
+        yield drawing(f"{name}_overlay", caption, inputs.too_many_lines() or _overlay(inputs))
 
 
 def _frontier_drawings(runs: pd.DataFrame, past: EventTables, begin: str) -> Iterator[Drawing]:
@@ -169,13 +168,9 @@ def _missing(table: pd.DataFrame) -> str:
     return f"no finished run has {' or '.join(missing)}{speed}"
 
 
-def _overlay(inputs: ReportInputs, runs: pd.DataFrame) -> Figure | str:
+def _overlay(inputs: ReportInputs) -> Figure | str:
     columns = ["train/loss", "val/loss", "val/perplexity"]
     past = [events.filter(["folder", "step", *columns]) for events in (inputs.past.trains, inputs.past.evals)]
     events = inputs.with_condition(pd.concat(past))
-    events = events[events["folder"].isin(runs["folder"])] if len(events) else events
     absent = [column for column in columns if column not in events]
     return f"no run has {', '.join(absent)}" if absent else overlay(events, "condition")
-
-
-ROUTING_BENCH = Study(training_columns=tuple(LATE), experiment_sections=(quality_against_speed,))

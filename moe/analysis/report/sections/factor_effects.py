@@ -13,11 +13,11 @@ from moe.analysis.figures.style import axis_label
 from moe.analysis.report.blocks import ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs, tested_metrics
 from moe.analysis.statistics import name_cell
-from moe.analysis.studies.registered import STUDIES
 from moe.results.conditions import conditions
 
 FILL_DECIDES = "Whether a mark is filled is the verdict; the lines are not corrected for the number of tests."
 MAX_CONTRASTS = 40  # in one figure
+OF_NOISE_STUDY = ("val/perplexity", "routing/load_cv/pooled")  # beside each other in a figure, as in that study
 
 
 def factor_effects(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -26,13 +26,12 @@ def factor_effects(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def _factor_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
-    """Yield a figure for each tested metric; a figure of a study may replace some of them."""
+    """Yield a figure for each tested metric; that of the noise study takes the place of two of them."""
     metrics = list(dict.fromkeys((*tested_metrics(inputs.runs), *inputs.tested)))
-    for overview_figure in (function for study in STUDIES for function in study.overview_figures):
-        overview = overview_figure(inputs)
-        if overview:
-            yield overview.drawing
-            metrics = [metric for metric in metrics if metric not in overview.metrics]
+    if {*inputs.factors} == {"noise", "lb"} and {*OF_NOISE_STUDY} <= {*inputs.tested}:
+        caption = "Perplexity and load CV against router noise, by load-balancing weight."
+        yield drawing("noise_lb", caption, effects.factor_panels(inputs.runs, "noise", "lb", OF_NOISE_STUDY))
+        metrics = [metric for metric in metrics if metric not in OF_NOISE_STUDY]
     if not inputs.factors:
         yield drawing("factors", "Effects of the factors that vary.", "no factor varies")
         return

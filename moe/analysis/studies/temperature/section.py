@@ -7,9 +7,8 @@ import pandas as pd
 
 from moe.analysis.report.blocks import Attachment, ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.study import Study
-from moe.analysis.studies.temperature.data import TEMPERATURE, TEMPERATURE_NOW, scheduled
-from moe.analysis.studies.temperature.figures import LOAD_BALANCE, temperature_drawings
+from moe.analysis.studies.temperature.data import TEMPERATURE, scheduled
+from moe.analysis.studies.temperature.figures import temperature_drawings
 from moe.analysis.studies.temperature.reports import specialization_report, summary_report
 from moe.results.table import ABSENT
 
@@ -25,6 +24,3 @@ def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
         content = json.dumps(report(runs, evals), indent=1, allow_nan=False) + "\n"
         caption = "a summary with the keys of the temperature study, with n and intervals in addition."
         yield Attachment(f"{report.__name__}.json", content, caption)
-
-
-TEMPERATURE_STUDY = Study(training_columns=(LOAD_BALANCE, TEMPERATURE_NOW), report_sections=(temperature_section,))
