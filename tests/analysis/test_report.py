@@ -26,7 +26,7 @@ from moe.analysis.__main__ import main
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.curves import gradient_norms, learning_curves
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.figures.effects import factor_panels, factor_plot
+from moe.analysis.figures.effects import factor_panels
 from moe.analysis.figures.expert_grids import MeasuredRun
 from moe.analysis.figures.forest import contrast_rows, forest
 from moe.analysis.figures.layers import drop_by_position, layer_profile, layer_trends
@@ -1278,12 +1278,6 @@ def test_figures_show_every_seed_and_the_number_of_seeds(published: Path) -> Non
     ]
     seeds = [line for line in left.lines if line.get_markersize() == 4 and len(line.get_xdata()) == 3]
     assert sorted(y for line in seeds for y in line.get_ydata()) == sorted(runs["val/perplexity"])
-    table = contrasts(runs, "val/perplexity", ["noise", "lb"])
-    hues = runs.assign(others=runs["lb"].map("lb={}".format))
-    values, differences = factor_plot(hues, "noise", "others", "val/perplexity", table).axes
-    assert values.get_ylabel() == "validation perplexity"
-    drawn = [container.lines[0].get_ydata()[0] for container in differences.containers]
-    assert sorted(drawn) == pytest.approx(sorted(table.loc[table["factor"] == "noise", "difference"]))
     events = read_event_tables(runs["folder"]).evals.merge(runs[["folder", "seed", "noise"]], on="folder")
     assert learning_curves(events, "noise").axes[0].get_legend_handles_labels()[1] == [
         *("0.0 (n=6)", "0.1 (n=6)", "0.5 (n=6)")

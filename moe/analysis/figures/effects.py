@@ -1,7 +1,7 @@
-"""Figures of the effects of factors: a metric against the levels of a factor, and contrasts with their intervals.
+"""Figures of the effects of factors: a metric against the levels of a factor, and against the values of a tuned key.
 
-Every seed is a point. Intervals are those of differences between runs of the same seed, because only these say whether
-a factor has an effect: intervals of means may overlap although every seed shows the same difference.
+Every seed is a point, and lines join a seed. Means of factors have no intervals, because these may overlap although
+every seed shows the same difference. `moe.analysis.figures.forest` draws the differences with theirs.
 """
 
 import math
@@ -14,7 +14,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe.analysis.figures.forest import SIGNIFICANT_MARKS
 from moe.analysis.figures.marks import in_group, with_hover
 from moe.analysis.figures.style import (
     OTHER_LABELS,
@@ -26,7 +25,6 @@ from moe.analysis.figures.style import (
     panel_height,
     shared_legend,
 )
-from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.tuned import Arm
 from moe.results.conditions import by_seed, conditions, levels
 
@@ -56,29 +54,6 @@ def level_axis(runs: pd.DataFrame, factor: str) -> Axis:
 
 
 @matplotlib.rc_context(RC)
-def factor_plot(runs: pd.DataFrame, factor: str, hue: str, metric: str, contrasts: pd.DataFrame) -> Figure:
-    """Draw a metric against the levels of `factor`, and beside it the differences from the factor's reference level.
-
-    There is a color for each level of `hue`. `contrasts` are rows of `moe.analysis.statistics.contrasts`.
-    """
-    rows = contrasts[(contrasts["factor"] == factor) & (contrasts["metric"] == metric)].dropna(subset="difference")
-    hues = runs[hue].nunique()
-    width = max(5.2, 0.25 * runs[factor].nunique() * hues)
-    count = 2 if len(rows) else 1
-    figure = Figure(figsize=(width * count, panel_height(hues)), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    labels = _draw_levels(panels[0], runs, factor, hue, metric)
-    text = "small: one seed, lines join a seed; large: mean over n seeds"
-    if len(rows):
-        reference = rows["reference"].iloc[0]
-        _draw_differences(panels[1], level_axis(runs, factor), labels, rows)
-        panels[1].set_ylabel(f"difference from {factor}={reference} in the same seed\n({axis_label(metric)})")
-        text = f"values: {text};\ndifferences: mean with its 95 % t interval, {SIGNIFICANT_MARKS}"
-    shared_legend(figure, text)
-    return figure
-
-
-@matplotlib.rc_context(RC)
 def factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: Sequence[str]) -> Figure:
     """Draw a panel for each metric, with the metric against the levels of `factor` and a color for each `hue`."""
     hues = runs[hue].nunique()
@@ -91,9 +66,9 @@ def factor_panels(runs: pd.DataFrame, factor: str, hue: str, metrics: Sequence[s
     return figure
 
 
-def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> dict[Any, str]:
-    """Draw seeds and means of one metric; return the label of each level of `hue`. These levels lie side by side."""
-    axis, hues, labels = level_axis(runs, factor), levels(runs[hue]), dict[Any, str]()
+def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: str) -> None:
+    """Draw seeds and means of one metric. The levels of `hue` lie side by side."""
+    axis, hues = level_axis(runs, factor), levels(runs[hue])
     for index, (cell, members) in enumerate(conditions(runs, [hue])):
         style, shift = line_style(index), _shift(axis, index, len(hues))
         seeds = pd.DataFrame({level: by_seed(members[members[factor] == level], metric) for level in axis.places})
@@ -103,39 +78,13 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
             [line] = axes.plot(x, values, linewidth=0.7, alpha=0.6, markersize=4, **look)
             with_hover(line, [f"seed {seed}"] * len(x))
         counts = "–".join(map(str, sorted({int(n) for n in seeds.count() if n})))
-        labels[cell[hue]] = label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
+        label = f"{OTHER_LABELS.get(hue, '')} {cell[hue]} (n={counts})".lstrip()
         mean: dict[str, Any] = {"marker": style["marker"], "markersize": 9, "markeredgecolor": "white", "linestyle": ""}
         [means] = axes.plot(x, seeds.mean(), label=label, color=style["color"], **mean)
         with_hover(means, [f"mean over {n} seeds" for n in seeds.count()])
     _label_levels(axes, axis)
     axes.set_ylabel(axis_label(metric))
     begin_at_zero(axes, metric)
-    return labels
-
-
-def _draw_differences(axes: Axes, axis: Axis, labels: dict[Any, str], rows: pd.DataFrame) -> None:
-    """Draw the differences from the reference level with their intervals, at the levels that are compared with it.
-
-    `labels` are those of the levels of the other factors, each with a color of its own.
-    """
-    for index, (name, label) in enumerate(labels.items()):
-        style, shift = line_style(index), _shift(axis, index, len(labels))
-        for _, row in rows[rows["within"].isin([name, ""])].iterrows():
-            x, significant = axis.places[row["level"]] + shift, row["p Holm"] <= SIGNIFICANCE
-            low, high = (row["difference"] - row["ci_low"], row["ci_high"] - row["difference"])
-            drawn = axes.errorbar(
-                [x],
-                [row["difference"]],
-                yerr=[[0 if pd.isna(low) else low], [0 if pd.isna(high) else high]],
-                fmt=style["marker"],
-                color=style["color"],
-                markerfacecolor=style["color"] if significant else "white",
-                markersize=8,
-                capsize=4,
-            )
-            in_group(drawn.lines[0], label)
-    axes.axhline(0, color="black", linewidth=1)
-    _label_levels(axes, axis)
 
 
 def _shift(axis: Axis, index: int, count: int) -> float:

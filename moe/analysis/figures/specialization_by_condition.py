@@ -69,53 +69,58 @@ def specialization_stability(runs: list[MeasuredRun]) -> Figure:
 @matplotlib.rc_context(RC)
 def expert_importance(runs: list[MeasuredRun]) -> Figure:
     """Draw the rise of the loss without an expert against the expert's load. The legend gives the rank correlation."""
-    figure = Figure(figsize=(10.4, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, (method, words) in zip(panels, REMOVALS.items(), strict=True):
-        for style, name, members in _by_condition(runs):
-            found = [run.found["knockout"][method] for run in members]
-            loads = [to_array(of_layer) * len(of_layer) for run in members for of_layer in run.found["load"]]
-            rises = [to_array(of_layer) for entry in found for of_layer in entry["delta"]["mean"]]
-            rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
-            label = f"{name} (n={len(members)}): mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
-            points = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
-            axes.scatter(np.concatenate(loads), np.concatenate(rises), label=label, **points)
-        axes.axhline(0, color="black", linewidth=0.6)
-        axes.set(xlabel="load of the expert / mean load of its layer", ylabel=f"rise of the loss, {words} (nats)")
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="x-small")
-    figure.supxlabel(
-        "a point: an expert of a layer of a run; ρ: Spearman's within a layer, mean over layers and runs",
-        fontsize="small",
-    )
-    return figure
+
+    def agreement(members: list[MeasuredRun], method: str) -> str:
+        found = [run.found["knockout"][method] for run in members]
+        rho, beyond = (_mean([entry[key] for entry in found]) for key in ("rho", "rho_excess"))
+        return f"mean ρ {rho:.2f}, of the rise beyond the null {beyond:.2f}"
+
+    note = "a point: an expert of a layer of a run; ρ: Spearman's within a layer, mean over layers and runs"
+    return _rise_against("load", lambda found: found["load"], runs, agreement, note)
 
 
 @matplotlib.rc_context(RC)
 def expert_saliency(runs: list[MeasuredRun]) -> Figure:
     """Draw the rise of the loss without an expert against its saliency. The legend gives the rank correlation."""
+
+    def agreement(members: list[MeasuredRun], method: str) -> str:
+        return f"mean ρ {_mean([[run.found['saliency']['rho'][method]['all']['rho']] for run in members]):.2f}"
+
+    note = "a point: an expert of a layer of a run; ρ: Spearman's within layers, joined over layers, mean over runs"
+    return _rise_against("saliency", lambda found: found["saliency"]["values"], runs, agreement, note)
+
+
+def _rise_against(
+    word: str,
+    values: Callable[[dict[str, Any]], list[list[float | None]]],
+    runs: list[MeasuredRun],
+    agreement: Callable[[list[MeasuredRun], str], str],
+    note: str,
+) -> Figure:
+    """Draw the rise of the loss without each expert against a value of it, relative to the mean of its layer.
+
+    word: what the value is. values: returns it by layer and expert. agreement: says how a condition's values and rises
+    agree, for one kind of removal.
+    """
     figure = Figure(figsize=(10.4, 4.8), layout="constrained")
     for axes, (method, words) in zip(figure.subplots(1, 2), REMOVALS.items(), strict=True):
         for style, name, members in _by_condition(runs):
-            saliency = [_relative(of_layer) for run in members for of_layer in run.found["saliency"]["values"]]
-            found = [run.found["knockout"][method]["delta"]["mean"] for run in members]
-            rises = [to_array(of_layer) for entry in found for of_layer in entry]
-            rho = _mean([[run.found["saliency"]["rho"][method]["all"]["rho"]] for run in members])
-            label = f"{name} (n={len(members)}): mean ρ {rho:.2f}"
-            points = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
-            axes.scatter(np.concatenate(saliency), np.concatenate(rises), label=label, **points)
+            x = [_relative(of_layer) for run in members for of_layer in values(run.found)]
+            y = [to_array(layer) for run in members for layer in run.found["knockout"][method]["delta"]["mean"]]
+            look = {"s": 16, "alpha": 0.6, "color": style["color"], "marker": style["marker"]}
+            label = f"{name} (n={len(members)}): {agreement(members, method)}"
+            axes.scatter(np.concatenate(x), np.concatenate(y), label=label, **look)
         axes.axhline(0, color="black", linewidth=0.6)
-        axes.set(xlabel="saliency of the expert / mean of its layer", ylabel=f"rise of the loss, {words} (nats)")
+        axes.set(xlabel=f"{word} of the expert / mean of its layer", ylabel=f"rise of the loss, {words} (nats)")
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="x-small")
-    note = "a point: an expert of a layer of a run; ρ: Spearman's within layers, joined over layers, mean over runs"
     figure.supxlabel(note, fontsize="small")
     return figure
 
 
-def _relative(saliency: list[float | None]) -> np.ndarray:
-    """Return the saliency of each expert of a layer divided by their mean."""
-    values = to_array(saliency)
+def _relative(layer: list[float | None]) -> np.ndarray:
+    """Return the values of the experts of a layer divided by their mean."""
+    values = to_array(layer)
     return values / np.nanmean(values)
 
 

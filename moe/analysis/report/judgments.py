@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from textwrap import shorten
 from typing import NamedTuple
 
 import pandas as pd
@@ -26,6 +27,7 @@ from moe.checks import plain
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
 ALONE = "the interval alone would decide it, but not after the correction for all tests of the report"
 BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
+LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
@@ -78,6 +80,11 @@ class Judgment(NamedTuple):
     def title(self) -> str:
         """The claim in words that tell it from the later one in the same words."""
         return f"{self.text}{BEFORE if self.changed else ''}"
+
+    @property
+    def quoted(self) -> str:
+        """The title in quotation marks, shortened to `LONGEST_CLAIM` characters of the claim."""
+        return f"“{shorten(self.text, LONGEST_CLAIM, placeholder=' …')}”{BEFORE if self.changed else ''}"
 
     @property
     def planned(self) -> bool:

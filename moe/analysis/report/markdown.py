@@ -61,9 +61,9 @@ def block_as_markdown(block: ReportBlock) -> str:
             shares = ", ".join(f"{n} {name}" for name, n, _ in counts if n)
             return f"{total} {'run' if total == 1 else 'runs'}: {shares}"
         case Drawing(name, caption):
-            return f"![{escaped(name)}]({_address(name)}.png)\n\n{escaped(caption)}"
+            return f"![{escaped(name)}]({quote(name)}.png)\n\n{escaped(caption)}"
         case Attachment(name, _, caption):
-            return f"[{escaped(name)}]({_address(name)}): {escaped(caption)}"
+            return f"[{escaped(name)}]({quote(name)}): {escaped(caption)}"
         case Details(summary, blocks):
             inner = "\n\n".join(block_as_markdown(inner) for inner in blocks)
             return f"<details><summary>{escaped(summary)}</summary>\n\n{inner}\n\n</details>"
@@ -73,11 +73,6 @@ def _card_text(card: Card) -> str:
     """Return a verdict as one sentence."""
     parts = [f"{card.text}: **{card.verdict}**", card.effect, card.advice]
     return "; ".join(filter(None, (part.rstrip(".") for part in parts)))
-
-
-def _address(name: str) -> str:
-    """Return the address of a file beside the report for a link."""
-    return quote(name)
 
 
 def table_as_markdown(table: pd.DataFrame) -> str:

@@ -1,11 +1,10 @@
 """The answer to each part of an experiment's question: what its claims show, or else a league or a scaling law."""
 
 from collections.abc import Callable
-from textwrap import shorten
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import BEFORE, Judgment
-from moe.analysis.report.sections.headline import LATER_TOKENS, LONGEST_CLAIM, compares_causal_with_others, effect
+from moe.analysis.report.judgments import Judgment
+from moe.analysis.report.sections.headline import LATER_TOKENS, compares_causal_with_others, effect
 from moe.analysis.report.sections.league import order_of_routers
 from moe.analysis.report.sections.scaling import laws_in_words
 from moe.analysis.sentences import enumerated
@@ -41,12 +40,12 @@ def _of_claims(inputs: ReportInputs, part: Part) -> str:
     """Return what the claims of a part say, the decided ones first; an empty text if the runs have none of them."""
     judged = [each for text in part.claims for each in inputs.judgments if each.planned and each.text == text]
     decided = [_decided(each, inputs) for each in judged if each.decided]
-    waiting = [f"{_quoted(each)} ({_open(each, inputs)})" for each in judged if not each.decided]
+    waiting = [f"{each.quoted} ({_open(each, inputs)})" for each in judged if not each.decided]
     return " ".join([*decided, *([f"The runs do not decide {enumerated(waiting)}."] if waiting else [])])
 
 
 def _decided(judged: Judgment, inputs: ReportInputs) -> str:
-    return f"{_quoted(judged)} is {judged.verdict}: {_clauses(effect(judged), *_notes(judged, inputs))}."
+    return f"{judged.quoted} is {judged.verdict}: {_clauses(effect(judged), *_notes(judged, inputs))}."
 
 
 def _open(judged: Judgment, inputs: ReportInputs) -> str:
@@ -67,7 +66,3 @@ def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:
 
 def _clauses(*clauses: str) -> str:
     return "; ".join(filter(None, clauses))
-
-
-def _quoted(judged: Judgment) -> str:
-    return f"“{shorten(judged.text, LONGEST_CLAIM, placeholder=' …')}”{BEFORE if judged.changed else ''}"

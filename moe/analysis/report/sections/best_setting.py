@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
-from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.analysis.components import DATA, INIT
 from moe.analysis.league import ROUTER
@@ -14,7 +13,8 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.league import league_metric, standings
 from moe.analysis.selection import lead
 from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, enumerated, levels_compared, noun, standing
-from moe.analysis.statistics import CONFIDENCE, has_no_spread, name_cell
+from moe.analysis.simultaneous import interval
+from moe.analysis.statistics import has_no_spread, name_cell
 from moe.checks import plain
 from moe.metrics.catalog import lookup
 from moe.results.conditions import by_seed, conditions
@@ -104,7 +104,7 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     behind = f"{gaps.mean():.2g} behind" if gaps.mean() > 0 else "equal to it"
     text += f". The next one, {literal(following.name)}, is {behind}"
     if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
-        low, high = DescrStatsW(gaps.to_numpy()).tconfint_mean(1 - CONFIDENCE)
+        low, high = interval(gaps.to_numpy())
         text += f" [{low:.2g}, {high:.2g}]" + (LUCK if low < 0 else _doubt(inputs, found.metric, best, following))
     text += "."
     yield " ".join(filter(None, [plain(text), judged, *_left_out(found)]))

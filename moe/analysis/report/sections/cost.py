@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -98,7 +99,7 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     }
     differ = {cost: _differ(values) for cost, values in of_run.items() if values.notna().any()}
     wanted = [cost for cost, differs in differ.items() if differs] + ([SECONDS] if seconds is not None else [])
-    found = {cost: _by_cost(inputs, curves, cost) for cost in wanted}
+    found = {cost: equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost) for cost in wanted}
     found = {cost: table for cost, table in found.items() if len(table)}
     yield Heading("At equal cost")
     yield BulletList([*_equal_anyway(differ), _about_seconds(seconds)])
@@ -108,7 +109,8 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for cost, of_cost in found.items():
         yield _equal_drawing(of_cost, cost)
     names = ["factor", "level", "reference", "within"]
-    table = pd.concat([table.assign(at=f"equal {cost}", cell=_cells(table)) for cost, table in found.items()])
+    table = pd.concat([of_cost.assign(at=f"equal {cost}") for cost, of_cost in found.items()])
+    table["cell"] = [_cell(row) for row in table.itertuples()]
     for costs in ((FLOPS, SECONDS), (ACTIVE, TOTAL)):
         rows = table[table["at"].isin([f"equal {cost}" for cost in costs])]
         if len(rows):
@@ -134,21 +136,13 @@ def _equal_drawing(table: pd.DataFrame, cost: str) -> Drawing:
     return drawing(f"equal_{cost.replace(' ', '_')}", EQUAL_CAPTION.format(cost=cost), result)
 
 
-def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
-    return equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost)
-
-
-def _cells(table: pd.DataFrame) -> list[str]:
-    """Return each difference with its interval, and how early it was read."""
-    return [
-        _cell(row.value, row.low, row.high, row.share, row.gap) if row.n else row.note for row in table.itertuples()
-    ]
-
-
-def _cell(value: float, low: float, high: float, share: float, gap: float) -> str:
-    early = f", read at {share:.0%}" if share < 1 - CLOSE else ""
-    between = f", between points {gap:.2g} apart" if gap else ""
-    return with_interval(value, low, high, least=3) + early + between
+def _cell(row: Any) -> str:
+    """Return a difference with its interval, how early it was read, and between which points it was interpolated."""
+    if not row.n:
+        return str(row.note)
+    early = f", read at {row.share:.0%}" if row.share < 1 - CLOSE else ""
+    between = f", between points {row.gap:.2g} apart" if row.gap else ""
+    return with_interval(row.value, row.low, row.high, least=3) + early + between
 
 
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from moe.analysis.figures.expert_grids import MeasuredRun
+from moe.analysis.figures.expert_grids import MeasuredRun, to_array
 from moe.analysis.figures.specialization import measured_runs
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.inputs import ReportInputs
@@ -61,7 +61,7 @@ def experts_by_layer(runs: list[MeasuredRun]) -> pd.DataFrame:
             row |= {"token": _number(token and token["id"], "adjusted")}
             if run.found["knockout"]:
                 parts = run.found["knockout"]["rerouted"]
-                top = int(np.argmax(np.nan_to_num(_array(parts["excess"]["mean"][layer]), nan=-np.inf)))
+                top = int(np.argmax(np.nan_to_num(to_array(parts["excess"]["mean"][layer]), nan=-np.inf)))
                 row |= {"missed most": top, "rise": parts["delta"]["mean"][layer][top]}
                 row |= {f"rise beyond random{_end(end)}": parts["excess"][end][layer][top] for end in _ENDS}
                 rho = run.found["saliency"]["rho"]["rerouted"]["layers"][layer]
@@ -121,7 +121,7 @@ def _domains(found: dict[str, Any]) -> Iterator[Finding]:
     if not tested:
         yield Finding(name, "", "All text is of one domain, so a preference for domains cannot be seen.")
         return
-    p, adjusted = _holm(entries), _array([_number(entry, "adjusted") for entry in entries])
+    p, adjusted = _holm(entries), to_array([_number(entry, "adjusted") for entry in entries])
     count = int((p <= SIGNIFICANCE).sum())
     fact = f"The choices depend on the domain in {count} of {len(tested)} layers, compared with domains that are "
     fact += f"shuffled over the {found['documents']} documents (p at most 5 % after Holm's correction for the layers"
@@ -165,13 +165,13 @@ def _removals(found: dict[str, Any]) -> Iterator[Finding]:
         return
     parts = found["knockout"]["rerouted"]
     experts = [(layer, expert) for layer, of_layer in enumerate(found["load"]) for expert in range(len(of_layer))]
-    ends = {end: _array([*itertools.chain(*parts["excess"][end])]) for end in _ENDS}
+    ends = {end: to_array([*itertools.chain(*parts["excess"][end])]) for end in _ENDS}
     excess = ends["mean"]
     signs = _signs(ends | {"documents": parts["excess"]["documents"]})
     among = excess if signs is None or not (signs > 0).any() else np.where(signs > 0, excess, -np.inf)
     place = int(np.argmax(np.nan_to_num(among, nan=-np.inf)))
     layer, expert = experts[place]
-    rise, null = (_array(parts[part]["mean"][layer])[expert] for part in ("delta", "null"))
+    rise, null = (to_array(parts[part]["mean"][layer])[expert] for part in ("delta", "null"))
     top = f"expert {expert} of layer {layer}"
     fact = f"Without {top}, whose tokens then go to their next-best experts, the loss changes by {rise:+.2g} nats per "
     fact += f"token, and by {null:+.2g} if as many random choices are changed. The difference of the two is "
@@ -194,7 +194,7 @@ def _other_routes(found: dict[str, Any]) -> Iterator[Finding]:
         return
     advantage = {end: [each["advantage"][end] for each in found["regret"]] for end in _ENDS}
     signs = _signs(advantage | {"documents": found["documents"]})
-    regret = np.mean(_array([each["regret"]["mean"] for each in found["regret"]]))
+    regret = np.mean(to_array([each["regret"]["mean"] for each in found["regret"]]))
     routes = " or ".join(map(str, sorted({each["routes"] for each in found["regret"]})))
     fact = f"{NO_INTERVAL}."
     if signs is not None:
@@ -209,7 +209,7 @@ def _other_routes(found: dict[str, Any]) -> Iterator[Finding]:
 
 def _numbers_of_experts(found: dict[str, Any]) -> Iterator[Finding]:
     """Yield how the loss changes with fewer and with more experts for each token."""
-    used = np.nanmean(_array(found["experts_per_token"]))
+    used = np.nanmean(to_array(found["experts_per_token"]))
     rows = found["loss_by_k"]
     own = min((row["k"] for row in rows), key=lambda k: abs(k - used), default=0)
     others = {row["k"]: row["difference"] for row in rows if row["k"] != own}
@@ -248,7 +248,7 @@ def _signs(interval: dict[str, Any]) -> np.ndarray | None:
     out by the ratio of the quantiles of Student's t at 5 % / m and at 5 %, with documents - 1 degrees of freedom. So
     chance makes any of the m signs in about 5 % of cases (Bonferroni).
     """
-    mean, low, high = (_array(interval[end]) for end in _ENDS)
+    mean, low, high = (to_array(interval[end]) for end in _ENDS)
     if not (np.isfinite(low) & np.isfinite(high)).any():
         return None
     tail, freedom = SIGNIFICANCE / 2, interval["documents"] - 1
@@ -262,10 +262,6 @@ def _holm(entries: list[dict[str, Any] | None]) -> np.ndarray:
     return corrected(pd.Series([_number(entry, "p") for entry in entries], dtype=float))
 
 
-def _be(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
 def _signed(number: float | None) -> str:
     return "–" if number is None else plain(f"{number:+.2g}")
 
@@ -277,8 +273,3 @@ def _interval(low: float | None, high: float | None) -> str:
 def _number(entry: dict[str, Any] | None, key: str) -> float:
     """Return a number of an entry; NaN if the number or the whole entry is null."""
     return math.nan if entry is None or entry[key] is None else float(entry[key])
-
-
-def _array(values: Any) -> np.ndarray:
-    """Return nested lists as an array in which null is NaN."""
-    return np.array(values, dtype=float)

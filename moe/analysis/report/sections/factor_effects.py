@@ -49,7 +49,7 @@ def _factor_figure(inputs: ReportInputs, metric: str) -> Figure:
     others = [name for name in factors if name != factor]
     colors = {index: name_cell(cell) or "all" for cell, members in conditions(runs, others) for index in members.index}
     colored = runs.assign(others=pd.Series(colors, dtype=object))
-    return effects.factor_plot(colored, factor, "others", metric, inputs.contrasts)
+    return effects.factor_panels(colored, factor, "others", [metric])
 
 
 def _contrast_drawings(inputs: ReportInputs) -> Iterator[Drawing]:

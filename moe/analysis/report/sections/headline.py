@@ -2,10 +2,9 @@
 
 import math
 from collections import Counter
-from textwrap import shorten
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import BEFORE, Judgment, on_contrast
+from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import (
@@ -26,7 +25,6 @@ from moe.results.conditions import by_seed, without_causality
 WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
 LATER_TOKENS = "routers that see later tokens have losses that are not comparable with those of the others"
 MOST_NAMED = 5  # levels that a sentence names
-LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 
 
 def headline(inputs: ReportInputs) -> str:
@@ -98,8 +96,7 @@ def _rank(judged: Judgment) -> tuple[bool, float]:
 
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     """Return the answer if something is decided: the most certain judgment, and how many there are of each kind."""
-    claim = f"“{shorten(first.text, LONGEST_CLAIM, placeholder=' …')}”{BEFORE if first.changed else ''}"
-    text = effect(first) + (f", so the claim {claim} is {first.verdict}" if first.planned else "")
+    text = effect(first) + (f", so the claim {first.quoted} is {first.verdict}" if first.planned else "")
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)

@@ -38,7 +38,8 @@ def configuration(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the keys in which the runs differ, each with its role, and the keys in which all runs agree."""
     runs = inputs.runs.drop_duplicates("folder")
     keys = [key for key in runs if "/" not in key and key not in FACTS]
-    unset = {key for record in _records(inputs) for key, value in _settings(record).items() if value is None}
+    settings = [flatten(record.config) | record.choices for record in _records(inputs)]
+    unset = {key for each in settings for key, value in each.items() if value is None}
     shown = {key: {level(None): "null"} for key in unset & set(keys)}  # as in YAML and on the command line
     differing, common = differences(runs[keys].replace(shown))
     role = dict.fromkeys(inputs.factors, "varied") | {"seed": "unit of replication"}
@@ -79,7 +80,8 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
         if isinstance(domains, dict) and all(isinstance(domain, dict) for domain in domains.values()):
             yield Paragraph(COUNTS_EXPLAINED)
             yield TableBlock(pd.DataFrame([{"domain": name} | flatten(domain) for name, domain in domains.items()]))
-        yield Details("Other entries of the manifest", [TableBlock(_key_table(flatten(manifest)))])
+        others = [{"key": key, "value": _value_text(value)} for key, value in flatten(manifest).items()]
+        yield Details("Other entries of the manifest", [TableBlock(pd.DataFrame(others, columns=["key", "value"]))])
 
 
 def software(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -110,12 +112,6 @@ def differences(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(differing, columns=["key", "values"]), pd.DataFrame(common, columns=["key", "value"])
 
 
-def _key_table(flat: dict[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [{"key": key, "value": _value_text(value)} for key, value in flat.items()], columns=["key", "value"]
-    )
-
-
 def _sort_key(value: str) -> tuple[bool, float, str]:
     """Sort numbers by size, then texts."""
     try:
@@ -126,10 +122,6 @@ def _sort_key(value: str) -> tuple[bool, float, str]:
 
 def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _settings(record: RunRecord) -> dict[str, Any]:
-    return flatten(record.config) | record.choices
 
 
 def _software(record: RunRecord) -> dict[str, Any]:

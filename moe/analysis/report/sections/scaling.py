@@ -216,12 +216,8 @@ def _extrapolation(found: Fit, points: pd.DataFrame) -> Iterator[str]:
     further = {name: value * (1 if name == EXPERTS else FURTHER) for name, value in x.items()}
     predicted = found.estimate(found.predict(**further))
     place = ", ".join(f"{value:.3g} {name}" for name, value in further.items())
-    yield f"Extrapolation to {place}: a loss of {_text(predicted)}. {_beyond(found, further)}"
-
-
-def _beyond(found: Fit, x: dict[str, float]) -> str:
-    beyond = found.outside(**x)
-    return f"This is {' and '.join(beyond)}." if beyond else "This is within the range of the runs."
+    beyond = " and ".join(found.outside(**further)) or "within the range of the runs"
+    yield f"Extrapolation to {place}: a loss of {_text(predicted)}. This is {beyond}."
 
 
 def _check(points: pd.DataFrame, law: Law) -> str:
