@@ -73,14 +73,13 @@ def _read_claims(text: str) -> list[ClaimConfig]:
     return [parse(ClaimConfig, claim, f"claims[{number}]") for number, claim in enumerate(json.loads(text))]
 
 
-def judge_planned(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
+def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
     """Return `judge` of every planned claim, with the experiment as the first column.
 
     The probability that chance makes any verdict wrong is at most 5 %. The claims of sources and our own are two
     families of `moe.analysis.statistics.corrected`. A report divides the 5 % among these claims and its other tests.
-    evals: see `moe.analysis.comparisons.compared`.
     """
-    table = measured_claims(runs, evals)
+    table = measured_claims(runs)
     if table.empty:
         return decided(table, table["p"].to_numpy(), table["p"].to_numpy())
     families = claim_families(table)
@@ -88,7 +87,10 @@ def judge_planned(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.D
 
 
 def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Return a row for every planned claim, before the correction for other tests; `decided` completes it."""
+    """Return a row for every planned claim, before the correction for other tests; `decided` completes it.
+
+    evals: see `moe.analysis.comparisons.compared`.
+    """
     rows: dict[str, list[dict[str, Any]]] = {}
     planned = planned_claims(runs)
     for claim, members in planned:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from moe.analysis.simultaneous import interval, over_time
+from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import comparisons, name_cell
 from moe.results.comparable import incomparable
 from moe.results.conditions import conditions
@@ -100,9 +100,9 @@ def equal_cost(
         if reason := incomparable(LOSS, treated, baseline):
             rows.append(names | Difference(math.nan, 0, note=reason)._asdict())
             continue
-        if found := differences(_curves(treated, curves, cost), _curves(baseline, curves, cost)):
-            share = 1.0 if cost in PARAMETERS else found[0].share
-            rows.append(names | found[0]._replace(share=share)._asdict())
+        if found := difference(_curves(treated, curves, cost), _curves(baseline, curves, cost)):
+            share = 1.0 if cost in PARAMETERS else found.share
+            rows.append(names | found._replace(share=share)._asdict())
     return pd.DataFrame(rows, columns=["factor", "level", "reference", "within", *Difference._fields])
 
 
@@ -121,31 +121,21 @@ def paired_sides(
             yield names, treated, baseline
 
 
-def differences(treated: Curves, baseline: Curves, shares: tuple[float, ...] = (1.0,)) -> list[Difference]:
-    """Return the differences at shares of the largest common cost; none if no seed has both sides.
-
-    With several shares, the intervals hold together (`moe.analysis.simultaneous.over_time`).
-    """
+def difference(treated: Curves, baseline: Curves) -> Difference | None:
+    """Return the difference at the largest common cost; None if no seed has both sides."""
     seeds = sorted(set(treated) & set(baseline))
     sides = [[side[seed] for seed in seeds] for side in (treated, baseline)]
     if not seeds:
-        return []
+        return None
     try:
         most = _largest_common(curve["cost"] for side in sides for curve in side)
     except NothingInCommonError as error:
-        return [Difference(math.nan, 0, note=str(error))]
-    least = max(curve["cost"].min() for side in sides for curve in side)
-    costs = [share * most for share in shares if share * most >= least] or [most]
-    values = [np.array([at_cost(curve, costs) for curve in side]) for side in sides]
-    between = np.max([np.mean([_gap(curve, costs) for curve in side], axis=0) for side in sides], axis=0)
-    paired = values[0] - values[1]
+        return Difference(math.nan, 0, note=str(error))
+    a, b = (np.array([at_cost(curve, most) for curve in side]) for side in sides)
+    gap = max(float(np.mean([_gap(curve, most) for curve in side])) for side in sides)
     early = min(most / curve["cost"].max() for side in sides for curve in side)
-    factor = over_time(paired) if len(costs) > 1 else None
-    found = []
-    for cost, column, gap in zip(costs, paired.T, between, strict=True):
-        low, high = interval(column, factor)
-        found.append(Difference(cost, len(seeds), float(column.mean()), low, high, early, float(gap)))
-    return found
+    low, high = interval(a - b)
+    return Difference(most, len(seeds), float((a - b).mean()), low, high, early, gap)
 
 
 def _largest_common(costs: Iterable[pd.Series]) -> float:
@@ -159,25 +149,25 @@ def _largest_common(costs: Iterable[pd.Series]) -> float:
     return float(ranges[:, 1].min())
 
 
-def at_cost(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
-    """Return the loss at these costs, interpolated in the log of the cost.
+def at_cost(curve: pd.DataFrame, cost: float) -> float:
+    """Return the loss at a cost, interpolated in the log of the cost.
 
     The interpolation is piecewise cubic and keeps the curve monotone between its points (Fritsch and Carlson 1980). A
     straight line lies above a loss that falls ever more slowly, which would favor the run that ends first. Between two
     points that are all there are, it is a straight line.
     """
-    known, wanted = np.log(curve["cost"].to_numpy()), np.log(costs)
+    known, wanted = np.log(curve["cost"].to_numpy()), math.log(cost)
     if len(known) < 2:
-        return np.full(len(wanted), float(curve["loss"].iloc[0]))
-    return PchipInterpolator(known, curve["loss"].to_numpy())(np.clip(wanted, known[0], known[-1]))
+        return float(curve["loss"].iloc[0])
+    return float(PchipInterpolator(known, curve["loss"].to_numpy())(np.clip(wanted, known[0], known[-1])))
 
 
-def _gap(curve: pd.DataFrame, costs: list[float]) -> np.ndarray:
-    """Return how far the losses of a curve's neighboring points differ at these costs, and 0 at a point."""
+def _gap(curve: pd.DataFrame, cost: float) -> float:
+    """Return how far the losses of a curve's neighboring points differ at a cost, and 0 at a point."""
     known, loss = curve["cost"].to_numpy(), curve["loss"].to_numpy()
-    after = np.searchsorted(known, costs).clip(max=len(known) - 1)
-    before = (after - 1).clip(min=0)
-    return np.where(np.isclose(known[after], costs, rtol=1e-9), 0.0, np.abs(loss[before] - loss[after]))
+    after = min(int(np.searchsorted(known, cost)), len(known) - 1)
+    at_a_point = math.isclose(known[after], cost, rel_tol=1e-9)
+    return 0.0 if at_a_point else float(abs(loss[max(after - 1, 0)] - loss[after]))
 
 
 def metric_curves(
@@ -210,7 +200,7 @@ def at_common_cost(runs: pd.DataFrame, others: list[str], curves: dict[str, dict
                 most = _largest_common(curve["cost"] for curve in known.values()) if known else math.nan
             except NothingInCommonError as error:
                 raise NothingInCommonError(f"{error}, at {name_cell(levels)}" if levels else str(error)) from None
-            found = {folder: at_cost(curve, [most])[0] for folder, curve in known.items()}
+            found = {folder: at_cost(curve, most) for folder, curve in known.items()}
             members = members.assign(**{metric: members["folder"].map(found).astype(float)})
         cells.append(members)
     return pd.concat(cells) if cells else runs

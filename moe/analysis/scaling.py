@@ -25,7 +25,7 @@ STEPS, CONVERGED = 100, 1e-6  # most steps of the optimizer, and the largest cha
 EXPONENTS = (0.01, 3.0)  # bounds of alpha; outside, a term is a constant or a cliff
 EXPERT_EXPONENTS = (-1.0, 1.0)  # more experts may be worse
 STARTS, EXPERT_STARTS = (0.1, 0.3, 0.8), (0.0, 0.3)
-EXPERTS, TOKENS = "experts", "tokens"
+SIZE, EXPERTS, TOKENS = "active parameters", "experts", "tokens"
 MOST_CONDITION = 1000.0  # of the scaled Jacobian; that of grids of 1:2:4 is below 600 for usual exponents
 MOST_CORRELATION = 0.99  # of the logs of two variables, above which they grow in proportion
 MOST_AT_BOUND = 0.02  # the share of resamples at a bound above which intervals are known to be too narrow
@@ -314,10 +314,10 @@ def budgets(flops: Sequence[float] | pd.Series) -> int:
     return len(by_budget(pd.DataFrame({"FLOPs": list(flops)})))
 
 
-def iso_flop_minima(points: pd.DataFrame, size: str = "active parameters") -> pd.DataFrame:
+def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each budget at which three sizes or more were trained, for each number of experts.
 
-    points: columns seed, experts, FLOPs, loss and that of the size. In the rows, `best` is the size of the lowest mean
+    points: columns seed, experts, FLOPs, loss and active parameters. In the rows, `best` is the size of the lowest mean
     loss and `loss` is that mean. `size` is where a parabola in the log of the size has its minimum (the second approach
     of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the smallest and the largest size.
     `low` and `high` are the ends of a 95 % t interval over the minima of single seeds, or NaN if a seed has none there.
@@ -325,13 +325,13 @@ def iso_flop_minima(points: pd.DataFrame, size: str = "active parameters") -> pd
     rows = []
     for number, of_number in points.groupby(EXPERTS):
         for budget, members in by_budget(of_number):
-            means = members.groupby(size)["loss"].mean()
+            means = members.groupby(SIZE)["loss"].mean()
             if len(means) < LEAST_BUDGETS:
                 continue
             ends = float(means.index.min()), float(means.index.max())
-            of_seeds = np.array([_vertex(each[size], each["loss"], ends) for _, each in members.groupby("seed")])
+            of_seeds = np.array([_vertex(each[SIZE], each["loss"], ends) for _, each in members.groupby("seed")])
             low, high = np.exp(interval(np.log(of_seeds))) if np.isfinite(of_seeds).all() else (math.nan, math.nan)
-            lowest = _vertex(members[size], members["loss"], ends)
+            lowest = _vertex(members[SIZE], members["loss"], ends)
             sized = {"sizes": len(means), "best": float(means.idxmin()), "loss": float(means.min())}
             found = {"size": lowest, "inside": math.isfinite(lowest), "low": float(low), "high": float(high)}
             rows.append({EXPERTS: number, "FLOPs": budget} | sized | found)

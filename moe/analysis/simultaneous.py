@@ -117,16 +117,15 @@ def tukey(settings: int, freedom: int) -> float:
     return float(stats.studentized_range.ppf(CONFIDENCE, settings, freedom) / math.sqrt(2))
 
 
-def ranks(layout: Block, *, better: str = "lower") -> pd.DataFrame:
-    """Return the rank of each setting, with an interval; all intervals hold together in 95 % of cases.
+def ranks(layout: Block) -> pd.DataFrame:
+    """Return the rank of each setting by its mean, and an interval; all intervals hold together in 95 % of cases.
 
     Two settings are told apart if their difference exceeds the quantile of the studentized range (Tukey). The best rank
     of a setting is one more than the number of settings that are certainly better (Al Mohamad et al., 1708.02428).
     """
-    means = layout.means if better == "lower" else -layout.means
-    values = means.to_numpy()
+    values = layout.means.to_numpy()
     bound = tukey(len(values), layout.freedom) * layout.error if layout.freedom else math.inf
     gaps = values[:, None] - values[None, :]
     low, high = 1 + (gaps > bound).sum(axis=1), len(values) - (gaps < -bound).sum(axis=1)
-    rank = means.rank(method="min").astype(int)
-    return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=means.index)
+    rank = layout.means.rank(method="min").astype(int)
+    return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=layout.means.index)

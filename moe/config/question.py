@@ -21,20 +21,13 @@ class Part(NamedTuple):
         return f"{words[:1].upper()}{words[1:]}?"
 
 
-def parts_of(question: Any, key: str = "question") -> list[Part]:
-    """Return the parts of a question in order; a text is one part.
-
-    Raises ConfigError, naming `key`, for a wrong form.
-    """
+def parts_of(question: Any) -> list[Part]:
+    """Return the parts of a question in order; a text is one part. Raises ConfigError for a wrong form."""
     if isinstance(question, str):
         return [Part(question)]
-    require(
-        isinstance(question, list) and bool(question),
-        key,
-        question,
-        "a text, or a list of parts such as {ask: Is it faster?}",
-    )
-    return [_part(part, f"{key}[{number}]") for number, part in enumerate(question)]
+    listed = isinstance(question, list) and bool(question)
+    require(listed, "question", question, "a text, or a list of parts such as {ask: Is it faster?}")
+    return [_part(part, f"question[{number}]") for number, part in enumerate(question)]
 
 
 def _part(part: Any, key: str) -> Part:

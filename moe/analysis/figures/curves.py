@@ -29,8 +29,7 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     figure = Figure(figsize=(10.8, panel_height(events[by].nunique())), layout="constrained")
     all_steps, second_half = figure.subplots(1, 2)
     for axes in (all_steps, second_half):
-        for index, level in enumerate(levels(events[by])):
-            draw_curves(axes, events[events[by] == level], "val/loss", f"{level}", line_style(index))
+        draw_curves(axes, events, "val/loss", by)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(axis_label("val/loss"))
     if late:
@@ -86,16 +85,19 @@ def draw_runs(axes: Axes, events: pd.DataFrame, column: str, look: dict[str, Any
     with_hover(line, np.insert(names[by_run], ends, ""))
 
 
-def draw_curves(axes: Axes, events: pd.DataFrame, column: str, label: str, style: dict[str, str]) -> None:
-    """Draw a column of events against the step: each run thin, their mean thick."""
-    curves = events.pivot(index="step", columns="folder", values=column).astype(float)
-    mean = curves.dropna().mean(axis=1)
-    dot = "." if len(curves) < 30 else ""  # without a dot, a single evaluation would be invisible
-    look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.5, "marker": dot, "markersize": 4}
-    draw_runs(axes, events, column, look)
-    axes.plot(
-        mean, color=style["color"], linestyle=style["linestyle"], linewidth=2.2, label=f"{label} (n={curves.shape[1]})"
-    )
+def draw_curves(axes: Axes, events: pd.DataFrame, column: str, by: str) -> None:
+    """Draw a column of events against the step, in a style for each level of `by`: each run thin, their mean thick."""
+    for index, level in enumerate(levels(events[by])):
+        style, members = line_style(index), events[events[by] == level].dropna(subset=[column])
+        if members.empty:
+            continue
+        curves = members.pivot(index="step", columns="folder", values=column).astype(float)
+        mean = curves.dropna().mean(axis=1)
+        dot = "." if len(curves) < 30 else ""  # without a dot, a single evaluation would be invisible
+        look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.5, "marker": dot, "markersize": 4}
+        draw_runs(axes, members, column, look)
+        line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 2.2}
+        axes.plot(mean, label=f"{level} (n={curves.shape[1]})", **line)
 
 
 def range_since(events: pd.DataFrame, column: str, step: float) -> tuple[float, float] | None:

@@ -15,7 +15,6 @@ from moe.analysis.figures.style import (
     RC,
     axis_label,
     interval_reach,
-    line_style,
     panel_height,
     shared_legend,
 )
@@ -85,12 +84,8 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
     figure = Figure(figsize=(8.4, 6.0 + panel_height(events[by].nunique())), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     quarter = events["step"].max() / 4
-    of_level = dict(iter(events.groupby(by)))
     for axes, column in zip(panels, ("train/loss", "val/loss", "val/perplexity"), strict=True):
-        for index, level in enumerate(levels(events[by])):
-            curves = of_level[level].dropna(subset=[column])
-            if len(curves):
-                draw_curves(axes, curves, column, f"{level}", line_style(index))
+        draw_curves(axes, events, column, by)
         axes.set(ylabel=axis_label(column), xlim=(quarter, None), ylim=range_since(events, column, quarter))
     panels[-1].set_xlabel("optimizer step, without the first quarter")
     shared_legend(figure, CURVES_TITLE)
