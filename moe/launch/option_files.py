@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe.checks import ConfigError, first_line, require
 from moe.config.keys import flatten, is_free
-from moe.config.model import ModelConfig
 from moe.config.options import CLASSES, CONF, GROUPS, WHOLE, names_its_group, sources, spec_of
-from moe.config.schema import Config
-from moe.config.sections import DataConfig, OptimizerConfig
+from moe.config.schema import defaults
 
 FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C, if it is installed; it reads no objects either
+OF_FIELDS = defaults()  # the value of each key that has one without an option
 
 
 def read_option(path: Path) -> DictConfig:
@@ -77,13 +75,9 @@ def default_of(key: str, choices: Mapping[str, str | None]) -> Any:
 
     choices: the option of each group.
     """
-    group, _, name = key.rpartition(".") if "." not in key else key.partition(".")
-    kind = {"": Config, "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}.get(group)
-    field = next((each for each in fields(kind) if each.name == name), None) if kind else None
-    default = None if field is None else field.default
-    if field is not None and field.default_factory is not MISSING:
-        default = field.default_factory()
-    owner = group or "router"  # of all parts of a run, a router alone may set keys of the whole configuration
+    group, dot, _ = key.partition(".")
+    owner = group if dot else "router"  # of all parts of a run, a router alone may set keys of the whole configuration
+    default = OF_FIELDS.get(key)
     path = sources(owner).get(str(choices.get(owner)))
     return default if path is None else values_of(owner, path).get(key, default)
 

@@ -23,7 +23,8 @@ SOFTMAX: dict[str, bool | str] = {
 }
 SIGMOID = ("deepseek_v3", "glm4_moe")
 
-# Keys of the `model` group that have a value where nobody gives one.
+# Keys of the `model` group that have a value where nobody gives one. A model of transformers has parts of its own in
+# place of most of these.
 DEFAULTED = {
     "expert": "silu",
     "embed_scale": True,
@@ -73,7 +74,7 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size"):
         where = f"{key} in config.json of model.checkpoint={name}"
         require(getattr(config, key) in sizes, where, getattr(config, key), "a dimension of one of its weights")
-    return {
+    return DEFAULTED | {
         "dim": config.hidden_size,
         "heads": config.num_attention_heads,
         "layers": config.num_hidden_layers,
@@ -83,13 +84,6 @@ def _sizes(name: str, revision: str | None) -> dict[str, Any]:
         "embed_scale": False,
         "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
         "dense_ffn": getattr(config, "intermediate_size", None) or number(config, WIDTH),
-        "shared_experts": 0,  # these parts are those of the imported model
-        "shared_gate": False,
-        "latent_dim": None,
-        "router_input": "feed_forward",
-        "router_precision": "fp32",
-        "routers": None,
-        "experts_by_layer": None,
         "dropout": 0.0,
     }
 
