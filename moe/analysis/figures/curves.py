@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from moe.analysis.figures.marks import with_hover
 from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, plain_log_labels, shared_legend
 from moe.metrics.catalog import select
-from moe.results.conditions import levels
+from moe.results.conditions import levels, narrowed
 
 CURVES_TITLE = "thin: one run, thick: mean over n runs, up to the last step that all of them reached"
 
@@ -24,6 +24,7 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     A thick line is the mean at the steps that all runs of a condition reached. `events` is
     `moe.results.table.read_event_tables(...).evals` joined with the column `by` of the runs.
     """
+    events = narrowed(events, ("folder", "seed", "step", by, "val/loss"))
     half = events["step"].max() / 2
     late = range_since(events, "val/loss", half)
     figure = Figure(figsize=(10.8, panel_height(events[by].nunique())), layout="constrained")
@@ -106,10 +107,12 @@ def range_since(events: pd.DataFrame, column: str, step: float) -> tuple[float, 
     A figure with this range leaves out earlier steps. Their losses are so much larger that the differences between
     conditions would be invisible.
     """
-    known = events.assign(**{column: events[column].astype(float)})
-    known = known[known[column].map(math.isfinite)].sort_values("step")
+    known = narrowed(events, ("folder", "step", column)).astype({column: float})
+    known = known[np.isfinite(known[column])].sort_values(["folder", "step"], kind="stable")
+    ends = np.flatnonzero(known["folder"].to_numpy()[1:] != known["folder"].to_numpy()[:-1]) + 1
+    runs = [np.split(known[name].to_numpy(dtype=float), ends) for name in ("step", column)]
     at_step = [  # where a line enters the panel, between two evaluations
-        np.interp(step, run["step"], run[column]) for _, run in known.groupby("folder") if run["step"].max() >= step
+        np.interp(step, steps, values) for steps, values in zip(*runs, strict=True) if steps.size and steps[-1] >= step
     ]
     late = pd.Series([*known.loc[known["step"] >= step, column], *at_step])
     margin = 0.05 * (late.max() - late.min())

@@ -14,6 +14,7 @@ from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import interval, over_time
 from moe.analysis.statistics import comparisons, mean_difference
 from moe.results.comparable import incomparable
+from moe.results.conditions import narrowed
 from moe.runs.traces import MILESTONES
 
 VALIDATION_LOSS = "val/loss"
@@ -107,7 +108,7 @@ def _by_share(losses: pd.Series) -> dict[float, float]:
 
 def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the validation loss against the step."""
-    events = inputs.with_condition(inputs.past.evals)
+    events = inputs.with_condition(narrowed(inputs.past.evals, ("folder", "step", VALIDATION_LOSS)))
     if VALIDATION_LOSS not in events or not events[VALIDATION_LOSS].notna().any():
         result: Figure | str = f"no run has an evaluation with {VALIDATION_LOSS}"
     elif not inputs.trained:
@@ -120,7 +121,7 @@ def learning_curves(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def gradient_norms(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the gradient norms of routers and experts, and how much a step changes their weights."""
-    trains = inputs.with_condition(inputs.past.trains)
+    trains = inputs.past.trains
     absent = "" if set(GRADIENT_METRICS) <= set(trains) else f"no run has {', '.join(GRADIENT_METRICS)}"
-    result = inputs.too_many_lines() or absent or curves.gradient_norms(trains)
+    result = inputs.too_many_lines() or absent or curves.gradient_norms(inputs.with_condition(trains))
     yield from figure_section("Gradients", [drawing("gradients", GRADIENTS_CAPTION, result)])

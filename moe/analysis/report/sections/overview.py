@@ -140,10 +140,11 @@ def _confounded_factors(tied: dict[str, str]) -> list[str]:
 
 
 def _dead_layers(runs: pd.DataFrame) -> list[str]:
+    finished = runs[runs["status"] == "finished"].filter(regex="^run$|^routing/active_experts/")
     return [
         f"{literal(row['run'])}: no token takes an expert in {', '.join(dead)}"
-        for _, row in runs[runs["status"] == "finished"].iterrows()
-        if (dead := dead_layers({str(name): value for name, value in row.items()}))
+        for row in finished.to_dict("records")
+        if (dead := dead_layers(row))
     ]
 
 
