@@ -16,7 +16,7 @@ from moe.files import shown
 from moe.planning.differences import differences
 from moe.planning.seeds import NOT_TOLD, Spread, spread_of
 from moe.results.conditions import conditions, varied_factors
-from moe.results.shipped import STUDIES, read_shipped, shipped_columns
+from moe.results.shipped import RUNS, STUDIES, read_shipped, seeds_with
 from moe.results.table import load_runs
 
 
@@ -64,8 +64,8 @@ class Sources:
     """The runs that may tell the spreads of the claims of planned cells.
 
     Those of a pilot if there is one. Otherwise, in this order: the finished runs in the folder of these cells, the
-    shipped runs of their experiment, and the shipped runs with the fewest differences that have the metric. Without a
-    pilot, only runs with two seeds of two settings at least tell a spread.
+    shipped runs of their experiment, and those of the other experiment with the most seeds that have the metric.
+    Without a pilot, only runs with two seeds of two settings at least tell a spread.
     """
 
     def __init__(self, cells: list[Cell], pilot: Path | None = None, studies: Path = STUDIES) -> None:
@@ -103,13 +103,15 @@ class Sources:
         experiment = self.cells[0].experiment
         if (same := self._shipped(experiment)) is not None:
             yield same
-        names = [path.name for path in sorted(self.studies.glob("*")) if metric in shipped_columns(path)]
-        others = [source for name in names if name != experiment and (source := self._shipped(name))]
-        yield from sorted(others, key=lambda source: len(source.differs))
+        seeds = {path.name: seeds_with(path, metric) for path in self.studies.glob("*") if path.name != experiment}
+        for name in sorted(seeds, key=lambda name: (-seeds[name], name)):
+            if seeds[name] > 1 and (other := self._shipped(name)) is not None:
+                yield other
 
     def _shipped(self, study: str) -> Source | None:
         """Return the runs of a study whose tables are shipped, if they tell a spread."""
-        if study in self._read or not shipped_columns(folder := self.studies / study):
+        folder = self.studies / study
+        if study in self._read or not (folder / RUNS).exists():
             return self._read.get(study)
         try:
             runs, past = read_shipped(folder)

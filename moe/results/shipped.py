@@ -89,12 +89,13 @@ def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
     return table_of(rows), EventTables(evals, pd.DataFrame(), [])
 
 
-def shipped_columns(folder: Path) -> set[str]:
-    """Return the columns of the table of runs in a folder; none if there is no such table, or a damaged one."""
+def seeds_with(folder: Path, metric: str) -> int:
+    """Return how many seeds have a metric in the table of runs in a folder; 0 if there is no table that can be read."""
     try:
-        return {*pd.read_csv(folder / RUNS, nrows=0)}
-    except (OSError, EOFError, ValueError, zlib.error):
-        return set()
+        table = pd.read_csv(folder / RUNS, usecols=["seed", metric])
+    except (OSError, EOFError, ValueError, zlib.error):  # ValueError: also for a table without the metric
+        return 0
+    return int(table.dropna()["seed"].nunique())
 
 
 def _read(path: Path, needed: set[str], **options: Any) -> pd.DataFrame:
