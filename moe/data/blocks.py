@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
@@ -21,21 +20,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from moe.checks import first_line, require
+from moe.checks import require
+from moe.data.cache import intact, locked, publish
 from moe.data.chat import end_ids, set_template
 from moe.data.labels import IGNORED, next_token
 from moe.data.limits import BlockSettings, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
-from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source, checksums
+from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source
 from moe.data.split import Corpus, divide
 from moe.data.table import BlockTable
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe
-from moe.files import LinkError, apply_umask, read_text, sha256, shown, sync, walk
+from moe.files import LinkError, read_text, sha256, shown
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +106,13 @@ def prepare(source: Source, settings: BlockSettings, *, cache: str, make: bool =
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache).expanduser()
     folder = root / key
-    if not _intact(folder):  # An intact one is read without the lock, which may belong to another user.
+    if not intact(folder):  # An intact one is read without the lock, which may belong to another user.
         if not make:
             raise ValueError(
                 f"data.cache={cache}: has no intact {key}, and these settings are not trusted to read the text"
             )
-        with _locked(root, key, cache):
-            if not _intact(folder):
+        with locked(root, key, cache):
+            if not intact(folder):
                 if folder.exists():
                     log.warning("%s is damaged: it is made again", folder)
                     shutil.rmtree(folder)
@@ -123,7 +122,7 @@ def prepare(source: Source, settings: BlockSettings, *, cache: str, make: bool =
                     raise LinkError(f"{unfinished} is a link: delete it")
                 log.info("reading and tokenizing the text, once; the result is kept in %s", shown(folder))
                 contents = _build(source, unfinished, settings)
-                _publish(unfinished, folder, {"key": key, **recipe, **contents})
+                publish(unfinished, folder, {"key": key, **recipe, **contents})
     return _load(folder)
 
 
@@ -382,46 +381,6 @@ def _digest(documents: Iterable[Document]) -> str:
         for field in (document.domain, document.id, document.text, *chain(*document.turns)):
             digest.update(field.encode() + b"\0")
     return digest.hexdigest()
-
-
-# ---- The cache --------------------------------------------------------------------------------------------------
-
-
-def _locked(root: Path, key: str, cache: str) -> AbstractContextManager[Any]:
-    """Wait for the lock of one entry of the cache, and hold it. Raises ValueError if the folder cannot be written."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return FileLock(root / f"{key}.lock").acquire()
-    except (OSError, NotImplementedError) as error:  # the second: the file system has no locks
-        raise ValueError(
-            f"data.cache={cache}: cannot be written ({first_line(error)}); choose another folder"
-        ) from None
-
-
-def _publish(unfinished: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Rename a complete folder to its final name, so that a folder of that name is complete even after a power cut."""
-    manifest["files"] = _file_sums(unfinished)
-    (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    apply_umask(unfinished)
-    for path in [*walk(unfinished), unfinished]:
-        sync(path)
-    unfinished.rename(folder)
-    sync(folder.parent)
-
-
-def _file_sums(folder: Path) -> dict[str, str]:
-    """Return the checksum of every file except the manifest, by path inside the folder."""
-    files = [path for path in sorted(walk(folder)) if not path.is_dir() and path.name != "manifest.json"]
-    return {Path(path).relative_to(folder).as_posix(): digest for path, digest in checksums(files).items()}
-
-
-def _intact(folder: Path) -> bool:
-    """Return whether all files have the checksums that the manifest lists."""
-    try:
-        manifest = json.loads(read_text(folder / "manifest.json"))
-        return manifest["files"] == _file_sums(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _load(folder: Path) -> Prepared:
