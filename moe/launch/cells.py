@@ -143,12 +143,13 @@ def expand_start(
             run_routers.check(cell.config)
             _check_model(cell.config)
             if same_keys_apply and not cells and not in_vain:
-                _refuse_given_in_vain([cell], [_switch_off_ignored(cell)], given, varied)
+                _refuse_given_in_vain([cell], [_ignored(cell)], given, varied)
         cells.append(cell)
-    described = [_without_ignored(*each) for each in zip(cells, composed, grid, strict=True)]
+    ignored = [*map(_ignored, cells)]
     if not in_vain:
-        _refuse_given_in_vain(cells, described, given, varied)
+        _refuse_given_in_vain(cells, ignored, given, varied)
     cells = [*map(_explicit, cells)]
+    described = [_without_ignored(*each) for each in zip(cells, ignored, composed, grid, strict=True)]
     check_distinct(cells, grid, presets + own)
     if all(cell.config.is_dense for cell in described):
         _refuse_keys_of_routing(own)
@@ -288,15 +289,15 @@ def job_cell(composed: DictConfig, hydra: Any) -> Cell:
     use()
     choices = group_choices(hydra)
     config = typed(composed, choices)
-    return _switch_off_ignored(Cell(config, Path(hydra.runtime.output_dir), str(choices.pop("experiment")), choices))
+    cell = Cell(config, Path(hydra.runtime.output_dir), str(choices.pop("experiment")), choices)
+    return _switch_off(_explicit(cell), _ignored(cell))
 
 
-def _switch_off_ignored(cell: Cell) -> Cell:
-    """Return the cell with every key switched off that does not apply to it, and the parts of a question likewise."""
-    ignored = _ignored(cell)
+def _switch_off(cell: Cell, ignored: frozenset[str]) -> Cell:
+    """Return the cell with the keys switched off that do not apply to it, and the parts of a question likewise."""
     question = applicable(cell.config.question, [claim.text for claim in cell.config.claims])
     config = replace(cell.config.without(ignored), question=question)
-    return _explicit(cell._replace(config=config, ignored=ignored))
+    return cell._replace(config=config, ignored=ignored)
 
 
 def _ignored(cell: Cell) -> frozenset[str]:
@@ -317,9 +318,9 @@ def _explicit(cell: Cell) -> Cell:
     return cell._replace(config=replace(cell.config, model=cell.config.model.explicit()))
 
 
-def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> Cell:
-    """Return the cell with every key switched off that does not apply to it, and without these keys in its name."""
-    cell = _switch_off_ignored(cell)
+def _without_ignored(cell: Cell, ignored: frozenset[str], composed: DictConfig, arguments: list[str]) -> Cell:
+    """Return the cell with the keys switched off that do not apply to it, and without these keys in its name."""
+    cell = _switch_off(cell, ignored)
     overrides = [*map(parsed, arguments)]
     if cell.folder.name != run_name(override_dirname(overrides, composed.hydra)):  # the user chose the name
         return cell
@@ -328,11 +329,11 @@ def _without_ignored(cell: Cell, composed: DictConfig, arguments: list[str]) -> 
     )
 
 
-def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[str], swept: set[str]) -> None:
+def _refuse_given_in_vain(cells: list[Cell], ignored: list[frozenset[str]], given: set[str], swept: set[str]) -> None:
     """Raise ConfigError for a key that was given another value than its default and applies to no cell.
 
-    cells: as the user wrote them. described: the same cells with the keys that do not apply to each. given: the keys
-    that the command, or the sweep of its experiment, sets to one value or to several. swept: those with several.
+    cells: as the user wrote them. ignored: the keys that do not apply to each. given: the keys that the command, or the
+    sweep of its experiment, sets to one value or to several. swept: those with several.
 
     A key for which model or data have no use (`Config.unused_keys`) is refused only with several values. A layer of
     `model.routers` must have another router than the others in one cell at least, and so with the number of experts of
@@ -344,8 +345,8 @@ def _refuse_given_in_vain(cells: list[Cell], described: list[Cell], given: set[s
     of_layers = [(cell.config.model.routers, cell.config.router) for cell in cells]
     for text in dict.fromkeys(text for text, _ in of_layers if text is not None):
         layer_routers.check_changes(text, [router for each, router in of_layers if each == text])
-    ignored = frozenset.intersection(*(cell.ignored for cell in described)) - {*DENSE_IGNORES}
-    for key in sorted(key for key in ignored if any(f"{key}.".startswith(f"{name}.") for name in given)):
+    nowhere = frozenset.intersection(*ignored) - {*DENSE_IGNORES}
+    for key in sorted(key for key in nowhere if any(f"{key}.".startswith(f"{name}.") for name in given)):
         values = dict.fromkeys(flatten(cell.config)[key] for cell in cells)
         quiet = [OFF[key], default_of(key, cells[0].choices)] if key in OFF else [default_of(key, cells[0].choices)]
         vain = [value for value in values if value not in quiet]

@@ -217,7 +217,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     a package from outside of this project.
     """
     factors = [c for c in runs if "/" not in c and c not in (*FACTS, "seed") and not is_free(c)]
-    asked = _asked(runs)
+    asked = _factors_of_grids(runs)
     factors.sort(
         key=lambda column: (
             bool(asked) and column not in asked,
@@ -248,8 +248,11 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     return list(free), tied
 
 
-def _asked(runs: pd.DataFrame) -> set[str]:
-    """Return the factors of the grids of these runs; none if some run belongs to no known grid."""
+def _factors_of_grids(runs: pd.DataFrame) -> set[str]:
+    """Return the factors of the grids of these runs; none if some run belongs to no known grid.
+
+    A table of runs knows its grids from the sweep.json of each run: see `moe.results.table.load_runs`.
+    """
     if "varied" not in runs or runs["varied"].isna().any():
         return set()
     return {factor for grid in runs["varied"].unique() for factor in json.loads(grid)}

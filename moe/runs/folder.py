@@ -162,7 +162,10 @@ def grid_name(cells: Sequence[Cell]) -> str:
 
 
 def recorded_grid(cells: Sequence[Cell]) -> Grid | None:
-    """Return the smallest grid that has all of these cells of one folder, or None. Raises RecordError as above."""
+    """Return the smallest grid in sweep.json that has all of these cells of one folder, or None, as for a single run.
+
+    It is for a command that is about to train them, before there is a table. Raises RecordError as above.
+    """
     path = cells[0].folder.parent / SweepRecord.FILE
     return SweepRecord.read(path).grid_with(*(cell.folder.name for cell in cells)) if path.exists() else None
 
