@@ -165,6 +165,17 @@ def test_without_intervals_nothing_is_called_more_than_chance(tmp_path: Path) ->
         assert "Fewer than four documents give no interval" in facts[name]
 
 
+@pytest.mark.parametrize(
+    ("rows", "why"), [(1, "needs other weights of the router"), (0, "the router has no setting k")]
+)
+def test_a_report_says_why_no_other_number_of_experts_was_tried(rows: int, why: str, tmp_path: Path) -> None:
+    content = measured()
+    content["loss_by_k"] = content["loss_by_k"][:rows]
+    facts = {each.name: each.fact for each in findings(inputs_of(tmp_path / "run", content))}
+    assert facts["Number of experts"].startswith("Not tried: ")
+    assert why in facts["Number of experts"]
+
+
 def test_the_answer_without_specialization_comes_from_the_metrics(tmp_path: Path) -> None:
     inputs = inputs_of(tmp_path / "run", None)
     assert headline(inputs) == (

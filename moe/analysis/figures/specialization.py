@@ -63,7 +63,7 @@ def _drawings(measured: list[MeasuredRun], first: list[MeasuredRun]) -> Iterator
     yield drawing("route_regret", caption, by_condition.regret_by_route(tried) if tried else UNTRIED)
     several = [run for run in measured if len(run.found["loss_by_k"]) > 1]
     caption = "Loss when tokens get fewer or more experts than in training."
-    result = by_condition.loss_by_k(several) if several else "no router has a number of experts per token as a setting"
+    result = by_condition.loss_by_k(several) if several else why_one_number(first[0].found["loss_by_k"])
     yield drawing("loss_by_k", caption, result)
     moving = [run for run in measured if run.found["landscape"]]
     caption = "Loss and share of changed choices when the routers' weights move along some directions."
@@ -121,3 +121,11 @@ def measured_runs(runs: pd.DataFrame) -> tuple[list[MeasuredRun], str]:
 def _shape(run: MeasuredRun) -> tuple[Any, ...]:
     """Return the numbers of layers and experts, and the domains. All panels of a figure must have the same."""
     return [len(load) for load in run.found["load"]], tuple(run.found["domains"])
+
+
+def why_one_number(losses: list[dict[str, Any]]) -> str:
+    """Return why a study has no loss with another number of experts per token. losses: its `loss_by_k`."""
+    if losses:
+        return "another number of experts per token needs other weights of the router, or its settings forbid it"
+    reasons = "the router has no setting k, or evaluation does not use it, or layers have different routers"
+    return f"no other number of experts per token can be tried: {reasons}"

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from moe.analysis.figures.expert_grids import MeasuredRun, to_array
-from moe.analysis.figures.specialization import measured_runs
+from moe.analysis.figures.specialization import measured_runs, why_one_number
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import p_equals
@@ -214,6 +214,7 @@ def _numbers_of_experts(found: dict[str, Any]) -> Iterator[Finding]:
     own = min((row["k"] for row in rows), key=lambda k: abs(k - used), default=0)
     others = {row["k"]: row["difference"] for row in rows if row["k"] != own}
     if not others:
+        yield Finding("Number of experts", "", f"Not tried: {why_one_number(rows)}.")
         return
     parts = [f"{_signed(each['mean'])}{_interval(each['low'], each['high'])} with {k}" for k, each in others.items()]
     fact = f"Difference from the loss with {own} for each token, in nats per token: {'; '.join(parts)}."
