@@ -74,7 +74,7 @@ the machine slows both. `python -m moe.bench routers --json docs/{file}` measure
 LEAGUE = """
 *League* is the difference of `{metric}` from that with `{reference}` in nats per token, with its 95 % interval, over
 {seeds} seeds of [a study at equal work](studies/router_league.md): better or worse if the interval leaves out 0. All
-intervals hold together (Dunnett 1955). A router that sees later tokens has none, because its loss is not comparable.
+intervals hold together. A router that sees later tokens has none, because its loss is not comparable.
 Neither has a router that the study leaves out or does not have yet."""
 TWO_MODELS = """
 *Speed* and *league* are about different models, so one column does not explain the other: for the speed, the experts of
@@ -172,7 +172,7 @@ def router_verdicts(folder: Path) -> tuple[str, dict[str, str]]:
         + f", {verdict(each.low, each.high)}"
         for each in ranked.itertuples()
     }
-    return LEAGUE.format(metric=metric, reference=PLAIN, seeds=found.layout.seeds), {PLAIN: "reference"} | verdicts
+    return LEAGUE.format(metric=metric, reference=PLAIN, seeds=len(found.values)), {PLAIN: "reference"} | verdicts
 
 
 def router_size(router: Router) -> list[str]:

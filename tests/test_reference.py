@@ -16,7 +16,7 @@ import pytest
 from run_folders import write_metrics, write_record
 
 import moe
-from moe.analysis.simultaneous import block, to_reference
+from moe.analysis.simultaneous import to_reference
 from moe.bench.routers import COLUMN
 from moe.checks import plain
 from moe.config.meanings import all_keys
@@ -157,7 +157,7 @@ def test_the_page_of_routers_has_the_speeds_that_the_benchmark_wrote(tmp_path: P
 
 
 def test_the_page_of_routers_has_the_verdicts_of_the_shipped_league(tmp_path: Path) -> None:
-    """The intervals are those of Dunnett. Runs that tuned do not count, and a router that is not causal has none."""
+    """The intervals hold together. Runs that tuned do not count, and a router that is not causal has none."""
     assert router_verdicts(tmp_path / "none") == ("", {})
     losses = {"topk": 3.0, "oracle": 2.8, "hash": 3.2, "cosine": 3.001, "soft_moe": 2.0}
     rng = np.random.default_rng(1)
@@ -178,7 +178,7 @@ def test_the_page_of_routers_has_the_verdicts_of_the_shipped_league(tmp_path: Pa
         "hash": "worse",
         "cosine": "undecided",
     }
-    gap = to_reference(block(runs[runs["causal"]].pivot_table("test/loss", "seed", "router")), "topk").loc["hash"]
+    gap = to_reference(runs[runs["causal"]].pivot_table("test/loss", "seed", "router"), "topk").loc["hash"]
     assert verdicts["hash"] == plain(f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}], worse")
     assert "over\n4 seeds of" in text
     assert "test/loss" in text

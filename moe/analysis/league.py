@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.analysis.simultaneous import Block, block, ranks, to_reference
+from moe.analysis.simultaneous import ranks, to_reference
 from moe.results.conditions import by_seed, conditions, levels
 
 ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
@@ -18,12 +18,11 @@ class League(NamedTuple):
 
     table: a row for each router, with the mean over the seeds that all ranked routers have, n, rank, best rank, worst
     rank, difference, low and high; what a router that is not ranked lacks is NaN. values: the losses by seed of the
-    ranked routers. layout: their means and spread.
+    ranked routers.
     """
 
     table: pd.DataFrame
     values: pd.DataFrame
-    layout: Block
 
 
 def losses_by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -42,15 +41,14 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
     complete = values[[name for name in values if name not in later]].dropna()
     if len(complete.columns) < LEAST or complete.empty or reference not in complete:
         return None
-    layout = block(complete)
-    rank = ranks(layout)
+    rank = ranks(complete)
     order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
     table = (
         pd.DataFrame({"mean": values.loc[complete.index].mean(), "n": values.count()})
         .join(rank)
-        .join(to_reference(layout, reference))
+        .join(to_reference(complete, reference))
     )
-    return League(table.loc[order], complete, layout)
+    return League(table.loc[order], complete)
 
 
 def without_place(runs: pd.DataFrame, found: League, metric: str) -> list[str]:

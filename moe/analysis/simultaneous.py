@@ -5,14 +5,11 @@ that for itself.
 """
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy import stats
-from scipy.optimize import brentq
 
 from moe.analysis.statistics import CONFIDENCE, has_no_spread
 
@@ -42,7 +39,7 @@ def over_time(differences: Float[np.ndarray, "N T"]) -> float:
     seeds, times = differences.shape
     if seeds < 2:
         return math.nan
-    most = float(stats.t.ppf(1 - (1 - CONFIDENCE) / 2 / times, seeds - 1))
+    most = bonferroni(times, seeds)
     spread = differences.std(axis=0, ddof=1)
     if times < 2 or not (spread > 0).all():
         return most
@@ -53,79 +50,42 @@ def over_time(differences: Float[np.ndarray, "N T"]) -> float:
     return min(most, float(np.quantile(np.abs(t).max(axis=1), CONFIDENCE)))
 
 
-class Block(NamedTuple):
-    """Settings that every seed has: their means, and the spread that they share.
+def to_reference(values: pd.DataFrame, reference: object) -> pd.DataFrame:
+    """Return each setting's difference from the reference, with intervals that hold together.
 
-    spread: standard deviation of one run after the effects of seed and setting, pooled over the settings, with
-    (n - 1)(m - 1) degrees of freedom.
+    values: a row for each seed and a column for each setting, without gaps.
     """
-
-    means: pd.Series
-    seeds: int
-    spread: float
-    freedom: int
-
-    @property
-    def error(self) -> float:
-        """The standard error of the difference of two means."""
-        return self.spread * math.sqrt(2 / self.seeds)
-
-
-def block(values: pd.DataFrame) -> Block:
-    """Return the two-way layout of values, a row for each seed and a column for each setting, without gaps.
-
-    This is a mixed model with a random effect of the seed; settings have one spread.
-    """
-    table = values.to_numpy(dtype=float)
-    seeds, settings = table.shape
-    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
-    freedom = (seeds - 1) * (settings - 1)
-    spread = math.sqrt((rest**2).sum() / freedom) if freedom else math.nan
-    return Block(values.mean(), seeds, spread, freedom)
-
-
-def to_reference(layout: Block, reference: object) -> pd.DataFrame:
-    """Return each setting's difference from the reference with simultaneous intervals (Dunnett 1955)."""
-    factor = dunnett(len(layout.means) - 1, layout.freedom) if layout.freedom else math.nan
-    difference = layout.means - layout.means[reference]
-    reach = (factor * layout.error) * (difference.index != reference)
+    differences = values.sub(values[reference], axis=0)
+    difference, reach = differences.mean(), _reach(differences.to_numpy(dtype=float), values.shape[1] - 1)
     return pd.DataFrame({"difference": difference, "low": difference - reach, "high": difference + reach})
 
 
-@lru_cache
-def dunnett(comparisons: int, freedom: int) -> float:
-    """Return the 95 % quantile of the largest |t| of comparisons with one common reference of the same size.
-
-    Each difference is Z_i - Z_0 over sqrt(2) S, so that for given Z_0 and S they are independent. The two integrals are
-    sums over quantiles of Z_0 and of S.
-    """
-    quantiles = (np.arange(400) + 0.5) / 400
-    common = stats.norm.ppf(quantiles)[:, None]
-    spread = np.sqrt(stats.chi2.ppf(quantiles, freedom) / freedom)[None, :]
-
-    def covered(factor: float) -> float:
-        reach = factor * math.sqrt(2) * spread
-        inside = stats.norm.cdf(common + reach) - stats.norm.cdf(common - reach)
-        return float((inside**comparisons).mean())
-
-    return float(brentq(lambda factor: covered(factor) - CONFIDENCE, 1.0, 200.0))
-
-
-@lru_cache
-def tukey(settings: int, freedom: int) -> float:
-    """Return the 95 % quantile of the largest |t| of all differences of so many means (studentized range / sqrt(2))."""
-    return float(stats.studentized_range.ppf(CONFIDENCE, settings, freedom) / math.sqrt(2))
-
-
-def ranks(layout: Block) -> pd.DataFrame:
+def ranks(values: pd.DataFrame) -> pd.DataFrame:
     """Return the rank of each setting by its mean, and an interval; all intervals hold together in 95 % of cases.
 
-    Two settings are told apart if their difference exceeds the quantile of the studentized range (Tukey). The best rank
-    of a setting is one more than the number of settings that are certainly better (Al Mohamad et al., 1708.02428).
+    values: as in `to_reference`. Two settings are told apart if the interval of their difference leaves out 0, among
+    those of all pairs. The best rank of a setting is one more than the number of settings that are certainly lower (Al
+    Mohamad et al., 1708.02428).
     """
-    values = layout.means.to_numpy()
-    bound = tukey(len(values), layout.freedom) * layout.error if layout.freedom else math.inf
-    gaps = values[:, None] - values[None, :]
-    low, high = 1 + (gaps > bound).sum(axis=1), len(values) - (gaps < -bound).sum(axis=1)
-    rank = layout.means.rank(method="min").astype(int)
-    return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=layout.means.index)
+    table, number = values.to_numpy(dtype=float), values.shape[1]
+    pairs = table[:, :, None] - table[:, None, :]
+    gaps, bound = pairs.mean(axis=0), np.nan_to_num(_reach(pairs, number * (number - 1) // 2), nan=math.inf)
+    low, high = 1 + (gaps > bound).sum(axis=1), number - (gaps < -bound).sum(axis=1)
+    rank = values.mean().rank(method="min").astype(int)
+    return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=values.columns)
+
+
+def _reach(differences: Float[np.ndarray, "N *M"], comparisons: int) -> Float[np.ndarray, "*M"]:
+    """Return how far the intervals of so many comparisons reach, each by its own spread; NaN for a single seed."""
+    seeds = len(differences)
+    if seeds < 2:
+        return np.full(differences.shape[1:], math.nan)
+    return bonferroni(comparisons, seeds) * differences.std(axis=0, ddof=1) / math.sqrt(seeds)
+
+
+def bonferroni(comparisons: int, seeds: int) -> float:
+    """Return the factor for the standard errors of so many means over n seeds that makes their intervals hold together.
+
+    It holds for any spreads and correlations of the means.
+    """
+    return float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, seeds - 1))

@@ -26,7 +26,7 @@ from moe.analysis.report.sections.best_setting import (
 )
 from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_matters, league, order_of_routers
 from moe.analysis.sentences import with_interval
-from moe.analysis.simultaneous import block, to_reference
+from moe.analysis.simultaneous import to_reference
 from moe.results.table import load_runs
 
 
@@ -73,7 +73,7 @@ def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_p
     assert by_router.loc["hash", "95 % interval of the rank"] == "3 to 4", "as good as balanced_random"
     assert by_router.loc["expert_choice (not causal)", ["rank", "causal"]].tolist() == ["–", "no"]
     runs = inputs.runs[inputs.runs["causal"]]
-    gap = to_reference(block(runs.pivot_table("val/loss", "seed", "router")), "topk").loc["oracle"]
+    gap = to_reference(runs.pivot_table("val/loss", "seed", "router"), "topk").loc["oracle"]
     expected = f"{gap['difference']:+.3f} [{gap['low']:.3f}, {gap['high']:.3f}]".replace("-", "\N{MINUS SIGN}")
     compared = "difference from topk [interval, all together]"
     assert by_router.loc["oracle", compared].replace("-", "\N{MINUS SIGN}") == expected

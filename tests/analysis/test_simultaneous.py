@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moe.analysis.simultaneous import block, dunnett, over_time, ranks, to_reference
+from moe.analysis.simultaneous import over_time, ranks, to_reference
 
 
 @pytest.mark.parametrize("seeds", [3, 6])
@@ -35,28 +35,33 @@ def test_the_factor_over_time_lies_between_student_and_bonferroni() -> None:
     assert math.isnan(over_time(apart[:1]))
 
 
-def test_dunnett_agrees_with_student_and_with_scipy() -> None:
-    assert dunnett(1, 10) == pytest.approx(stats.t.ppf(0.975, 10), rel=2e-3)
-    groups = np.random.default_rng(0).standard_normal((4, 4))
-    interval = stats.dunnett(*groups[1:], control=groups[0], rng=np.random.default_rng(0)).confidence_interval()
-    error = math.sqrt(groups.var(axis=1, ddof=1).mean() * 2 / 4)
-    assert dunnett(3, 12) == pytest.approx((interval.high - interval.low)[0] / 2 / error, rel=5e-3)
-
-
-def test_no_router_is_told_apart_from_others_of_the_same_mean() -> None:
-    rng, repeats = np.random.default_rng(0), 150
+@pytest.mark.parametrize("spread", ["equal", "x4", "seeds respond"])
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_no_router_is_told_apart_from_others_of_the_same_mean(seeds: int, spread: str) -> None:
+    rng, repeats = np.random.default_rng(0), 200
     wrong_rank = wrong_difference = 0
     for _ in range(repeats):
-        layout = block(pd.DataFrame(rng.normal(0, 1, (3, 6)) + rng.normal(0, 5, (3, 1)), columns=list("abcdef")))
-        wrong_rank += bool((ranks(layout)[["best rank", "worst rank"]] != [1, 6]).any(axis=None))
-        table = to_reference(layout, "a")
-        wrong_difference += bool(((table["low"] > 0) | (table["high"] < 0)).any())
-    assert max(wrong_rank, wrong_difference) / repeats <= 0.1, "5 % in the long run"
+        values = rng.normal(0, [1, 1, 1, 1, 1, 4 if spread == "x4" else 1], (seeds, 6)) + rng.normal(0, 5, (seeds, 1))
+        values += rng.normal(0, spread == "seeds respond", (seeds, 1)) * np.linspace(-2, 2, 6)
+        table = pd.DataFrame(values, columns=list("abcdef"))
+        wrong_rank += bool((ranks(table)[["best rank", "worst rank"]] != [1, 6]).any(axis=None))
+        difference = to_reference(table, "a")
+        wrong_difference += bool(((difference["low"] > 0) | (difference["high"] < 0)).any())
+    assert max(wrong_rank, wrong_difference) <= stats.binom.ppf(0.999, repeats, 0.05), "5 % in the long run"
+
+
+def test_the_differences_of_a_league_have_the_intervals_of_paired_t_tests_after_the_correction() -> None:
+    values = pd.DataFrame(np.random.default_rng(0).normal(size=(4, 3)), columns=list("abc"))
+    found = to_reference(values, "a").loc["c"]
+    test = stats.ttest_rel(values["c"], values["a"]).confidence_interval(1 - 0.05 / 2)
+    assert found.tolist() == pytest.approx([(values["c"] - values["a"]).mean(), test.low, test.high])
+    assert to_reference(values, "a").loc["a"].tolist() == [0, 0, 0]
+    assert to_reference(values[:1], "a").loc["c", ["low", "high"]].isna().all()
 
 
 def test_ranks_follow_differences_that_are_clear() -> None:
     values = pd.DataFrame({"best": [1.0, 2.0, 3.0], "same": [1.001, 2.0, 2.999], "worst": [2.0, 3.001, 4.0]})
-    table = ranks(block(values))
+    table = ranks(values)
     assert table.loc["worst"].tolist() == [3, 3, 3]
     assert table.loc["best", ["best rank", "worst rank"]].tolist() == [1, 2]
-    assert ranks(block(values[:1])).loc["worst"].tolist() == [3, 1, 3], "one seed tells nothing apart"
+    assert ranks(values[:1]).loc["worst"].tolist() == [3, 1, 3], "one seed tells nothing apart"

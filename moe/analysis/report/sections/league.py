@@ -38,16 +38,14 @@ COST = {
 }
 LEAGUE_EXPLAINED = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
-{reference}, paired by seed. Their intervals are corrected for the number of routers: in 95 % of cases all of them
-contain the true differences (Dunnett 1955). The verdict of a row compares the router with {reference} alone: better or
-worse if its interval leaves out 0. Verdicts elsewhere in this report are corrected for all of its tests, so they may be
-undecided where a row of this table is not. Ranks compare all pairs of routers: a router's best rank is 1 plus the
-number of routers that are certainly better (Tukey's test). Their intervals hold together too. They are about more
-comparisons and so know less about each: a router may be worse than {reference} by its verdict, although the intervals
-of their ranks overlap. Both kinds of intervals take one spread for all routers, {spread:.2g}, from
-{freedom} degrees of freedom. The spread of single routers is between {least:.2g} and {most:.2g}: for a router that
-spreads more than the others, the intervals are too narrow. Routers that see later tokens have no rank, because their
-losses are not comparable. Costs are medians; speed depends on what else the machine did."""
+{reference}, paired by seed, each with its own spread. Their intervals are corrected for the number of routers: in 95 %
+of cases all of them contain the true differences (Bonferroni's correction). The verdict of a row compares the router
+with {reference} alone: better or worse if its interval leaves out 0. Verdicts elsewhere in this report are corrected
+for all of its tests, so they may be undecided where a row of this table is not. Ranks compare all pairs of routers: a
+router's best rank is 1 plus the number of routers that are certainly better. Their intervals hold together too. They
+are about more comparisons and so know less about each: a router may be worse than {reference} by its verdict, although
+the intervals of their ranks overlap. Routers that see later tokens have no rank, because their losses are not
+comparable. Costs are medians; speed depends on what else the machine did."""
 MATTERS_EXPLAINED = """\
 `{random}` deals tokens to experts at random and evenly in training, and `{oracle}` knows the domain of each text. The
 share is how much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as
@@ -234,18 +232,7 @@ def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str,
 
 
 def _explained(found: League, reference: Any, metric: str) -> str:
-    values, layout = found.values, found.layout
-    rest = values.sub(values.mean(axis=1), axis=0)
-    spreads = (rest - rest.mean()).std(ddof=1) if len(values) > 1 else pd.Series([math.nan])
-    return LEAGUE_EXPLAINED.format(
-        metric=f"`{metric}`",
-        seeds=layout.seeds,
-        reference=literal(str(reference)),
-        spread=layout.spread,
-        freedom=layout.freedom,
-        least=spreads.min(),
-        most=spreads.max(),
-    )
+    return LEAGUE_EXPLAINED.format(metric=f"`{metric}`", seeds=len(found.values), reference=literal(str(reference)))
 
 
 def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) -> pd.DataFrame:
