@@ -61,7 +61,7 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     if missing.any():
         rows, used = _mixed(table), _used(table, factors)
     else:
-        rows, used = _within_seeds(values, _sizes(table)), f"all {values.size}"
+        rows, used = tests_of_terms(values, _sizes(table)), f"all {values.size}"
     result = pd.DataFrame([{"term": _name(term, factors)} | row for term, row in rows])
     result.insert(0, "metric", metric)
     return result.assign(runs=used)
@@ -95,7 +95,7 @@ def _scale(values: np.ndarray) -> np.float64:
     return np.float64(np.nanmax(np.abs(values)))
 
 
-def _within_seeds(values: np.ndarray, sizes: list[int]) -> Iterator[tuple[Term, dict[str, Any]]]:
+def tests_of_terms(values: np.ndarray, sizes: list[int]) -> Iterator[tuple[Term, dict[str, Any]]]:
     """Yield the test of every term from values (seeds, cells), and the row of the seed as the empty term.
 
     The columns of a term's basis are orthonormal contrasts of the cells. One value per seed and contrast then holds

@@ -19,6 +19,7 @@ from moe.analysis.sentences import SIGNIFICANT, standing
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.candidates import looks_table, variance_table
+from moe.bench.kinds import kinds_table
 from moe.bench.options import several, whole
 from moe.bench.timing import TimingTable
 from moe.bench.workers import workers
@@ -52,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
-    """Compare ways to test and rules for adding seeds, then simulate whole reports, each row in a process of its own.
+    """Try all kinds of claims, other tests and rules for more seeds, then whole reports, a row in a process of its own.
 
     The tables of reports show the share of those that name an effect.
     """
+    yield kinds_table(arguments.tests)
     yield variance_table(arguments.tests)
     yield looks_table(arguments.tests)
     cases = [list(product([experiment], arguments.seeds, SPREADS)) for experiment in arguments.experiments]

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from moe.bench.candidates import (
     EVALUATIONS,
+    SPREADS,
     SPREADS_FROM,
     TEXT_BIAS,
     TEXT_SHARE,
@@ -15,6 +16,7 @@ from moe.bench.candidates import (
     paired,
     simulated,
 )
+from moe.bench.kinds import KINDS
 from moe.config.options import CONF
 from moe.results.conditions import by_seed, conditions, varied_factors
 from moe.results.shipped import read_shipped
@@ -27,6 +29,14 @@ def test_moderated_variances_err_where_spreads_differ() -> None:
     assert (paired(values.last)[:, -1] <= 0.05).mean() < 0.07
     assert (moderated(values.last)[:, -1] <= 0.05).mean() > 0.15
     assert special.polygamma(1, inverse_trigamma(np.array([0.01, 1.0, 40.0]))) == pytest.approx([0.01, 1.0, 40.0])
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_no_kind_of_test_errs_more_often_than_its_level_says(spread: str) -> None:
+    values, highest = simulated(3, spread, 2000).last, stats.binom.ppf(0.9999, 2000, 0.05) / 2000
+    rates = {name: float(errs(values).mean()) for name, errs in KINDS.items() if name != "ANOVA"}
+    assert max(rates.values()) <= highest, rates
+    assert rates["higher"] == pytest.approx(0.05, abs=0.02)
 
 
 def test_more_text_and_the_last_evaluations_spread_less_by_what_their_spreads_say() -> None:
