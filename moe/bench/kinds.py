@@ -15,7 +15,7 @@ from moe.bench.timing import TimingTable
 
 Values = Float[np.ndarray, "S n L"]
 MARGIN = 3.0  # of a claim of equivalence, in standard deviations of a run
-SLOWER = 4  # of so many studies, one has an analysis of variance
+SLOWER = 10  # of so many studies, one has an analysis of variance
 
 
 def kinds_table(studies: int) -> TimingTable:
