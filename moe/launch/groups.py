@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from copy import copy
 from functools import cache
 
 from hydra import compose
@@ -19,6 +20,12 @@ class FilesReadOnce(ConfigRepository):
 
     Hydra reads some thirty files for each composition, which takes a third of its time.
     """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "FilesReadOnce":
+        """Return a reader to which other folders can be given. Hydra makes one for each composition."""
+        reader = copy(self)
+        reader.sources = [*self.sources]
+        return reader
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         """Return a copy of what Hydra reads from the first folder that has this option, or None."""
