@@ -16,7 +16,7 @@ from scipy.interpolate import PchipInterpolator
 
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import comparisons, name_cell
-from moe.results.comparable import incomparable
+from moe.results.comparable import TEXT, TOKENIZER, incomparable
 from moe.results.conditions import conditions
 from moe.results.table import read_event_tables
 
@@ -24,8 +24,10 @@ LOSS = "val/loss"
 FLOPS, SECONDS, ACTIVE, TOTAL = "FLOPs", "seconds", "active parameters", "total parameters"
 PARAMETERS = {ACTIVE: "parameters.active", TOTAL: "parameters.total"}
 MEASURED = "measured"  # seconds of these runs, on a machine that the reader calls idle
+OF_COMPARISONS = ("folder", "seed", "status", "causal", "place", LOSS, *PARAMETERS.values(), *TEXT, TOKENIZER)
 CLOSE = 0.01  # costs that differ by this share are equal
 NOTHING_IN_COMMON = "the two have no cost in common"
+BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
 
 
@@ -58,6 +60,11 @@ Curves = dict[Any, pd.DataFrame]  # seed -> columns cost and loss, in rising ord
 def is_scale(factor: str) -> bool:
     """Return whether a factor changes the size of a run."""
     return factor in SCALES or factor.startswith("model.")
+
+
+def is_budget(runs: pd.DataFrame, factor: str) -> bool:
+    """Return whether the levels of a factor are budgets of training compute."""
+    return factor == BUDGET and bool(runs[factor].astype(str).str.startswith("budget_").all())
 
 
 def training_curves(
@@ -111,13 +118,15 @@ def paired_sides(
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
     """Yield the comparisons of finished runs; at equal parameters the runs of all sizes make one comparison.
 
-    Numbers of steps are not compared: at equal cost a longer run is a run that has not ended.
+    Numbers of steps and budgets are not compared: at equal cost a longer run is a run that has not ended. The runs have
+    the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table.
     """
-    finished = runs[runs["status"] == "finished"]
+    columns = [column for column in runs if column in (*OF_COMPARISONS, *factors)]
+    finished = runs.loc[runs["status"] == "finished", columns]
     kept = [factor for factor in factors if not (cost in PARAMETERS and is_scale(factor))]
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):
-        if names["factor"] != "steps":
+        if names["factor"] != "steps" and not is_budget(runs, names["factor"]):
             yield names, treated, baseline
 
 

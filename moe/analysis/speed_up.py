@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from moe.analysis.scaling import COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
 
+SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
@@ -25,6 +26,13 @@ class SpeedUp(NamedTuple):
     times: Estimate
     misfit: float
     doubts: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """Whether the arm saves compute, costs more, or is not told apart, by the interval and the curve's misfit."""
+        if self.times.low > self.misfit:
+            return SAVES
+        return COSTS_MORE if self.times.high < 1 / self.misfit else NOT_APART
 
 
 def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESAMPLES) -> list[SpeedUp]:

@@ -15,7 +15,7 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, Paragraph, TableBlock
 from moe.analysis.report.inputs import collect_inputs
-from moe.analysis.report.sections.cost import _speed_up_row
+from moe.analysis.report.sections.cost import speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import speed_up
@@ -108,7 +108,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     assert found.doubts == ["FLOPs 1.49 times beyond the runs"]
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
     assert beyond.needed == beyond.times.value == math.inf
-    assert _speed_up_row(beyond)["times the compute"] == "no budget reaches it"
+    assert speed_up_row(beyond)["times the compute"] == "no budget reaches it"
     assert "below L_inf" in beyond.doubts[-1]
     three = baseline[baseline["FLOPs"] < 5e12]
     [few] = speed_up(three, far)
@@ -123,7 +123,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     [flat_one] = speed_up(flat, far)
     assert any("no interval, because" in doubt and "at a bound" in doubt for doubt in flat_one.doubts)
     assert np.isnan(flat_one.times[1:]).all()
-    assert len(str(_speed_up_row(flat_one)["curve's error"])) < 10, "no number of 300 digits"
+    assert len(str(speed_up_row(flat_one)["curve's error"])) < 10, "no number of 300 digits"
 
 
 def test_a_doubt_says_when_resamples_reach_a_bound() -> None:

@@ -17,6 +17,7 @@ from moe.analysis.equal_cost import (
     SECONDS,
     TOTAL,
     equal_cost,
+    is_budget,
     is_scale,
     paired_sides,
     points,
@@ -46,20 +47,23 @@ Memory is that of the whole process. Speed depends on what else the machine did.
 EQUAL_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
 t interval. The cost is the largest that all runs of a comparison have reached; losses between two evaluations are
-interpolated. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so
-it looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between
-two that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often
-(`eval_every`) to lower it. This table describes; a claim with `at` tests."""
+interpolated. Settings whose FLOPs differ by less than 1 % are left out there: they are compared at equal FLOPs
+elsewhere. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so it
+looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between two
+that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
+to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
-L_inf + A C^-alpha is fitted through the reference's runs. The interval is a 95 % t interval of the log, with the spread
-of {resamples} resamples of the seeds, which are the same for both levels. A value above 1 saves compute.
-`curve's error` is the largest factor that the curve gives the reference itself, where 1 would be right: a level whose
-value is not further from 1 than that is not told apart from it."""
+L_inf + A C^-alpha is fitted through the reference's runs. The interval is a 95 % t interval of the log, with the
+spread of {resamples} resamples of the seeds, which are the same for both levels. A value above 1 saves compute.
+`curve's error` is the largest factor that the curve gives the reference itself, where 1 would be right: a level is
+told apart from the reference only if its whole interval is further from 1 than that. Nothing is tested, and each
+interval is for its row alone."""
 FROM_CURVES = """\
 The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
 curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
 distorted. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
+NO_TABLE = "No two settings that are compared differ in {cost} and can be read at equal {cost}."
 RESAMPLES = 200
 EQUAL_CAPTION = """\
 Difference of the validation loss from the reference level at equal {cost}. Each point is the mean over paired seeds,
@@ -99,10 +103,11 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     }
     differ = {cost: _differ(values) for cost, values in of_run.items() if values.notna().any()}
     wanted = [cost for cost, differs in differ.items() if differs] + ([SECONDS] if seconds is not None else [])
-    found = {cost: equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost) for cost in wanted}
-    found = {cost: table for cost, table in found.items() if len(table)}
+    tables = {cost: _by_cost(inputs, curves, cost) for cost in wanted}
+    found = {cost: table for cost, table in tables.items() if len(table)}
+    empty = [NO_TABLE.format(cost=cost) for cost in tables if cost not in found]
     yield Heading("At equal cost")
-    yield BulletList([*_equal_anyway(differ), _about_seconds(seconds)])
+    yield BulletList([*_equal_anyway(differ), *empty, _about_seconds(seconds)])
     if not found:
         return
     yield Paragraph(EQUAL_EXPLAINED)
@@ -145,6 +150,23 @@ def _cell(row: Any) -> str:
     return with_interval(row.value, row.low, row.high, least=3) + early + between
 
 
+def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Return the comparisons at one cost; none if no two settings have it in common.
+
+    At equal FLOPs, comparisons of two settings that cost the same after the last step are left out.
+    """
+    table = equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost)
+    if not (table["n"] > 0).any():
+        return table[:0]
+    return table[(table["n"] == 0) | (table["share"] < 1 - CLOSE)] if cost == FLOPS else table
+
+
+def equal_flops(inputs: ReportInputs, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the comparisons at equal training FLOPs of settings that do not cost the same, with a column `cell`."""
+    table = _by_cost(inputs, curves, FLOPS)
+    return table.assign(cell=[_cell(row) for row in table.itertuples()])
+
+
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:
     names = {FLOPS: "training FLOPs"}
     same = [names.get(cost, cost) for cost, differs in differ.items() if not differs]
@@ -169,21 +191,10 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield how many times as much compute the reference level needs for the loss of each level."""
     if inputs.contrasts.empty or LOSS not in inputs.runs:
         return
-    curves = training_curves(inputs.runs, inputs.past.evals)
-    rows, drawn = list[dict[str, object]](), list[Row]()
-    from_curves = False
-    factors = [factor for factor in inputs.factors if not is_scale(factor)]
-    references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
-    for names, treated, baseline in list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
-        runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
-        try:
-            found = speed_up(
-                points(baseline, curves, last=runs_alone), points(treated, curves, last=True), resamples=RESAMPLES
-            )
-        except ValueError:
-            continue  # too few points
-        from_curves = from_curves or not runs_alone
-        rows += [names | _speed_up_row(each) for each in found]
+    rows, drawn, from_curves = list[dict[str, object]](), list[Row](), False
+    for names, found, of_curves in found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals)):
+        from_curves = from_curves or of_curves
+        rows += [names | speed_up_row(each) for each in found]
         drawn += [_drawn_speed_up(levels_compared(SimpleNamespace(**names)), each, len(found)) for each in found]
     if not rows:
         return
@@ -195,6 +206,24 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     table = pd.DataFrame(rows)
     yield TableBlock(table)
     yield csv_file("speed_up", table, "this table.")
+
+
+def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[SpeedUp], bool]]:
+    """Yield each comparison of levels that has an effective speed-up: its names, and the speed-up at each budget.
+
+    The last part says whether the reference has too few budgets, so that the evaluations of its runs take their place.
+    """
+    factors = [factor for factor in inputs.factors if not (is_scale(factor) or is_budget(inputs.runs, factor))]
+    references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
+    for names, treated, baseline in list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
+        runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
+        try:
+            found = speed_up(
+                points(baseline, curves, last=runs_alone), points(treated, curves, last=True), resamples=RESAMPLES
+            )
+        except ValueError:
+            continue  # too few points
+        yield names, found, not runs_alone
 
 
 def _speed_up_figure(rows: list[Row]) -> Figure | str:
@@ -216,13 +245,15 @@ def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
     return Row(name, value, low, high, leaves_out(low, high, 1.0), text, (1 / misfit, misfit))
 
 
-def _speed_up_row(found: SpeedUp) -> dict[str, object]:
+def speed_up_row(found: SpeedUp) -> dict[str, object]:
+    """Return the cells of a speed-up in a table."""
     times = found.times
     text = "no budget reaches it" if math.isinf(times.value) else _times(times.value)
     text += f" [{_times(times.low)}, {_times(times.high)}]" if not math.isnan(times.low) else ""
     return {
         "training FLOPs": f"{found.budget:.3g}",
         "loss": found.loss,
+        "verdict": found.verdict,
         "times the compute": text,
         "curve's error": _times(found.misfit),
         "doubts": "; ".join(found.doubts),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.equal_cost import ACTIVE, FLOPS, LOSS, is_scale
+from moe.analysis.equal_cost import ACTIVE, FLOPS, LOSS, is_budget, is_scale
 from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
@@ -18,7 +18,6 @@ from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
 
-BUDGET = "variant"  # the arms budget_... change the number of steps
 RESAMPLES = 200
 FURTHER = 2.0  # how many times as large, and on how many times as many tokens, the extrapolated run is
 LAW_EXPLAINED = """\
@@ -138,7 +137,7 @@ def _in_words(cell: dict[str, Any], points: pd.DataFrame, law: Law, found: Fit) 
 def _of_settings(inputs: ReportInputs) -> Iterator[_Fitted]:
     if inputs.search or LOSS not in inputs.runs:
         return
-    others = [factor for factor in inputs.factors if not (is_scale(factor) or _is_budget(inputs.runs, factor))]
+    others = [factor for factor in inputs.factors if not (is_scale(factor) or is_budget(inputs.runs, factor))]
     for cell, members in conditions(inputs.runs[inputs.runs["status"] == "finished"], others):
         points = _points(members)
         law = Law(((ACTIVE, EXPERTS) if points[EXPERTS].nunique() > 1 else (ACTIVE,), (TOKENS,)))
@@ -174,10 +173,6 @@ def _size(size: float, low: float, high: float) -> str:
     rounded = [f"{float(f'{each:.3g}'):,.0f}" for each in (size, low, high) if math.isfinite(each)]
     interval = f" [{', '.join(rounded[1:])}]" if rounded[1:] else ""
     return f"{rounded[0]}{interval} active parameters"
-
-
-def _is_budget(runs: pd.DataFrame, factor: str) -> bool:
-    return factor == BUDGET and bool(runs[factor].astype(str).str.startswith("budget_").all())
 
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
