@@ -20,6 +20,7 @@ from moe.analysis.equal_cost import (
     SECONDS,
     difference,
     equal_cost,
+    paired_sides,
     points,
     training_curves,
 )
@@ -27,7 +28,7 @@ from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportOptions, collect_inputs
-from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, speed_ups
+from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, equal_flops, speed_ups
 from moe.analysis.sentences import UNTESTED
 from moe.checks import plain
 from moe.config.claim import ClaimConfig
@@ -89,6 +90,13 @@ def test_at_equal_flops_a_router_that_costs_more_is_read_earlier() -> None:
     late = np.array([by_run[f"b1000{s}"] - by_run[f"a1000{s}"] for s in range(4)]) + math.log2(1.6) / 10
     assert row["value"] == pytest.approx(late.mean(), abs=1e-9), "interpolation in the log is exact for this law"
     assert (row["low"], row["high"]) == pytest.approx(tuple(stats.ttest_1samp(late, 0).confidence_interval(0.95)))
+
+
+def test_budgets_are_not_compared_at_equal_flops() -> None:
+    runs, _ = made_up(flops={"a": 100, "b": 160})
+    budgets = runs.assign(variant=runs["router"].map({"a": "budget_small", "b": "budget_large"}))
+    assert list(paired_sides(runs, ["router"], {}, FLOPS))
+    assert list(paired_sides(budgets, ["variant"], {}, FLOPS)) == []
 
 
 def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> None:
@@ -169,6 +177,8 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     [alike] = collect_inputs(runs.assign(flops_per_token=100))
     assert list(costs(alike)) == []
     assert "the same training FLOPs and the same active parameters" in str(list(equal_costs(alike)))
+    assert equal_flops(inputs, training_curves(runs, inputs.past.evals))["level"].tolist() == ["b"]
+    assert equal_flops(alike, training_curves(alike.runs, alike.past.evals)).empty, "they end at equal FLOPs"
 
 
 def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from moe.analysis.report.inputs import collect_inputs
 from moe.analysis.report.sections.cost import speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
-from moe.analysis.speed_up import speed_up
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES, speed_up
 from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
@@ -106,6 +106,10 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     baseline, far = made_up(3, rng, budget=16e12)
     [found] = speed_up(baseline, far)
     assert found.doubts == ["FLOPs 1.49 times beyond the runs"]
+    assert found.verdict == SAVES
+    assert found._replace(misfit=2 * found.times.low).verdict == NOT_APART, "the curve is off by more than that"
+    [worse] = speed_up(baseline, far.assign(loss=far["loss"] + 0.2))
+    assert worse.verdict == COSTS_MORE
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
     assert beyond.needed == beyond.times.value == math.inf
     assert speed_up_row(beyond)["times the compute"] == "no budget reaches it"
@@ -123,6 +127,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     [flat_one] = speed_up(flat, far)
     assert any("no interval, because" in doubt and "at a bound" in doubt for doubt in flat_one.doubts)
     assert np.isnan(flat_one.times[1:]).all()
+    assert flat_one.verdict == NOT_APART
     assert len(str(speed_up_row(flat_one)["curve's error"])) < 10, "no number of 300 digits"
 
 
