@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.simultaneous import ranks, to_reference
 from moe.results.conditions import by_seed, conditions, levels
 
@@ -18,11 +19,12 @@ class League(NamedTuple):
 
     table: a row for each router, with the mean over the seeds that all ranked routers have, n, rank, best rank, worst
     rank, difference, low and high; what a router that is not ranked lacks is NaN. values: the losses by seed of the
-    ranked routers.
+    ranked routers. level: how often one of the intervals of differences, or one of those of ranks, may be wrong.
     """
 
     table: pd.DataFrame
     values: pd.DataFrame
+    level: float
 
 
 def losses_by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -31,24 +33,25 @@ def losses_by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table.dropna(how="all", axis=1)
 
 
-def league_of(runs: pd.DataFrame, metric: str, reference: Any) -> League | None:
+def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SIGNIFICANCE) -> League | None:
     """Return the league of finished runs that differ in router and seed alone.
 
-    None if fewer than three routers have a rank, if these have no seed in common, or if the reference has no rank.
+    level: see `League`; with 0 there are no intervals, and nothing is told apart. None if fewer than three routers have
+    a rank, if these have no seed in common, or if the reference has no rank.
     """
     values = losses_by_seed(runs, metric)
     later = set(runs.loc[runs["causal"] == False, ROUTER])  # noqa: E712
     complete = values[[name for name in values if name not in later]].dropna()
     if len(complete.columns) < LEAST or complete.empty or reference not in complete:
         return None
-    rank = ranks(complete)
+    rank = ranks(complete, level)
     order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
     table = (
         pd.DataFrame({"mean": values.loc[complete.index].mean(), "n": values.count()})
         .join(rank)
-        .join(to_reference(complete, reference))
+        .join(to_reference(complete, reference, level))
     )
-    return League(table.loc[order], complete)
+    return League(table.loc[order], complete, level)
 
 
 def without_place(runs: pd.DataFrame, found: League, metric: str) -> list[str]:

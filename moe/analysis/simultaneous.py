@@ -1,7 +1,7 @@
 """Simultaneous intervals: of one difference at several times of training, and of many settings at once.
 
-All intervals of a set contain their true values together in 95 % of cases. An interval of Student's t only promises
-that for itself.
+All intervals of a set contain their true values together in 95 % of cases, or with probability 1 - `level` where a
+function has a level. An interval of Student's t only promises that for itself.
 """
 
 import math
@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.statistics import CONFIDENCE, has_no_spread
 
 DRAWS = 2000
@@ -50,18 +51,18 @@ def over_time(differences: Float[np.ndarray, "N T"]) -> float:
     return min(most, float(np.quantile(np.abs(t).max(axis=1), CONFIDENCE)))
 
 
-def to_reference(values: pd.DataFrame, reference: object) -> pd.DataFrame:
+def to_reference(values: pd.DataFrame, reference: object, level: float = SIGNIFICANCE) -> pd.DataFrame:
     """Return each setting's difference from the reference, with intervals that hold together.
 
     values: a row for each seed and a column for each setting, without gaps.
     """
     differences = values.sub(values[reference], axis=0)
-    difference, reach = differences.mean(), _reach(differences.to_numpy(dtype=float), values.shape[1] - 1)
+    difference, reach = differences.mean(), _reach(differences.to_numpy(dtype=float), values.shape[1] - 1, level)
     return pd.DataFrame({"difference": difference, "low": difference - reach, "high": difference + reach})
 
 
-def ranks(values: pd.DataFrame) -> pd.DataFrame:
-    """Return the rank of each setting by its mean, and an interval; all intervals hold together in 95 % of cases.
+def ranks(values: pd.DataFrame, level: float = SIGNIFICANCE) -> pd.DataFrame:
+    """Return the rank of each setting by its mean, and an interval; all these intervals hold together.
 
     values: as in `to_reference`. Two settings are told apart if the interval of their difference leaves out 0, among
     those of all pairs. The best rank of a setting is one more than the number of settings that are certainly lower (Al
@@ -69,23 +70,23 @@ def ranks(values: pd.DataFrame) -> pd.DataFrame:
     """
     table, number = values.to_numpy(dtype=float), values.shape[1]
     pairs = table[:, :, None] - table[:, None, :]
-    gaps, bound = pairs.mean(axis=0), np.nan_to_num(_reach(pairs, number * (number - 1) // 2), nan=math.inf)
+    gaps, bound = pairs.mean(axis=0), np.nan_to_num(_reach(pairs, number * (number - 1) // 2, level), nan=math.inf)
     low, high = 1 + (gaps > bound).sum(axis=1), number - (gaps < -bound).sum(axis=1)
     rank = values.mean().rank(method="min").astype(int)
     return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=values.columns)
 
 
-def _reach(differences: Float[np.ndarray, "N *M"], comparisons: int) -> Float[np.ndarray, "*M"]:
-    """Return how far the intervals of so many comparisons reach, each by its own spread; NaN for a single seed."""
+def _reach(differences: Float[np.ndarray, "N *M"], comparisons: int, level: float) -> Float[np.ndarray, "*M"]:
+    """Return how far the intervals of so many comparisons reach, each by its spread; NaN for one seed or level 0."""
     seeds = len(differences)
-    if seeds < 2:
+    if seeds < 2 or not level:
         return np.full(differences.shape[1:], math.nan)
-    return bonferroni(comparisons, seeds) * differences.std(axis=0, ddof=1) / math.sqrt(seeds)
+    return bonferroni(comparisons, seeds, level) * differences.std(axis=0, ddof=1) / math.sqrt(seeds)
 
 
-def bonferroni(comparisons: int, seeds: int) -> float:
+def bonferroni(comparisons: int, seeds: int, level: float = SIGNIFICANCE) -> float:
     """Return the factor for the standard errors of so many means over n seeds that makes their intervals hold together.
 
     It holds for any spreads and correlations of the means.
     """
-    return float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, seeds - 1))
+    return float(stats.t.isf(level / 2 / comparisons, seeds - 1))

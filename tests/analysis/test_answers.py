@@ -15,8 +15,9 @@ from moe.analysis.report.blocks import BulletList, Paragraph
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections import league
-from moe.analysis.report.sections.answer import answer, index_of_verdicts, learned_little
+from moe.analysis.report.sections.answer import answer, index_of_verdicts
 from moe.analysis.report.sections.answers import NO_CLAIM, answers
+from moe.analysis.report.sections.learned import learned_little
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
 from moe.results.table import load_runs

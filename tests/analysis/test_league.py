@@ -28,6 +28,7 @@ from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import to_reference
 from moe.results.table import load_runs
+from moe.runs.planned import Look
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,35 @@ def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_p
     limits = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     assert limits["oracle"].get_xdata()[0] == pytest.approx(gap["difference"])
     assert charts(figure) is not None, "the page shows values"
+
+
+def test_a_later_look_at_a_league_has_less_of_its_level(tmp_path: Path) -> None:
+    """The third seed was added after a report about two, so that look gets a fifth of the level."""
+    inputs = inputs_of(tmp_path, {"topk": 3.0, "hash": 3.08, "random": 3.09})
+    assert "and is certainly the best of 3 routers" in order_of_routers(inputs)
+    later = inputs._replace(study=inputs.study._replace(earlier=[Look("2026-01-01", [1, 2], {})]))
+    assert "random may be as good, by the intervals" in order_of_routers(later)
+    blocks = list(league(later))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    assert table["99 % interval of the rank"].tolist() == ["1 to 2", "2 to 3", "1 to 3"]
+    runs = inputs.runs.pivot_table("val/loss", "seed", "router")
+    gap = to_reference(runs, "topk", 0.01).loc["hash"]
+    shown = table.set_index("router").loc["hash", "difference from topk [interval, all together]"]
+    assert shown == with_interval(*gap, least=3)
+    assert "corrected for the number of routers and of looks: in 99 % of cases all" in " ".join(str(blocks).split())
+
+
+def test_models_that_learned_too_little_have_no_certain_winner(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, LOSSES)
+    perplexity = {"val/perplexity": 100.0, "unigram_perplexity": 90.0}
+    little = inputs._replace(runs=inputs.runs.assign(**perplexity))
+    assert "is certainly the best" in order_of_routers(inputs)
+    assert "oracle has the lowest validation loss" in order_of_routers(little)
+    assert "certain" not in order_of_routers(little)
+    blocks = list(league(little))
+    [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    assert set(table["verdict"]) == {"undecided", "–"}
+    assert "no verdicts, because no model is better than a unigram model" in str(blocks)
 
 
 def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) -> None:

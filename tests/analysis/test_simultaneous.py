@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moe.analysis.simultaneous import over_time, ranks, to_reference
+from moe.analysis.looks import share_of_look
+from moe.analysis.simultaneous import bonferroni, over_time, ranks, to_reference
 
 
 @pytest.mark.parametrize("seeds", [3, 6])
@@ -65,3 +66,27 @@ def test_ranks_follow_differences_that_are_clear() -> None:
     assert table.loc["worst"].tolist() == [3, 3, 3]
     assert table.loc["best", ["best rank", "worst rank"]].tolist() == [1, 2]
     assert ranks(values[:1]).loc["worst"].tolist() == [3, 1, 3], "one seed tells nothing apart"
+
+
+def test_a_league_to_which_no_level_is_left_tells_nothing_apart() -> None:
+    values = pd.DataFrame({"a": [1.0, 2.0, 3.001], "b": [11.0, 12.0, 13.0], "c": [21.0, 22.002, 23.0]})
+    assert ranks(values)["best rank"].tolist() == [1, 2, 3]
+    assert ranks(values, 0.0)[["best rank", "worst rank"]].to_numpy().tolist() == [[1, 3]] * 3
+    assert to_reference(values, "a", 0.0)[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_league_at_several_looks_keeps_its_error() -> None:
+    """Eight equal routers are looked at with 3, 5 and 8 seeds, and eight are planned."""
+    looks, studies = (3, 5, 8), 3000
+    values = np.random.default_rng(0).normal(size=(studies, 8, 8))
+    right = {name: np.full(studies, True) for name in ("ranks", "differences", "ranks at 5 % each")}
+    for place, n in enumerate(looks):
+        level = 0.05 * share_of_look(n, looks[:place], 8)
+        pairs = np.stack([values[:, :n, a] - values[:, :n, b] for a in range(8) for b in range(a + 1, 8)], axis=-1)
+        t = np.abs(pairs.mean(1)) / pairs.std(1, ddof=1) * math.sqrt(n)
+        right["ranks"] &= (t <= bonferroni(28, n, level)).all(1)
+        right["differences"] &= (t[:, :7] <= bonferroni(7, n, level)).all(1)  # those of the first router
+        right["ranks at 5 % each"] &= (t <= bonferroni(28, n)).all(1)
+    error = {name: 1 - float(each.mean()) for name, each in right.items()}
+    assert max(error["ranks"], error["differences"]) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / studies)
+    assert error["ranks at 5 % each"] > 0.07

@@ -26,10 +26,10 @@ from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
+from moe.analysis.report.sections.learned import learned_little
 from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
-from moe.checks import plain
 from moe.config.question import text_of
 from moe.results.comparable import several_tokenizers
 
@@ -42,9 +42,6 @@ UNCERTAINTY = """\
 Pairs in brackets are 95 % intervals over the validation documents: how much other texts of the kind could change a
 number. What is counted is corrected for the number of layers, of experts, or of numbers of experts (tokens excepted).
 Layers and experts are counted from 0."""
-LEARNED_LITTLE = """\
-No run is better than a unigram model (val perplexity {}): these models have learned too little for a verdict about
-routing."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
 ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
 
@@ -106,24 +103,6 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
 
 def _answer_in_words(inputs: ReportInputs) -> list[str]:
     return [text for _, text in answers(inputs, question_of(inputs))] or [headline(inputs)]
-
-
-def learned_little(inputs: ReportInputs) -> str:
-    """Return that no setting has a mean validation perplexity below that of a unigram model; empty if one has.
-
-    It is empty too if that of the unigram model is not known for every run, as in runs recorded before format 8.
-    """
-    runs = inputs.runs.assign(condition=inputs.condition)
-    runs = runs[runs["status"] == "finished"].dropna(subset="condition")
-    columns = ["val/perplexity", "unigram_perplexity"]
-    if not {*columns} <= {*runs} or runs["unigram_perplexity"].isna().any():
-        return ""
-    means = runs.groupby("condition")[columns].agg(lambda values: values.astype(float).mean()).dropna()
-    perplexity, unigram = (means[column] for column in columns)
-    if means.empty or (perplexity < unigram).any():
-        return ""
-    different = dict.fromkeys(f"{value:.4g}" for value in (unigram.min(), unigram.max()))
-    return " ".join(plain(LEARNED_LITTLE.format(" to ".join(different))).splitlines())
 
 
 def _warnings(inputs: ReportInputs) -> Iterator[str]:

@@ -24,8 +24,11 @@ from moe.analysis.league import (
     without_place,
 )
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
+from moe.analysis.looks import SMALLEST
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
+from moe.analysis.report.sections.learned import learned_little
 from moe.analysis.sentences import enumerated, noun, with_capital, with_interval
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, present, reference_level
@@ -36,16 +39,23 @@ COST = {
     "time/tokens_per_s": "tokens / s",
     "peak_memory_gb": "peak memory, GB",
 }
-LEAGUE_EXPLAINED = """\
+MEANS = """\
 {metric} in nats per token, mean over the {seeds} seeds that all ranked routers have. Differences are those from
-{reference}, paired by seed, each with its own spread. Their intervals are corrected for the number of routers: in 95 %
-of cases all of them contain the true differences (Bonferroni's correction). The verdict of a row compares the router
-with {reference} alone: better or worse if its interval leaves out 0. Verdicts elsewhere in this report are corrected
-for all of its tests, so they may be undecided where a row of this table is not. Ranks compare all pairs of routers: a
-router's best rank is 1 plus the number of routers that are certainly better. Their intervals hold together too. They
-are about more comparisons and so know less about each: a router may be worse than {reference} by its verdict, although
-the intervals of their ranks overlap. Routers that see later tokens have no rank, because their losses are not
-comparable. Costs are medians; speed depends on what else the machine did."""
+{reference}, paired by seed"""
+INTERVALS = """\
+, each with its own spread. Their intervals are corrected for the number of routers{looks}: in {confidence} of cases all
+of them contain the true differences (Bonferroni's correction). The verdict of a row compares the router with
+{reference} alone: better or worse if its interval leaves out 0. Verdicts elsewhere in this report are corrected for all
+of its tests, so they may be undecided where a row of this table is not. Ranks compare all pairs of routers: a router's
+best rank is 1 plus the number of routers that are certainly better. Their intervals hold together too. They are about
+more comparisons and so know less about each: a router may be worse than {reference} by its verdict, although the
+intervals of their ranks overlap."""
+NO_INTERVALS = ". There are no intervals and no verdicts, because {reason}."
+TOO_LITTLE = "no model is better than a unigram model, which is too little for a verdict"
+NOTHING_LEFT = "nothing of the 5 % is left for this look"
+OTHERS = """\
+ Routers that see later tokens have no rank, because their losses are not comparable. Costs are medians; speed depends
+on what else the machine did."""
 MATTERS_EXPLAINED = """\
 `{random}` deals tokens to experts at random and evenly in training, and `{oracle}` knows the domain of each text. The
 share is how much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as
@@ -70,7 +80,7 @@ LEFT_OUT = "Left out: {}."
 NO_LEAGUE = """\
 None: a league needs at least {least} causal routers with a finite {metric}, {reference} among them, and a seed that all
 of these have. Of {planned} routers, {measured} have a finite {metric}."""
-CERTAIN = "In each league, the intervals of all ranks hold together in 95 % of cases."
+CERTAIN = "In each league, the intervals of all ranks hold together in {confidence} of cases."
 OVERLAP = "the intervals of some ranks overlap"
 MOST_NAMED = 5  # routers that a sentence names
 
@@ -104,7 +114,7 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for number, (place, (found, finished, lacking)) in enumerate(leagues.items()):
         name = f"league_{number}" if place else "league"
         table = _table(found, reference, finished, metric)
-        yield Paragraph((f"**{literal(place)}**: " if place else "") + _explained(found, reference, metric))
+        yield Paragraph((f"**{literal(place)}**: " if place else "") + _explained(inputs, found, reference, metric))
         if lacking:
             yield Paragraph(literal(LEFT_OUT.format("; ".join(lacking))))
         yield drawing(name, LEAGUE_CAPTION.format(reference=reference, metric=metric), _league_figure(found, reference))
@@ -122,7 +132,7 @@ def order_of_routers(inputs: ReportInputs) -> str:
         return ""
     lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
     tables = {place: _ranked(each.found) for place, each in leagues.items()}
-    order = _order(tables, noun(str(league_metric(inputs))), _reference(inputs))
+    order = _order(tables, noun(str(league_metric(inputs))), _reference(inputs), _confidence(_level(inputs)))
     return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
 
 
@@ -136,12 +146,22 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
     metric = league_metric(inputs)
     if metric is None or inputs.contrasts.empty:
         return {}
-    leagues, reference = {}, _reference(inputs)
+    leagues, reference, level = {}, _reference(inputs), _level(inputs)
     for cell, members in _cells(inputs, inputs.runs):
         finished = members[members["status"] == "finished"]
-        if (found := league_of(finished, metric, reference)) is not None:
+        if (found := league_of(finished, metric, reference, level)) is not None:
             leagues[name_cell(cell)] = _Placed(found, finished, without_place(members, found, metric))
     return leagues
+
+
+def _level(inputs: ReportInputs) -> float:
+    """Return the level of a league in this look; 0 if nothing is left, or if the models have learned too little."""
+    share = inputs.study.share(inputs.study.everything)
+    return 0.0 if learned_little(inputs) or share <= SMALLEST else SIGNIFICANCE * share
+
+
+def _confidence(level: float) -> str:
+    return f"{100 * (1 - level):.4g} %"
 
 
 def _ranked(found: League) -> pd.DataFrame:
@@ -156,15 +176,17 @@ def league_metric(inputs: ReportInputs) -> str | None:
     return next(iter(present(inputs.runs, METRICS)), None)
 
 
-def _order(leagues: dict[str, pd.DataFrame], unit: str, reference: Any) -> str:
+def _order(leagues: dict[str, pd.DataFrame], unit: str, reference: Any, confidence: str) -> str:
+    """Return what the ranks of the leagues say. confidence: how often those of a league hold together."""
+    certain = CERTAIN.format(confidence=confidence)
     if len(leagues) < 2:
         return next((f"{_first(table, unit, reference)}." for table in leagues.values()), "")
     orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
     if all(order == orders[0] for order in orders) and all(map(_is_certain, leagues.values())):
         order = ", ".join(map(str, orders[0]))
-        return f"The order by {unit} is the same at {places}: {order}. Every rank is certain. {CERTAIN}"
+        return f"The order by {unit} is the same at {places}: {order}. Every rank is certain. {certain}"
     if changed := _changed_places(leagues):
-        return f"The order by {unit} depends on the setting: {changed}. {CERTAIN}"
+        return f"The order by {unit} depends on the setting: {changed}. {certain}"
     best = "; ".join(f"at {place}, {_first(table, unit, reference)}" for place, table in leagues.items())
     open_ = f"The runs do not decide whether the order of routers differs between {places}: {OVERLAP}."
     return f"{open_} {with_capital(best)}."
@@ -223,7 +245,7 @@ def _league_figure(found: League, reference: Any) -> Figure | str:
         for each in ranked.itertuples()
     ]
     limits = {name: float(ranked.loc[name, "difference"]) for name in (RANDOM, ORACLE) if name in ranked.index}
-    marks = f"line: 95 % interval, all of them together; {CLEAR}"
+    marks = f"line: {_confidence(found.level)} interval, all of them together; {CLEAR}"
     return forest(rows, f"difference from {reference} (nats per token)", marks, lines=limits)
 
 
@@ -231,8 +253,14 @@ def _cells(inputs: ReportInputs, runs: pd.DataFrame) -> Iterator[tuple[dict[str,
     return conditions(runs, [factor for factor in inputs.factors if factor != ROUTER])
 
 
-def _explained(found: League, reference: Any, metric: str) -> str:
-    return LEAGUE_EXPLAINED.format(metric=f"`{metric}`", seeds=len(found.values), reference=literal(str(reference)))
+def _explained(inputs: ReportInputs, found: League, reference: Any, metric: str) -> str:
+    """Return what the numbers of a league are, and why it has no verdicts if that is so."""
+    facts = {"metric": f"`{metric}`", "seeds": len(found.values), "reference": literal(str(reference))}
+    if not found.level:
+        reason = TOO_LITTLE if learned_little(inputs) else NOTHING_LEFT
+        return (MEANS + NO_INTERVALS + OTHERS).format(**facts, reason=reason)
+    looks = "" if found.level == SIGNIFICANCE else " and of looks"
+    return (MEANS + INTERVALS + OTHERS).format(**facts, looks=looks, confidence=_confidence(found.level))
 
 
 def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -242,7 +270,7 @@ def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) ->
         ranked = math.isfinite(standing["rank"])
         place = "{:.0f} to {:.0f}".format(*standing[["best rank", "worst rank"]])
         row: dict[str, Any] = {"rank": f"{standing['rank']:.0f}" if ranked else "–"}
-        row |= {"95 % interval of the rank": place if ranked else "–"}
+        row |= {f"{_confidence(found.level)} interval of the rank": place if ranked else "–"}
         row |= {ROUTER: str(name), metric: float(standing["mean"]), "n": int(standing["n"])}
         compared = ranked and name != reference
         difference = with_interval(*standing[["difference", "low", "high"]], least=3) if compared else "–"
