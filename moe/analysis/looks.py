@@ -6,7 +6,8 @@ depend on each other. Looks after the planned number of seeds was reached add at
 steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets little,
 and nearly everything is left for the last one. Each look at another set of seeds counts, also at fewer: what decides
 its share is how many seeds were seen. The looks of a claim are those of its own test at the seeds that recorded it. So
-what happens to other claims costs it nothing: a test that sees the same runs again gives the same answer.
+what happens to other claims costs it nothing: a test that sees the same runs again gives the same answer. Results can
+be seen without a report too, so a command that adds seeds when others had ended makes a look of these.
 """
 
 from collections.abc import Sequence
@@ -74,10 +75,10 @@ class Study(NamedTuple):
     """What is known about the decisions of an experiment beside its runs.
 
     planned: the number of seeds after which it decides, as its first run recorded it. seeds: those of the finished
-    runs. earlier: the looks before this one, in the order of time. plans: what was planned for these runs, the last one
-    being that of the newest command. changed: earlier plans with other claims for some of the same runs, with the
-    number of these runs. unwritten: whether this look could not be written down. starts: seed -> when its first run
-    started.
+    runs. earlier: the looks before this one, in the order of time, also those without a report. plans: what was planned
+    for these runs, the last one being that of the newest command. changed: earlier plans with other claims for some of
+    the same runs, with the number of these runs. unwritten: whether this look could not be written down. starts: seed
+    -> when its first run started.
     """
 
     planned: int | None = None
@@ -133,6 +134,7 @@ def study_of(runs: pd.DataFrame) -> Study:
     looks = [_with_names(look, claims) for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder) if plan.experiment == experiment]
     plans.sort(key=lambda plan: plan.time)
+    looks += _without_report(runs, plans, looks, claims)
     return Study(
         planned=int(planned) if pd.notna(planned) else None,
         seeds=finished_seeds(runs),
@@ -141,6 +143,32 @@ def study_of(runs: pd.DataFrame) -> Study:
         changed=_changed(plans, _sweeps(runs)) if plans else [],
         starts=_starts(runs) if plans else {},
     )
+
+
+def _without_report(
+    runs: pd.DataFrame, plans: list[PlannedStudy], reports: list[Look], claims: list[tuple[ClaimConfig, pd.DataFrame]]
+) -> list[Look]:
+    """Return a look for each command that added seeds when others had results about which there was no report.
+
+    The terminal shows results at the end of a command, and files of runs are open to all. A seed has results as soon as
+    two of its runs have ended, because these can be compared. claims: each claim, and the runs that recorded it.
+    """
+    if not plans:
+        return []
+    finished = runs[(runs["status"] == "finished") & runs["seconds"].notna()].drop_duplicates("folder")
+    ended = pd.to_datetime(finished["started"], utc=True, format="ISO8601")
+    ended += pd.to_timedelta(finished["seconds"].astype(float), unit="s")
+    known = {seed: times.nsmallest(2).iloc[1] for seed, times in ended.groupby(finished["seed"]) if len(times) > 1}
+    seen, planned, found = {frozenset(look.seeds) for look in reports}, set[int](), list[Look]()
+    for plan in plans:
+        seeds = sorted(int(seed) for seed, time in known.items() if time <= datetime.fromisoformat(plan.time))
+        added = {*plan.seeds} - planned - {*seeds}
+        planned |= {*plan.seeds}
+        if added and len(seeds) > 1 and frozenset(seeds) not in seen:
+            seen.add(frozenset(seeds))
+            own = {name_of_test(claim): [s for s in finished_seeds(members) if s in seeds] for claim, members in claims}
+            found.append(Look(plan.time, seeds, {name: Seen(each, len(each)) for name, each in own.items()}))
+    return found
 
 
 def _starts(runs: pd.DataFrame) -> dict[int, datetime]:

@@ -133,7 +133,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     study = Study(8, [0, 4], [Look("2026-01-01", [0, 1, 2], {}), Look("2026-01-02", [3, 4, 5], {})])
     assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study))
     other = Study(None, [7, 8, 9], study.earlier[:1])
-    assert "a report about other seeds (0, 1, 2) was written" in next(warnings_of_looks(other))
+    assert "results of other seeds (0, 1, 2) could be" in next(warnings_of_looks(other))
     assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]))) == []
     [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True))
     assert "was not written down" in warning
@@ -195,11 +195,38 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     texts = [str(block) for block in how_it_decides(second)]
     for family in second.families:
         assert any(level_text(family.tests / family.share / FURTHER) in text for text in texts)
-    [warning] = warnings_of_looks(second.study)
-    assert "look 2 at these runs, after 3 seeds, those of the first report, which count as planned because" in warning
+    [warning] = (" ".join(text.split()) for text in warnings_of_looks(second.study))
+    assert "look 2 at these runs, after 3 seeds, those of the first look, which count as planned because" in warning
     assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study)) == []
+
+
+@pytest.mark.parametrize(("of_second", "ended"), [("12:00", [0, 1, 2]), ("09:00", [])])
+def test_seeds_that_had_ended_when_others_were_added_are_a_look(
+    of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path
+) -> None:
+    """Seeds 0 to 2 run from 10:00 to 11:00. A second command that adds seeds earlier cannot know their results."""
+    old = runs["seed"] < 3
+    runs = runs.assign(
+        folder=runs["folder"] + runs.index.astype(str),
+        started=old.map({True: "2026-02-01T10:00:00+00:00", False: "2026-02-01T13:00:00+00:00"}),
+        seconds=3600.0,
+    )
+    plans = [
+        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, [])
+        for time, seeds in (("08:00", [0, 1, 2]), (of_second, [0, 1, 2, 3, 4]), ("20:00", [3, 4]))
+    ]
+    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    study = study_of(runs)
+    assert [look.seeds for look in study.earlier] == ([ended] if ended else [])
+    seen = Seen([*range(5)], 5)
+    tests = [None, *(name_of_test(claim) for claim, _ in planned_claims(runs))]
+    assert {study.share(seen, test) for test in tests} == {FURTHER if ended else 1.0}
+    assert study._replace(planned=5).share(seen) == pytest.approx(1 - spent(0.6) if ended else 1)
+    report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2], {})
+    LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
+    assert study_of(runs).earlier == [report], "a report about these seeds is the same look"
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:

@@ -20,12 +20,12 @@ CHANGED_SINCE = """\
 with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
 by results of the earlier runs."""
 BEYOND = """\
-**This is look {number} at these runs, after {reached}.** On {time}, a report about other seeds ({seeds}) was written.
-In this look, the tests of a report together have {share:.3g} % instead of 5 %. Together with the looks before, chance
-decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of seeds before the first run
-(`planned_seeds=8`)."""
+**This is look {number} at these runs, after {reached}.** Before {time}, the results of other seeds ({seeds}) could be
+seen, in a report or when a command had ended. In this look, the tests of a report together have {share:.3g} % instead
+of 5 %. Together with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan
+the number of seeds before the first run (`planned_seeds=8`)."""
 REACHED = "the planned number of seeds ({planned}) was reached"
-FIRST_REPORT = "{planned} seeds, those of the first report, which count as planned because no number was planned"
+FIRST_LOOK = "{planned} seeds, those of the first look, which count as planned because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
 WITHIN = """\
 This is look {number} at these runs, of {planned} planned seeds. In this look, the tests of a report together have
@@ -103,7 +103,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
     if beyond := sum(each >= planned for each in before):
         *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
-        reached = (REACHED if study.planned else FIRST_REPORT).format(planned=planned)
+        reached = (REACHED if study.planned else FIRST_LOOK).format(planned=planned)
         seeds = ", ".join(map(str, last.seeds))
         yield BEYOND.format(**facts, reached=reached, seeds=seeds, time=last.time, total=total)
     elif looks[place] in before:
