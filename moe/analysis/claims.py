@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import NAN, Comparison, compared
-from moe.analysis.power import SIGNIFICANCE, Freedom, Prediction, detectable_effect, seeds_for, seeds_needed
+from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
     UNDECIDED,
     UNTESTED,
@@ -43,6 +43,8 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.table import level
+
+BEST = ("lowest", "highest")  # kinds that fail only if one rival beats all named levels
 
 
 def planned_claims(runs: pd.DataFrame) -> list[tuple[ClaimConfig, pd.DataFrame]]:
@@ -138,8 +140,10 @@ def decided(
 
     The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows; `tests` is a
     column too. tests_later: the same numbers in a later report with more seeds, if they differ. `seeds needed` decides
-    the claim with power 0.8, if difference and spread are as estimated. It is NaN if a claim is decided, if its spread
-    is unknown, or if 1,000 seeds are not enough.
+    the claim with power 0.8 (`moe.analysis.power.Prediction.deciding`), if the spread is as estimated. To support a
+    claim, every true difference is taken to be the estimated one that fits it least; to contradict it, the one that is
+    shown to be the estimated one. It is NaN if a claim is decided, if its spread is unknown, if 1,000 seeds are not
+    enough, or if the estimates are mixed, so that no number of seeds decides it.
     """
     table = table.copy()
     table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
@@ -147,17 +151,13 @@ def decided(
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before Holm's correction, not after it"
-    columns = ["n", "spread", "freedom", "tests", "metric"]
-    spreads = table[columns].itertuples(index=False, name=None)
-    doubts = zip(table.pop("doubt"), spreads, strict=True)
-    doubt = pd.Series([doubt or _detectable(*spread) for doubt, spread in doubts], index=table.index, dtype=object)
+    later = tests if tests_later is None else tests_later
+    spreads, predicted = table.pop("spread"), table.pop("predicted")
+    known = zip(table.pop("doubt"), table["n"], spreads, _corrected_for(predicted, tests), table["metric"], strict=True)
+    doubt = pd.Series([doubt or _detectable(*rest) for doubt, *rest in known], index=table.index, dtype=object)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
-    later = tests if tests_later is None else tests_later
-    columns = ["difference", "claimed_low", "claimed_high", "spread", "freedom"]
-    estimates = table[columns].itertuples(index=False, name=None)
-    needed = [_needed(*each, tests=max(number, 1)) for each, number in zip(estimates, later.tolist(), strict=True)]
-    table = table.drop(columns=["spread", "freedom"])
+    needed = [seeds_for(claim.deciding()) for claim in _corrected_for(predicted, later)]
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
     return table.assign(verdict=verdict, reason=reason)
@@ -195,20 +195,18 @@ def contrasts_without_claim(contrasts: pd.DataFrame, claims: list[ClaimConfig]) 
     return contrasts[[not any(_about(claim, row) for claim in claims) for _, row in contrasts.iterrows()]]
 
 
-def _detectable(n: int, spread: float, freedom: Freedom, tests: int, metric: str) -> str:
+def _corrected_for(predicted: pd.Series, tests: np.ndarray) -> list[Prediction]:
+    """Return the predictions of claims with the number by which a report divides 5 % for each."""
+    return [claim._replace(tests=max(number, 1)) for claim, number in zip(predicted, tests.tolist(), strict=True)]
+
+
+def _detectable(n: int, spread: float, claim: Prediction, metric: str) -> str:
     """Return which difference would have been detected; an empty text if there is no spread to tell it from."""
     if math.isnan(spread):
         return ""
-    effect = detectable_effect(n, tests=tests, freedom=freedom)
-    low, high = spread_interval(spread, freedom.at(n))
-    return detectable_note(effect * spread, effect * low, effect * high, tests=tests, unit=noun(metric))
-
-
-def _needed(difference: float, low: float, high: float, spread: float, freedom: Freedom, *, tests: int) -> int | None:
-    """Return how many seeds support a claim, or contradict it if the difference is outside of the claimed range."""
-    if low < difference < high:
-        return seeds_for(Prediction(low / spread, high / spread, difference / spread, tests, freedom=freedom))
-    return seeds_needed(max(low - difference, difference - high) / spread, tests=tests, freedom=freedom)
+    effect = detectable_effect(n, tests=claim.tests, named=claim.named, rivals=claim.rivals, freedom=claim.freedom)
+    low, high = spread_interval(spread, claim.freedom.at(n))
+    return detectable_note(effect * spread, effect * low, effect * high, tests=claim.tests, unit=noun(metric))
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
@@ -231,11 +229,12 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
         for field in ("favor", "p_for", "p_against")
     )
-    if claim.kind in ("lowest", "highest"):  # fails if one rival beats all named levels
+    least = divmod(int(favor.argmin()), len(rivals))
+    if claim.kind in BEST:  # fails if one rival beats all named levels
         b = int(favor.max(axis=0).argmin())
         a, against = int(favor[:, b].argmax()), p_against.max(axis=0)
     else:
-        a, b = divmod(int(favor.argmin()), len(rivals))
+        a, b = least
         against = p_against.ravel()
     p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
     estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
@@ -246,7 +245,17 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
     verdict = "supported" if p_holds < p_fails else "contradicted"
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
-    return row | shown_sides
+    worst = pairs[least[0]][least[1]]
+    assumed = {"as claimed": worst, "against": shown, "mixed": worst._replace(mean=NAN)}[estimates]
+    shape = {"named": len(named), "rivals": len(rivals), "best": claim.kind in BEST}
+    return row | shown_sides | {"predicted": _predicted(assumed)._replace(freedom=shown.freedom, **shape)}
+
+
+def _predicted(comparison: Comparison) -> Prediction:
+    """Return what a claim predicts of a comparison whose true difference is the estimated one."""
+    c = comparison
+    ends = (end / c.spread for end in (c.claimed_low, c.claimed_high, c.mean - c.reference_mean))
+    return Prediction(*ends, freedom=c.freedom)
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
@@ -256,7 +265,7 @@ def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
         return ""
     others = f"each of the {len(rivals)} other levels" if len(rivals) > 1 else "the other level"
     against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
-    if claim.kind in ("lowest", "highest"):
+    if claim.kind in BEST:
         better = "lower" if claim.kind == "lowest" else "higher"
         shown = f"{f'the {better} of {enumerated(named)}' if named[1:] else named[0]} against its closest rival"
     else:
@@ -301,7 +310,7 @@ def _row(
         "estimates": estimates,
         "verdict": verdict,
         "spread": comparison.spread,
-        "freedom": comparison.freedom,
+        "predicted": _predicted(comparison),
         "reason": comparison.note,
         "doubt": comparison.doubt,
     }

@@ -1,4 +1,4 @@
-"""How many seeds a test needs: the power of its t tests, at the level that a correction leaves.
+"""The power of a claim: how often so many seeds decide it, how many it needs, and the smallest effect that they show.
 
 Effects and bounds are in units of the spread: the standard error of a difference over n seeds, times the square root of
 n. In a paired test this is the standard deviation of the paired differences.
@@ -11,12 +11,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import ndtr
 
 SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
 POWER = 0.8
-GRID = 10_000  # values of equal probability that stand for the distribution of an estimated spread
+GRID = 2_000  # values that stand for the distribution of an estimated spread
 SIMULATED = 4_000  # studies from which the power of several comparisons together is estimated
 
 
@@ -39,9 +41,9 @@ class Prediction(NamedTuple):
     """What a claim predicts, in units of the spread.
 
     low, high: the ends of the range in which every difference lies, which may be infinite. true: the difference that is
-    assumed. tests: the number by which 5 % are divided. named, rivals: each of so many levels is compared with each of
-    so many others, and the claim holds if every comparison holds. freedom: that of the spread of a single comparison;
-    several comparisons have all runs.
+    assumed of every comparison. tests: the number by which 5 % are divided. named, rivals: each of so many levels is
+    compared with each of so many others, and the claim holds if every comparison holds. freedom: that of the spread of
+    each comparison. best: whether the claim fails only if one rival beats all named levels (kinds lowest and highest).
     """
 
     low: float
@@ -51,6 +53,7 @@ class Prediction(NamedTuple):
     named: int = 1
     rivals: int = 1
     freedom: Freedom = PAIRED
+    best: bool = False
 
     @property
     def level(self) -> float:
@@ -58,22 +61,39 @@ class Prediction(NamedTuple):
         ends = math.isfinite(self.low) + math.isfinite(self.high)
         return SIGNIFICANCE / self.tests * ends / 2
 
+    def deciding(self) -> "Prediction":
+        """Return what decides the claim: itself, or that it fails, if the assumed difference is not in its range.
+
+        It fails if one of its comparisons does, at the level divided by their number; of a claim about the best levels,
+        if all of them lose against one rival, at the level divided by the number of rivals. As long as no more is known
+        of the other comparisons, they are taken not to fail.
+        """
+        if self.low < self.true < self.high:
+            return self
+        beyond = max(self.low - self.true, self.true - self.high)
+        losers, ways = (self.named, self.rivals) if self.best else (1, self.named * self.rivals)
+        return Prediction(0.0, math.inf, beyond, self.tests * ways, named=losers, freedom=self.freedom)
+
 
 def power(prediction: Prediction, n: int) -> float:
     """Return the probability that n seeds support a claim, if every true difference is the assumed one.
 
-    Differences are normal. A single comparison is computed, with an error below 0.001. Several comparisons that share
+    Differences are normal. A single comparison is computed, with an error below 0.002. Several comparisons that share
     levels are simulated, always with the same random numbers; the standard error is at most 0.008. Returns 0 if n
     seeds have no spread.
     """
-    df = prediction.freedom.at(n)
+    p, df = prediction, prediction.freedom.at(n)
     if df <= 0:
         return 0.0
-    if prediction.named * prediction.rivals > 1:
-        return _simulated_power(prediction, n)
-    reach = stats.t.isf(prediction.level, df) * _spreads(df)
-    to_low, to_high = (math.sqrt(n) * (end - prediction.true) for end in (prediction.low, prediction.high))
-    return float(np.maximum(stats.norm.cdf(to_high - reach) - stats.norm.cdf(to_low + reach), 0).mean())
+    critical = stats.t.isf(p.level, df)
+    to_low, to_high = (math.sqrt(n) * (end - p.true) for end in (p.low, p.high))
+    if p.named * p.rivals == 1:
+        spreads, weights = _spreads(df)
+        reach = critical * spreads
+        return float(weights @ np.maximum(ndtr(to_high - reach) - ndtr(to_low + reach), 0))
+    means, spreads = _studies(p.named, p.rivals, df)
+    reach = critical * spreads
+    return float(((means - reach > to_low) & (means + reach < to_high)).all(axis=(1, 2)).mean())
 
 
 def seeds_for(prediction: Prediction, *, power_wanted: float = POWER, most: int = 1000) -> int | None:
@@ -87,6 +107,29 @@ def seeds_for(prediction: Prediction, *, power_wanted: float = POWER, most: int 
     return _first(lambda n: power(prediction, n) >= power_wanted, least, most)  # more comparisons need more seeds
 
 
+@lru_cache
+def detectable_effect(
+    n: int, *, tests: int | float = 1, named: int = 1, rivals: int = 1, freedom: Freedom = PAIRED
+) -> float:
+    """Return the smallest true difference that n seeds find with power 0.8; NaN if they have no spread.
+
+    It is in units of the spread; of a paired test, that of the paired differences (d_z). If each of `named` levels is
+    compared with each of `rivals`, it is the true difference of every comparison, and all must find it. A test that is
+    one of a family of `tests` must be significant after Holm's correction even if no other is: at 5 % / tests.
+    """
+    if freedom.at(n) <= 0:
+        return math.nan
+    highest = 10 * float(stats.t.isf(SIGNIFICANCE / tests / 2, freedom.at(n)))
+    claim = Prediction(0.0, math.inf, 0.0, tests, named, rivals, freedom)
+
+    def excess(effect: float) -> float:
+        return power(claim._replace(true=effect), n) - POWER
+
+    while excess(highest) < 0:
+        highest *= 2
+    return float(brentq(excess, 0.0, highest))
+
+
 def _first(holds: Callable[[int], bool], least: int, most: int) -> int | None:
     """Return the first number from `least` to `most` for which a rising condition holds."""
     below = least
@@ -98,53 +141,41 @@ def _first(holds: Callable[[int], bool], least: int, most: int) -> int | None:
 
 
 @lru_cache(maxsize=256)
-def _spreads(df: int | float) -> np.ndarray:
-    """Return values of equal probability of an estimated standard deviation whose true value is 1.
+def _spreads(df: int | float, number: int = GRID) -> tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+    """Return values of an estimated standard deviation whose true value is 1, and their probabilities.
 
-    (scipy's noncentral t distribution fails for the large effects that few seeds need.)
+    The values are evenly spaced in the log, where the density is v^df exp(-df v^2 / 2) up to a factor. (scipy's
+    noncentral t distribution fails for the large effects that few seeds need.)
     """
-    return np.sqrt(stats.chi2.ppf((np.arange(GRID) + 0.5) / GRID, df) / df)
+    width = 8 / math.sqrt(2 * df)
+    logs = np.linspace(-width - 12 / df, math.log1p(width), number)
+    weights = np.exp(df * (logs - np.expm1(2 * logs) / 2))
+    return np.exp(logs), weights / weights.sum()
 
 
-def _simulated_power(prediction: Prediction, n: int) -> float:
-    """Return the share of simulated studies of n seeds in which every comparison holds.
+@lru_cache(maxsize=16)
+def _studies(named: int, rivals: int, df: int | float) -> tuple[Float[np.ndarray, "R A B"], Float[np.ndarray, "R A B"]]:
+    """Return simulated means and estimated spreads of each of `named` levels less each of `rivals`.
 
-    Each level of each seed has a deviation of its own, so that comparisons with a common level depend on each other.
+    The true spread is 1, and a mean is in units of its standard error. Each level of each seed has a deviation of its
+    own, so that comparisons with a common level depend on each other. The sums of products of the deviations follow a
+    Wishart distribution, which is drawn by its triangular factor (Bartlett 1933), whatever the number of seeds.
     """
-    p, rng = prediction, np.random.default_rng(0)
-    held, part = [], max(1, 2_000_000 // (n * (p.named + p.rivals)))
-    for start in range(0, SIMULATED, part):
-        levels = rng.normal(scale=math.sqrt(0.5), size=(min(part, SIMULATED - start), n, p.named + p.rivals))
-        pairs = p.true + levels[:, :, : p.named, None] - levels[:, :, None, p.named :]
-        mean, reach = pairs.mean(1), stats.t.isf(p.level, n - 1) * pairs.std(1, ddof=1) / math.sqrt(n)
-        held.append(((mean - reach > p.low) & (mean + reach < p.high)).all((1, 2)))
-    return float(np.concatenate(held).mean())
+    levels = named + rivals
+    means, normal = _deviations(levels)
+    factor, rng = normal.copy(), np.random.default_rng(1)
+    for row in range(levels):
+        factor[:, row, row] = np.sqrt(rng.chisquare(df - row if row < df else 1, SIMULATED))
+        factor[:, row] *= row < df  # with fewer degrees of freedom than levels, it has fewer rows
+    products = factor.transpose(0, 2, 1) @ factor / (2 * df)
+    own = np.diagonal(products, axis1=1, axis2=2)
+    variances = own[:, :named, None] + own[:, None, named:] - 2 * products[:, :named, named:]
+    return means[:, :named, None] - means[:, None, named:], np.sqrt(np.maximum(variances, 0))
 
 
-@lru_cache
-def detectable_effect(n: int, *, tests: int | float = 1, freedom: Freedom = PAIRED) -> float:
-    """Return the smallest true difference that a two-sided t test finds with power 0.8; NaN if n seeds have no spread.
-
-    It is in units of the spread; of a paired test, that of the paired differences (d_z). If the test is one of a family
-    of `tests`, it must be significant after Holm's correction even if no other is: at 5 % / tests.
-    """
-    df = freedom.at(n)
-    if df <= 0:
-        return float("nan")
-    critical = stats.t.ppf(1 - SIGNIFICANCE / tests / 2, df)
-
-    def found(effect: float) -> float:
-        shift = effect * math.sqrt(n)
-        reach = critical * _spreads(df)
-        return float((stats.norm.cdf(shift - reach) + stats.norm.cdf(-shift - reach)).mean())
-
-    return float(brentq(lambda effect: found(effect) - POWER, 0.0, 10.0 * critical))
-
-
-def seeds_needed(effect: float, *, tests: int | float = 1, freedom: Freedom = PAIRED, most: int = 1000) -> int | None:
-    """Return how many seeds a two-sided t test needs to find an effect with power 0.8, at 5 % / `tests`.
-
-    The effect is in units of the spread; of a paired test, that of the paired differences (d_z). Returns None if `most`
-    seeds are not enough.
-    """
-    return seeds_for(Prediction(0.0, math.inf, abs(effect), tests, freedom=freedom), most=most)
+@lru_cache(maxsize=4)
+def _deviations(levels: int) -> tuple[Float[np.ndarray, "R L"], Float[np.ndarray, "R L L"]]:
+    """Return the random numbers of `_studies`: means of the levels, and the part above the diagonal of the factor."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(scale=math.sqrt(0.5), size=(SIMULATED, levels))
+    return means, np.triu(rng.normal(size=(SIMULATED, levels, levels)), 1)

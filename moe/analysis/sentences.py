@@ -16,8 +16,9 @@ UNDECIDED, UNTESTED = "undecided", "not tested"
 SMALLEST_P = 0.0001  # that is shown as a number
 DETECTABLE = """\
 After an undecided result, the **smallest detectable effect** is the true difference that so many seeds would have found
-in 80 % of cases. A smaller one would often have been missed. In parentheses is the 95 % interval of this number, which
-is wide because few seeds tell little about the spread."""
+in 80 % of cases. A smaller one would often have been missed. A claim of several comparisons needs all of them, so it is
+the true difference of each. In parentheses is the 95 % interval of this number, which is wide because few seeds tell
+little about the spread."""
 
 
 def standing(contrast: pd.Series) -> str:

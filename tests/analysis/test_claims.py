@@ -18,6 +18,7 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
+from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import contrasts, corrected
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
@@ -396,6 +397,30 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     assert row["verdict"] == "undecided"
     assert row["reason"].endswith(") at the level 5 %")
     assert f"smallest detectable effect {detectable:.2g} validation perplexity (" in row["reason"]
+
+
+@pytest.mark.parametrize(("kind", "against"), [("higher", {"tests": 2}), ("lower", {"named": 2})])
+def test_what_is_detectable_and_the_seeds_needed_count_all_comparisons_of_a_claim(
+    kind: str, against: dict[str, int]
+) -> None:
+    """To support a claim, all comparisons must hold. To contradict it, one must fail, at the level divided by two."""
+    runs = runs_with_means({0.0: 100, 0.1: 99.4, 0.5: 99.4}, seeds=8, spread=1, draw=1)
+    row = judge_first(runs, claim(kind, [0.1, 0.5], [0.0]))
+    values = runs.pivot_table(PPL, "seed", "noise")
+    pairs = values[[0.1, 0.5]].sub(values[0.0], axis=0)
+    shown = pairs[pairs.mean().idxmin() if kind == "higher" else pairs.mean().idxmax()]
+    assert row["difference"] == pytest.approx(shown.mean())
+    effect = detectable_effect(8, named=2) * shown.std()
+    assert f"smallest detectable effect {effect:.2g} validation perplexity (" in row["reason"]
+    assert row["estimates"] == ("against" if kind == "higher" else "as claimed")
+    assert row["seeds needed"] == seeds_for(Prediction(0, math.inf, abs(shown.mean()) / shown.std(), **against))
+
+
+def test_no_number_of_seeds_decides_a_claim_that_only_some_estimates_fit() -> None:
+    runs = runs_with_means({0.0: 100, 0.1: 99.9, 0.5: 100.3}, seeds=6, spread=1)
+    row = judge_first(runs, claim("lowest", [0.1, 0.5]))
+    assert (row["estimates"], row["verdict"]) == ("mixed", "undecided")
+    assert math.isnan(row["seeds needed"])
 
 
 @pytest.mark.parametrize(("last", "margin"), [(0.0, 0.06), (0.13, 0.01)])  # supported, contradicted

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe.analysis.power import POWER, UNPAIRED, Freedom, Prediction, detectable_effect, power, seeds_for, seeds_needed
+from moe.analysis.power import POWER, UNPAIRED, Freedom, Prediction, detectable_effect, power, seeds_for
 from moe.analysis.statistics import range_test
 
 
@@ -40,6 +40,26 @@ def test_power_is_the_share_of_studies_in_which_every_comparison_holds(predictio
     assert power(p, n) == pytest.approx(np.mean(held), abs=3 * error)
 
 
+@pytest.mark.parametrize(("n", "named", "rivals"), [(4, 2, 6), (8, 4, 1), (6, 1, 2), (3, 3, 3)])
+def test_every_comparison_of_a_claim_finds_the_detectable_effect_in_80_of_100_studies(
+    n: int, named: int, rivals: int
+) -> None:
+    effect, tests, rng = detectable_effect(n, tests=5, named=named, rivals=rivals), 5, np.random.default_rng(1)
+    levels = rng.normal(0, math.sqrt(0.5), (3000, n, named + rivals))
+    pairs = effect + levels[:, :, :named, None] - levels[:, :, None, named:]
+    p = stats.ttest_1samp(pairs, 0, axis=1).pvalue.max(axis=(1, 2))
+    assert (p <= 0.05 / tests).mean() == pytest.approx(0.8, abs=0.03)
+    assert effect > detectable_effect(n, tests=tests)
+
+
+def test_a_claim_fails_if_one_comparison_does_or_if_one_rival_beats_all_the_best() -> None:
+    claim = Prediction(0.0, 1.0, -0.5, tests=3, named=2, rivals=4)
+    assert claim.deciding() == Prediction(0.0, math.inf, 0.5, tests=24)
+    assert claim._replace(true=1.5).deciding() == claim.deciding()
+    assert claim._replace(best=True).deciding() == Prediction(0.0, math.inf, 0.5, tests=12, named=2)
+    assert claim._replace(true=0.5).deciding() == claim._replace(true=0.5)
+
+
 def test_the_detectable_effect_of_other_degrees_of_freedom_is_that_of_the_noncentral_t_distribution() -> None:
     assert detectable_effect(10, freedom=UNPAIRED) * math.sqrt(2) == pytest.approx(1.325, abs=0.001)  # G*Power
     effect = detectable_effect(4, tests=5, freedom=Freedom(5, 5))
@@ -60,4 +80,4 @@ def test_the_number_of_seeds_is_the_smallest_with_the_power(prediction: Predicti
 
 def test_no_number_of_seeds_supports_a_claim_whose_assumed_difference_is_not_claimed() -> None:
     assert seeds_for(Prediction(0, math.inf, -1.0)) is seeds_for(Prediction(-1.0, 1.0, 1.0)) is None
-    assert seeds_needed(math.nan) is seeds_needed(0.0) is None
+    assert seeds_for(Prediction(0, math.inf, math.nan)) is None

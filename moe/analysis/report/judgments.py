@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from moe.analysis.power import seeds_needed
+from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.report.blocks import Card, Interval, literal
 from moe.analysis.sentences import (
     DETERMINISTIC,
@@ -29,6 +29,7 @@ ALONE = "the interval alone would decide it, but not after the correction for al
 BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
+OUTCOMES = {"as claimed": "support", "against": "contradict", "mixed": "", "": ""}  # of more seeds, by the estimates
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
     **dict.fromkeys(("contradicted", "worse", "less balanced"), "bad"),
@@ -47,7 +48,8 @@ class Judgment(NamedTuple):
         true difference is smaller (`within`), that it is larger (`beyond`), or neither.
     claimed: the range that a claim gives the difference, if it has two ends.
     needed: the number of seeds that would decide it, NaN if it is above 1,000 or unknown; `outcome` is what they would
-        do to it, if the true difference is the estimated one: "support", "contradict" or "decide".
+        do to it, if the true difference is the estimated one: "support", "contradict" or "decide"; or empty, if no
+        number decides it because only some of its comparisons are estimated as claimed.
     row: of a claim, the number of its row in the table of claims. changed: whether a later command has another claim in
         the same words.
     """
@@ -123,10 +125,14 @@ class Judgment(NamedTuple):
         """What would decide the question, if the seeds leave it undecided; otherwise empty."""
         if self.verdict != UNDECIDED:
             return ""
+        if not self.outcome:
+            return "no number of seeds would decide it, if the true differences are the estimated ones: only some are as claimed"
         if math.isnan(self.needed):
             return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
         seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"
-        return f"about {seeds} would {self.outcome} it, if the true difference is the estimated one"
+        several = bool(self.choice) and self.outcome == "support"
+        assumed = "every true difference is the smallest" if several else "the true difference is the"
+        return f"about {seeds} would {self.outcome} it, if {assumed} estimated one"
 
 
 def judgments(
@@ -169,7 +175,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         margin=margin,
         claimed=claimed,
         needed=row["seeds needed"],
-        outcome="contradict" if row["estimates"] == "against" else "support",
+        outcome=OUTCOMES[row["estimates"]],
         reason=row["reason"],
         metric=row["metric"],
         within=math.isfinite(margin) and row["verdict"] == "supported",
@@ -182,7 +188,8 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
 def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
     """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
     known, (up, down) = standing(row), directions(row["metric"])
-    needed = seeds_needed(row["d_z"], tests=max(int(row["tests"]), 1) * later) if known == UNDECIDED else None
+    predicted = Prediction(0.0, math.inf, abs(row["d_z"]), max(int(row["tests"]), 1) * later)
+    needed = seeds_for(predicted) if known == UNDECIDED else None
     margin, within, beyond = row.get("margin", math.nan), False, False
     if known == DETERMINISTIC:
         within, beyond = bool(abs(row["difference"]) < margin), bool(abs(row["difference"]) >= margin)
