@@ -247,15 +247,17 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
     worst = pairs[least[0]][least[1]]
     assumed = {"as claimed": worst, "against": shown, "mixed": worst._replace(mean=NAN)}[estimates]
-    shape = {"named": len(named), "rivals": len(rivals), "best": claim.kind in BEST}
-    return row | shown_sides | {"predicted": _predicted(assumed)._replace(freedom=shown.freedom, **shape)}
+    predicted = _predicted(assumed)._replace(
+        named=len(named), rivals=len(rivals), freedom=shown.freedom, best=claim.kind in BEST
+    )
+    return row | shown_sides | {"predicted": predicted}
 
 
 def _predicted(comparison: Comparison) -> Prediction:
     """Return what a claim predicts of a comparison whose true difference is the estimated one."""
     c = comparison
-    ends = (end / c.spread for end in (c.claimed_low, c.claimed_high, c.mean - c.reference_mean))
-    return Prediction(*ends, freedom=c.freedom)
+    low, high, true = (end / c.spread for end in (c.claimed_low, c.claimed_high, c.mean - c.reference_mean))
+    return Prediction(low, high, true, freedom=c.freedom)
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:

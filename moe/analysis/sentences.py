@@ -67,7 +67,7 @@ def with_note(text: str, note: str) -> str:
     return f"{text.removesuffix(')')}; {note})" if text.endswith(")") else f"{text} ({note})"
 
 
-def detectable_note(effect: float, low: float, high: float, *, tests: int, unit: str) -> str:
+def detectable_note(effect: float, low: float, high: float, *, tests: int | float, unit: str) -> str:
     """Return the smallest detectable effect at the level 5 % / `tests`, with the 95 % interval of that number.
 
     `DETECTABLE` says what it is.

@@ -126,7 +126,7 @@ class Judgment(NamedTuple):
         if self.verdict != UNDECIDED:
             return ""
         if not self.outcome:
-            return "no number of seeds would decide it, if the true differences are the estimated ones: only some are as claimed"
+            return "no number of seeds would decide it, if the true differences are as estimated: only some fit it"
         if math.isnan(self.needed):
             return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
         seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"
