@@ -3,11 +3,12 @@
     python -m moe.analysis.pages ship multirun/noise_lb_seed docs/studies/noise_lb_seed
     python -m moe.analysis.pages write docs/studies
 
-`ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts and the table
-of conditions of each such folder NAME between the two marks in NAME.md beside it. It also writes the verdict of each
-claim that `docs/findings.md`, the page above, names in a mark such as `<!-- noise_lb_seed: Noise 0.5 raises perplexity
--->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its digest, and what it
-planned. A test compares.
+`ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts, the
+comparisons at equal cost and the table of conditions of each such folder NAME between the two marks in NAME.md beside
+it. It also writes the verdict of each claim that `docs/findings.md`, the page above, names in a mark such as `<!--
+noise_lb_seed: Noise 0.5 raises perplexity -->`, and of each speed-up, as in `<!-- spectra_ablation: At equal cost,
+variant dense vs top2 -->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its digest,
+and what it planned. A test compares.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
+from moe.analysis.report.sections.cost_in_short import CostInShort, cost_in_short, in_short
 from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
@@ -62,6 +64,7 @@ PILOT = [{"name": "a small pilot"}]  # the sources of a plan from before other r
 NO_PILOT = """\
 There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."""
 PAGE = re.compile(r"`docs/([\w-]+\.md)`")  # in the text of a report, which knows no page beside it
+AT_EQUAL_COST = "At equal cost, {compared}"
 FINDINGS = "findings.md"  # beside the folder of the studies
 VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
 
@@ -105,15 +108,16 @@ def texts_of(folder: Path) -> dict[Path, str]:
     Raises ValueError for a page without the two marks, for a mark whose study has no tables or no such claim, and for
     a damaged table.
     """
-    texts, claims = dict[Path, str](), dict[str, pd.DataFrame]()
+    texts, quotes = dict[Path, str](), dict[str, list[tuple[str, str]]]()
     for page in pages(folder):
         study = page.with_suffix("")
         inputs = _inputs_of(study)
-        texts[page] = _between_marks(page, shown_by(study, inputs))
-        claims[study.name] = pd.concat([part.claims for part in inputs])
+        costs = [cost_in_short(part) for part in inputs]
+        texts[page] = _between_marks(page, shown_by(study, inputs, costs))
+        quotes[study.name] = list(_quotes(inputs, costs))
     findings = folder.parent / FINDINGS
     if findings.exists():
-        texts[findings] = _with_verdicts(read_text(findings), claims)
+        texts[findings] = _with_verdicts(read_text(findings), quotes)
     return texts
 
 
@@ -137,14 +141,22 @@ def _between_marks(page: Path, shown: str) -> str:
     return f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}"
 
 
-def shown_by(folder: Path, experiments: list[ReportInputs]) -> str:
-    """Return as Markdown what the tables in a folder show: the answer, the verdicts, and the means by condition."""
+def shown_by(folder: Path, experiments: list[ReportInputs], costs: list[CostInShort | None]) -> str:
+    """Return as Markdown what the tables in a folder show: the answer, the verdicts, equal cost, and the means.
+
+    costs: what each experiment says at equal cost.
+    """
     texts = []
     several, plan = len(experiments) > 1, folder / PLAN
-    for part in experiments:
+    for part, cost in zip(experiments, costs, strict=True):
         if several:
             texts.append(block_as_markdown(Heading(literal(str(part.runs["experiment"].iloc[0])))))
-        blocks = _plain(itertools.chain.from_iterable(section(part) for section in SECTIONS))
+        sections = [
+            *(each(part) for each in VERDICTS),
+            in_short(cost) if cost else (),
+            *(each(part) for each in TABLES),
+        ]
+        blocks = _plain(itertools.chain.from_iterable(sections))
         if len(part.claims):  # the list of claims says what their cards say
             blocks = (block for block in blocks if not isinstance(block, Cards))
         texts += [block_as_markdown(_lower(block) if several else block) for block in blocks]
@@ -260,18 +272,31 @@ def _moment(time: datetime) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d at %H:%M} UTC"
 
 
-def _with_verdicts(text: str, claims: dict[str, pd.DataFrame]) -> str:
-    """Return a page with the verdict of each claim that its marks name. claims: the judged claims of each study."""
+def _quotes(experiments: list[ReportInputs], costs: list[CostInShort | None]) -> Iterator[tuple[str, str]]:
+    """Yield what a mark may name, and the line below it: each claim of a study, and each speed-up."""
+    for part, cost in zip(experiments, costs, strict=True):
+        for _, row in part.claims.iterrows():
+            yield row["claim"], _quote(row["claim"], row["verdict"], evidence_sentence(row))
+        for compared, (verdict, text) in (cost.quotes if cost else {}).items():
+            name = AT_EQUAL_COST.format(compared=compared)
+            yield name, _quote(name, verdict, text)
+
+
+def _quote(name: str, verdict: str, text: str) -> str:
+    return f"> “{literal(name)}”: **{verdict}**; {literal(text)}\n"
+
+
+def _with_verdicts(text: str, quotes: dict[str, list[tuple[str, str]]]) -> str:
+    """Return a page with the verdict of each claim or speed-up that its marks name. quotes: of each study."""
 
     def verdict(mark: re.Match[str]) -> str:
         study, claim = mark["study"], mark["claim"]
-        if study not in claims:
+        if study not in quotes:
             raise ValueError(f"{FINDINGS}: no study {study} has tables; a comment without a study has no colon")
-        found = claims[study].loc[claims[study]["claim"] == claim]
+        found = [quote for name, quote in quotes[study] if name == claim]
         if len(found) != 1:
-            raise ValueError(f"{FINDINGS}: {study} has {'several claims' if len(found) else 'no claim'} {claim!r}")
-        row = found.iloc[0]
-        return f"{mark['line']}\n> “{literal(claim)}”: **{row['verdict']}**; {literal(evidence_sentence(row))}\n"
+            raise ValueError(f"{FINDINGS}: {study} has {'several claims' if found else 'no claim'} {claim!r}")
+        return f"{mark['line']}\n{found[0]}"
 
     return VERDICT.sub(verdict, text)
 
@@ -292,10 +317,8 @@ def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield TableBlock(told.rename_axis("step").reset_index())
 
 
-SECTIONS = (
-    *(answer, claim_verdicts, league, how_much_routing_matters, scaling_laws),
-    *(condition_table, tuning, learning_curve),
-)
+VERDICTS = (answer, claim_verdicts, league, how_much_routing_matters, scaling_laws)
+TABLES = (condition_table, tuning, learning_curve)
 
 
 def _lower(block: ReportBlock) -> ReportBlock:

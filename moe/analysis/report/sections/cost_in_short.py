@@ -1,0 +1,143 @@
+"""Equal cost in short, for the page of a study: at most one table at equal training FLOPs and one of speed-ups.
+
+The report has the same numbers with figures and other costs (`moe.analysis.report.sections.cost`). Levels are compared
+with those that the study's claims name most often after `than`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from moe.analysis.claims import planned_claims
+from moe.analysis.equal_cost import LOSS, is_budget, is_scale, training_curves
+from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
+from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.cost import equal_flops, found_speed_ups, speed_up_row
+from moe.analysis.sentences import enumerated, levels_compared
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
+from moe.results.conditions import reference_level, without_causality
+from moe.results.table import level
+
+CELLS = ["training FLOPs", "loss", "verdict", "times the compute", "curve's error", "doubts"]
+ERROR = "curve's error"
+VERBS = {
+    SAVES: "by which the level saves compute",
+    COSTS_MORE: "by which it costs more",
+    NOT_APART: "that do not tell them apart",
+}
+NAMES = ["factor", "level", "reference", "within"]
+SAME_FLOPS = """\
+The two settings of each comparison have the same training FLOPs within 1 %, so differences after the last step are at
+equal training FLOPs already."""
+NO_SPEED_UP = """\
+There is no effective speed-up: {reason}."""
+SCALES_ALONE = "only sizes and budgets vary, and it compares settings of equal size"
+NO_CURVE = "no curve can be fitted through the runs of the reference"
+FLOPS_BULLET = """\
+At equal training FLOPs, of {all} comparisons of settings that differ in FLOPs by more than 1 %, the level has a lower
+loss than its reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations; the
+rest stays open."""
+SPEED_BULLET = """\
+**{factor}**, {number} with {reference}: {counts}."""
+FLOPS_TABLE = """\
+**Loss at equal training FLOPs.** `level` and `reference` are the two settings that are compared, `within` the levels of
+other factors. `equal FLOPs` is the difference in validation loss (nats per token; negative: the level is better) with
+its 95 % interval, at the training FLOPs of the setting that needs fewer for all steps. The other one is read before its
+end, at the percentage given, when its learning rate is still high, so it looks worse there than a run of that length
+would. Where its loss lies between two evaluations, it is interpolated; "between points 0.02 apart" says how much they
+differ."""
+SPEED_TABLE = """\
+**Effective speed-up.** `times the compute` is how many times as much training compute (FLOPs) the reference needs for
+the loss that the level has after `training FLOPs`, with its 95 % interval: 0.8 means that a fifth of the level's
+compute is wasted. `loss` is that validation loss. It is read from a curve through the loss of the reference during its
+training; `curve's error` is how far that curve is off for the reference itself, as a factor. By the `verdict`, a level
+saves compute or costs more only if its whole interval is further from 1 than that error. `doubts` tells where the curve
+is used beyond the reference's runs. A loss in the middle of training is higher than that of a run that ends there, so
+all of these numbers are distorted. Each interval is for its row alone, and nothing was tested or claimed."""
+
+
+class CostInShort(NamedTuple):
+    """What a study says at equal cost: comparisons at equal training FLOPs, and speed-ups, with a row for each.
+
+    reason: why there is no speed-up, if there is none.
+    """
+
+    flops: pd.DataFrame
+    speed_ups: pd.DataFrame
+    reason: str
+
+    @property
+    def quotes(self) -> dict[str, tuple[str, str]]:
+        """The verdict and the numbers of each speed-up, by what it compares, such as "router a vs b"."""
+        at_flops = self.flops.set_index(NAMES)["cell"].to_dict()
+        return {
+            levels_compared(row): (row["verdict"], _in_words(row, at_flops.get(tuple(row[NAMES]))))
+            for _, row in self.speed_ups.iterrows()
+        }
+
+
+def _in_words(row: pd.Series, at_flops: str | None) -> str:
+    text = f"the reference needs {row['times the compute']} times the compute (curve's error {row[ERROR]})"
+    text += f"; difference in validation loss at equal training FLOPs {at_flops}" if at_flops else ""
+    return f"{text}; {row['doubts']}" if row["doubts"] else text
+
+
+def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
+    """Return what the runs of a study say at equal cost; None if they compare nothing."""
+    if inputs.contrasts.empty or LOSS not in inputs.runs:
+        return None
+    inputs = inputs._replace(options=inputs.options._replace(references=_references(inputs)))
+    curves = training_curves(inputs.runs, inputs.past.evals)
+    rows = [names | speed_up_row(each) for names, found, _ in found_speed_ups(inputs, curves) for each in found]
+    scales = all(is_scale(factor) or is_budget(inputs.runs, factor) for factor in inputs.factors)
+    return CostInShort(
+        equal_flops(inputs, curves),
+        pd.DataFrame(rows, columns=[*NAMES, *CELLS], dtype=object),
+        SCALES_ALONE if scales else NO_CURVE,
+    )
+
+
+def _references(inputs: ReportInputs) -> dict[str, Any]:
+    """Return the level of each factor that the claims name most often after `than`; without one, the usual one."""
+    named = Counter((claim.factor, level(each)) for claim, _ in planned_claims(inputs.loaded) for each in claim.than)
+    found = {}
+    for factor in inputs.factors:
+        usual = without_causality(reference_level(inputs.runs, factor))
+        number = {each: count for (name, each), count in named.items() if name == factor}
+        found[factor] = max(number, key=lambda each: (number[each], each == usual), default=usual)
+    return found
+
+
+def in_short(found: CostInShort) -> Iterator[ReportBlock]:
+    """Yield the section of a page: what the tables say in a few sentences, and the tables."""
+    yield Heading("At equal cost")
+    yield BulletList([*_about_speed_ups(found), *_about_flops(found.flops)])
+    if len(found.speed_ups):
+        yield Paragraph(SPEED_TABLE)
+        yield TableBlock(found.speed_ups)
+    if len(found.flops):
+        yield Paragraph(FLOPS_TABLE)
+        yield TableBlock(found.flops[NAMES].assign(**{"equal FLOPs": found.flops["cell"]}))
+
+
+def _about_speed_ups(found: CostInShort) -> Iterator[str]:
+    if found.speed_ups.empty:
+        yield NO_SPEED_UP.format(reason=found.reason)
+    for (factor, reference), rows in found.speed_ups.groupby(["factor", "reference"], sort=False):
+        number = rows["verdict"].value_counts()
+        counts = enumerated([f"{number[each]} {VERBS[each]}" for each in VERBS if each in number])
+        compared = "1 comparison" if len(rows) == 1 else f"{len(rows)} comparisons"
+        names = {"factor": literal(str(factor)), "reference": literal(str(reference))}
+        yield SPEED_BULLET.format(number=compared, counts=counts, **names)
+
+
+def _about_flops(table: pd.DataFrame) -> Iterator[str]:
+    """Yield in how many comparisons the difference is clear, even if interpolation is off by as much as it can be."""
+    known = table[table["n"] > 0]
+    if known.empty:
+        yield SAME_FLOPS
+        return
+    lower, higher = ((known["high"] + known["gap"]) < 0).sum(), ((known["low"] - known["gap"]) > 0).sum()
+    yield FLOPS_BULLET.format(all=len(known), lower=lower, higher=higher)
