@@ -10,7 +10,7 @@ what happens to other claims costs it nothing: a test that sees the same runs ag
 be seen without a report too, so a command that adds seeds when others had ended makes a look of these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +93,12 @@ class Study(NamedTuple):
     def everything(self) -> Seen:
         """What the comparisons that nobody planned see: all seeds with finished runs."""
         return Seen(self.seeds, len(self.seeds))
+
+    def late(self, margins: Mapping[str, object]) -> list[str]:
+        """Return the metrics whose margin is not that of the first look, so that results may have chosen it."""
+        if not self.earlier:
+            return []
+        return [metric for metric, margin in margins.items() if self.earlier[0].margins.get(metric) != str(margin)]
 
     def share(self, seen: Seen, test: str | None = None) -> float:
         """Return the share of its level that a test has in this look.
@@ -200,16 +206,21 @@ def _with_names(look: Look, planned: Sequence[tuple[ClaimConfig, pd.DataFrame]])
     return look._replace(claims=known | look.claims)
 
 
-def record_look(runs: pd.DataFrame, claims: dict[str, Seen]) -> bool:
+def record_look(runs: pd.DataFrame, claims: dict[str, Seen], margins: Mapping[str, object] | None = None) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    claims: what the test of each claim saw. A report in which no test is possible, because there is a single seed, is
-    no look.
+    claims: what the test of each claim saw. margins: those that the reader gave. A report in which no test is possible,
+    because there is a single seed, is no look.
     """
     experiment, seeds = str(runs["experiment"].iloc[0]), finished_seeds(runs)
     if len(seeds) < 2:
         return True
-    look = Look(datetime.now(UTC).isoformat(timespec="seconds"), seeds, claims)
+    look = Look(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        seeds,
+        claims,
+        {name: str(size) for name, size in (margins or {}).items()},
+    )
     written = True
     for folder in _sweeps(runs):
         looks = looks_in(folder)

@@ -121,14 +121,18 @@ def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
     """Correct the p-values of contrasts, which may be of several metrics, over all rows of the table."""
     if "p" not in table:
         return table
-    return with_correction(table, corrected(table["p"]), divisors(table["p"]), false_discovery(table["p"]))
+    equivalence = corrected(table["p TOST"]) if "p TOST" in table else None
+    p = table["p"]
+    return with_correction(table, corrected(p), divisors(p), false_discovery(p), equivalence)
 
 
-def with_correction(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, bh: np.ndarray) -> pd.DataFrame:
+def with_correction(
+    table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, bh: np.ndarray, equivalence: np.ndarray | None
+) -> pd.DataFrame:
     """Set the columns of contrasts that depend on other tests.
 
-    The arguments are what `corrected`, `divisors` and `false_discovery` return for these rows. Equivalence is another
-    question than a difference, so its p-values are corrected over the rows of the table alone.
+    The arguments are what `corrected`, `divisors` and `false_discovery` return for these rows. equivalence: the
+    corrected p of equivalence, which is another question than a difference and has 5 % of its own.
     """
     table = table.assign(**{"p Holm": holm, "p BH": bh, "tests": tests})
     spread = table["std of differences"]
@@ -137,7 +141,7 @@ def with_correction(table: pd.DataFrame, holm: np.ndarray, tests: np.ndarray, bh
     spreads = {"detectable": spread, "detectable_low": low, "detectable_high": high}
     table = table.assign(**{name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()})
     if "p TOST" in table:
-        equivalence = corrected(table["p TOST"])
+        equivalence = table["p TOST"].to_numpy() if equivalence is None else equivalence
         equivalent = pd.Series(equivalence <= SIGNIFICANCE, index=table.index).where(table["margin"].notna())
         lead = (table["difference"].abs() - table["margin"]) / (spread / np.sqrt(table["n"]))
         beyond = stats.t.sf(lead, table["n"] - 1) <= SIGNIFICANCE / table["tests"].clip(lower=1) / 2

@@ -44,12 +44,13 @@ class Look(NamedTuple):
     """A report that was written: its time, the seeds that had finished runs, and what the test of each claim saw.
 
     claims: by `moe.analysis.looks.name_of_test`, so that a claim with other words is the same test; by the words of the
-    claim in a look that was written before tests had names.
+    claim in a look that was written before tests had names. margins: metric -> the margin that a reader gave, as text.
     """
 
     time: str
     seeds: list[int]
     claims: dict[str, Seen]
+    margins: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

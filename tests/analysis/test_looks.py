@@ -21,9 +21,15 @@ from moe.analysis.looks import (
     spent,
     study_of,
 )
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.inputs import ReportOptions, collect_inputs
 from moe.analysis.report.report import _with_look
-from moe.analysis.report.sections.planned import planned_facts, price_of_more, warnings_of_looks
+from moe.analysis.report.sections.planned import (
+    margin_facts,
+    planned_facts,
+    price_of_more,
+    warnings_of_looks,
+    warnings_of_margins,
+)
 from moe.analysis.report.sections.verdicts import how_it_decides
 from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
@@ -227,6 +233,30 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2], {})
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
     assert study_of(runs).earlier == [report], "a report about these seeds is the same look"
+
+
+def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
+    runs: pd.DataFrame, tmp_path: Path
+) -> None:
+    metric, first = "val/perplexity", runs[runs["seed"] < 3]
+    options = ReportOptions(margins={metric: "3%"})
+    early = collect_inputs(first, options)[0]
+    [fact] = margin_facts(early)
+    assert fact == ("Margin", "3% of val/perplexity, given at the first look at these runs")
+    alone = collect_inputs(runs, options)[0].contrasts["p TOST Holm"]
+    _with_look(early)
+    path = tmp_path / "sweeps" / "noise" / "looks.json"
+    [look] = LooksRecord.read(path).looks["noise_lb_seed"]
+    assert look.margins == {metric: "3%"}
+    later = collect_inputs(runs, options)[0]
+    assert later.contrasts["p TOST Holm"].dropna().tolist() == (alone.dropna() / FURTHER).clip(upper=1).tolist()
+    assert list(warnings_of_margins(later)) == []
+    LooksRecord(looks={"noise_lb_seed": [look._replace(margins={})]}).write(path)
+    late = collect_inputs(runs, options)[0]
+    assert "p TOST" not in late.contrasts or late.contrasts["p TOST"].isna().all()
+    [warning] = warnings_of_margins(late)
+    assert "**The margin 3% of val/perplexity was not given at the first look" in warning
+    assert margin_facts(late) == []
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from moe.analysis.claims import claim_families, decided, measured_claims, planned_claims
@@ -113,6 +114,12 @@ class ReportInputs(NamedTuple):
     def search(self) -> str | None:
         """What a search for good settings aims at, such as "minimize val/loss"; None if there was no search."""
         return search_goal(self.loaded)
+
+    @property
+    def margins(self) -> dict[str, int | float | str]:
+        """The margins of the options that were given at the first look at these runs."""
+        late = self.study.late(self.options.margins)
+        return {metric: margin for metric, margin in self.options.margins.items() if metric not in late}
 
     @property
     def later(self) -> float:
@@ -266,7 +273,7 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
     references = {factor: level for factor, level in references.items() if factor in factors}
     tables = [
-        contrasts(runs, metric, factors, references=references, margin=inputs.options.margins.get(metric))
+        contrasts(runs, metric, factors, references=references, margin=inputs.margins.get(metric))
         for metric in inputs.tested
     ]
     if is_crossed(runs):  # no seed is better than another
@@ -301,9 +308,23 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
         )
     ]
     return [
-        _corrected(inputs._replace(families=families), tests[tests["part"] == number])
-        for number, inputs in enumerate(parts)
+        _corrected(inputs._replace(families=families), tests[tests["part"] == number], equivalence)
+        for number, (inputs, equivalence) in enumerate(zip(parts, _equivalence(parts), strict=True))
     ]
+
+
+def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
+    """Return the p of equivalence of each contrast of each part, corrected for looks and for all of the report.
+
+    These tests have 5 % of their own. A contrast without a margin has NaN.
+    """
+    p = [
+        (inputs.contrasts["p TOST"] / inputs.study.share(inputs.study.everything)).clip(upper=1)
+        if "p TOST" in inputs.contrasts
+        else pd.Series(np.nan, index=inputs.contrasts.index)
+        for inputs in parts
+    ]
+    return np.split(corrected(pd.concat(p, ignore_index=True)), np.cumsum([len(each) for each in p])[:-1])
 
 
 def _tests(inputs: ReportInputs) -> pd.DataFrame:
@@ -327,14 +348,14 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
-def _corrected(inputs: ReportInputs, tests: pd.DataFrame) -> ReportInputs:
+def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarray) -> ReportInputs:
     """Return the inputs with the results of the correction, which `tests` holds in the order of `_tests`."""
     claims, compared, variance = (tests[tests["field"] == field] for field in ("claims", "contrasts", "variance"))
     if len(claims):
         found = [claims[name].to_numpy() for name in ("holm", "tests", "later")]
         inputs = inputs._replace(claims=decided(inputs.claims, *found))
     if len(compared):
-        columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy()
+        columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy(), equivalence
         inputs = inputs._replace(contrasts=with_correction(inputs.contrasts, *columns))
     if len(variance):
         table = inputs.variance.copy()

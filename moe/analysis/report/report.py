@@ -221,7 +221,7 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _with_look(inputs: ReportInputs) -> ReportInputs:
     """Write the look down, and return the inputs, which then say whether that was possible."""
-    looked = inputs.search or inputs.observed or record_look(inputs.loaded, dict(inputs.seen))
+    looked = inputs.search or inputs.observed or record_look(inputs.loaded, dict(inputs.seen), inputs.options.margins)
     return inputs._replace(study=inputs.study._replace(unwritten=not looked))
 
 

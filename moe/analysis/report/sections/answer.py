@@ -27,7 +27,7 @@ from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.learned import learned_little
-from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks
+from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks, warnings_of_margins
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
 from moe.config.question import text_of
@@ -112,6 +112,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
     yield from warnings_of_looks(inputs.study)
+    yield from warnings_of_margins(inputs)
     if inputs.trained and not inputs.crosses_seeds and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):

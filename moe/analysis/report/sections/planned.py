@@ -7,6 +7,7 @@ from itertools import takewhile
 from moe.analysis.looks import FURTHER, Study, alike
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import literal
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import enumerated
 from moe.config.words import as_word
 from moe.runs.planned import PlannedStudy
@@ -37,9 +38,25 @@ ones, do."""
 USED_UP = """\
 {which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. The numbers of seeds above are
 right for that."""
+LATE_MARGIN = """\
+**The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
+chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""
+
+
+def margin_facts(inputs: ReportInputs) -> list[tuple[str, str]]:
+    """Return the margins that are judged, and that they were given in time, as a fact of the set-up."""
+    given = ", ".join(f"{margin} of {metric}" for metric, margin in inputs.margins.items())
+    return [("Margin", literal(f"{given}, given at the first look at these runs"))] if given else []
+
+
+def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
+    """Yield for each margin that was given after the first look that it is not judged."""
+    for metric in inputs.study.late(inputs.options.margins):
+        margin, time = literal(str(inputs.options.margins[metric])), inputs.study.earlier[0].time
+        yield LATE_MARGIN.format(margin=margin, metric=metric, time=time)
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ import pandas as pd
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
-from moe.analysis.report.sections.planned import planned_facts
+from moe.analysis.report.sections.planned import margin_facts, planned_facts
 from moe.analysis.tuned import tuned_equally
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
@@ -52,7 +52,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(("Left out", f"the text of {', '.join(left)}, because a package is not installed"))
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
-    facts += planned_facts(inputs.study)
+    facts += planned_facts(inputs.study) + margin_facts(inputs)
     if len(inputs.trials):
         facts.append(("Tuning", tuned_equally(inputs.trials)))
     if command := training_command(inputs.runs):

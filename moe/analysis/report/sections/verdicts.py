@@ -69,8 +69,9 @@ is read from intervals, figures or tables is not tested."""
 EQUIVALENCE = (
     "A metric with a margin has a second question: is the difference smaller than the margin?",
     "Two one-sided tests (TOST) answer it. A contrast is equivalent if their p is at most 5 % after Holm's correction "
-    "over all contrasts of its experiment that have a margin.",
-    "These tests have 5 % of their own and take nothing from the other tests.",
+    "over all contrasts of this report that have a margin.",
+    "These tests have 5 % of their own, take nothing from the other tests, and divide their 5 % among looks.",
+    "A margin that was not given at the first look at these runs is left out, because results may have chosen it.",
     "A difference that is not significant is no proof of equivalence.",
 )
 CLAIMS_EXPLAINED = """\
