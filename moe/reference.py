@@ -78,7 +78,8 @@ intervals hold together. A router that sees later tokens has none, because its l
 Neither has a router that the study leaves out or does not have yet."""
 TWO_MODELS = """
 *Speed* and *league* are about different models, so one column does not explain the other: for the speed, the experts of
-all routers have the same width; in the league, a token costs about the same FLOPs with all, so the widths differ."""
+all routers have the same width; in the league, a token costs about the same FLOPs with all but `top_p`, so the widths
+differ. The league is one of small models with default settings; [its page](studies/router_league.md) says more."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 STUDY = STUDIES / "router_league"  # its shipped tables; without them, the table has no league
@@ -201,7 +202,8 @@ def _described(name: str) -> Iterator[str]:
 def _section(node: Any, heading: str, lines: list[str]) -> str:
     first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
     head = textwrap.dedent("\n".join(lines[first - 1 : node.body[0].lineno - 1]))
-    fields = [f"    {ast.unparse(each)}" for each in node.body if isinstance(each, ast.AnnAssign)]
+    source = "\n".join(lines)
+    fields = [f"    {ast.get_source_segment(source, each)}" for each in node.body if isinstance(each, ast.AnnAssign)]
     signature = "\n".join([head, *fields]).rstrip(":")
     return f"\n{heading}\n\n```python\n{signature}\n```\n\n{_prose(ast.get_docstring(node) or '')}\n"
 
