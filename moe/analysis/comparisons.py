@@ -12,7 +12,7 @@ from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_com
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import CONFIDENCE, name_cell
-from moe.analysis.within_seeds import contrast, range_p
+from moe.analysis.within_seeds import Contrast, contrast, range_p
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.metrics.catalog import lookup
 from moe.results.comparable import incomparable, not_poolable
@@ -213,6 +213,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     In a mixed model the runs at the other levels count too: where a run is missing, they tell how the seeds differ.
     """
     sides: dict[str, pd.DataFrame] = {}
+    alone: list[str] = []
     for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
         both = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, both)):
@@ -220,21 +221,43 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
                 return Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in both)
             sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b})
+        else:
+            alone.append(name_cell(cell))
     if not sides:
         return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
     table = pd.concat(sides, axis=1)  # a row for each seed; NaN where a run is missing
     both_sides = table.xs("treated", axis=1, level=1), table.xs("reference", axis=1, level=1)
     if claim.kind != "mixed":
-        return _within_seeds(claim, *both_sides, pd.DataFrame(), _lost(both_sides[0] - both_sides[1]))
+        return _of_pairs(claim, *both_sides, alone)
     if reason := not_poolable(claim.metric, runs):
         return Comparison(0, doubt=reason)
     cells = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
     rest = pd.DataFrame({name_cell(cell): by_seed(members, claim.metric) for cell, members in cells})
     number = int(pd.concat([table, rest], axis=1).count().sum())
-    return _within_seeds(claim, *both_sides, rest, f"mixed model of {number} runs")
+    return _in_all_runs(claim, *both_sides, rest, f"mixed model of {number} runs")
 
 
-def _within_seeds(
+def _of_pairs(claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, alone: list[str]) -> Comparison:
+    """Compare two levels by pairs of runs: the mean over combinations of the mean difference over their seeds.
+
+    A row for each seed and a column for each combination of other factors, as in `_in_all_runs`. A combination with a
+    single pair is left out if others have more. alone: combinations that have one of the two levels in no seed.
+    """
+    pairs = treated - reference
+    counts = pairs.count()
+    kept = counts >= min(2, counts.max())
+    if not counts.any():
+        return Comparison(0, note=_lost(pairs), doubt="no seed is left")
+    left_out = [f"{cell}: a level has no run" for cell in alone]
+    left_out += [f"{cell}: {'one pair' if counts[cell] else 'no pair'}" for cell in counts.index[~kept]]
+    note = "; ".join(filter(None, (f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs.loc[:, kept]))))
+    values = pairs.loc[:, kept].to_numpy(dtype=float)
+    scale = float(np.nanmax(np.abs(reference.to_numpy(dtype=float))))
+    found = contrast(values, np.full(kept.sum(), 1 / kept.sum()), seed_effects=False, scale=scale)
+    return _estimated(claim, found, pairs.index, reference.loc[:, kept].where(pairs.loc[:, kept].notna()), note)
+
+
+def _in_all_runs(
     claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, rest: pd.DataFrame, note: str
 ) -> Comparison:
     """Compare the values of two levels, a row for each seed and a column for each combination of other factors.
@@ -251,8 +274,13 @@ def _within_seeds(
         found = contrast(values.to_numpy(dtype=float), weights)
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
+    return _estimated(claim, found, values.index, reference, note)
+
+
+def _estimated(claim: ClaimConfig, found: Contrast, seeds: pd.Index, reference: pd.DataFrame, note: str) -> Comparison:
+    """Return a comparison from its estimate. seeds: those of the rows from which it comes."""
     telling, df = found.estimator.telling, found.estimator.freedom
-    n, mean = int(telling.sum()), float(reference.reindex(values.index[telling]).mean().mean())
+    n, mean = int(telling.sum()), float(reference.reindex(seeds[telling]).mean().mean())
     freedom = PAIRED if math.isnan(df) else Freedom((df + 1) / n, 1)
     if df < n - 1:
         note = "; ".join(filter(None, (note, f"{df:.2g} degrees of freedom")))

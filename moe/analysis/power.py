@@ -19,6 +19,7 @@ from scipy.special import ndtr
 SIGNIFICANCE = 0.05  # the largest corrected p that counts as significant
 POWER = 0.8
 GRID = 2_000  # values that stand for the distribution of an estimated spread
+UNCERTAIN = 60  # values that stand for what the true spread may be
 SIMULATED = 4_000  # studies from which the power of several comparisons together is estimated
 
 
@@ -44,6 +45,7 @@ class Prediction(NamedTuple):
     assumed of every comparison. tests: the number by which 5 % are divided. named, rivals: each of so many levels is
     compared with each of so many others, and the claim holds if every comparison holds. freedom: that of the spread of
     each comparison. best: whether the claim fails only if one rival beats all named levels (kinds lowest and highest).
+    known_by: degrees of freedom of the spread whose unit the other numbers have; infinite if it is the true spread.
     """
 
     low: float
@@ -54,6 +56,7 @@ class Prediction(NamedTuple):
     rivals: int = 1
     freedom: Freedom = PAIRED
     best: bool = False
+    known_by: float = math.inf
 
     @property
     def level(self) -> float:
@@ -72,7 +75,9 @@ class Prediction(NamedTuple):
             return self
         beyond = max(self.low - self.true, self.true - self.high)
         losers, ways = (self.named, self.rivals) if self.best else (1, self.named * self.rivals)
-        return Prediction(0.0, math.inf, beyond, self.tests * ways, named=losers, freedom=self.freedom)
+        return Prediction(
+            0.0, math.inf, beyond, self.tests * ways, losers, freedom=self.freedom, known_by=self.known_by
+        )
 
 
 def power(prediction: Prediction, n: int) -> float:
@@ -80,9 +85,16 @@ def power(prediction: Prediction, n: int) -> float:
 
     Differences are normal. A single comparison is computed, with an error below 0.002. Several comparisons that share
     levels are simulated, always with the same random numbers; the standard error is at most 0.008. Returns 0 if n
-    seeds have no spread.
+    seeds have no spread. If the spread is an estimate, the result is the mean of the power over the true spreads that
+    explain it, as in O'Hagan, Stevens and Campbell (2005) with the prior 1/spread: the "assurance".
     """
     p, df = prediction, prediction.freedom.at(n)
+    if math.isfinite(p.known_by):
+        exact = p._replace(known_by=math.inf)
+        ratios, weights = _spreads(p.known_by, UNCERTAIN)  # estimated / true spread
+        ends = zip(p.low * ratios, p.high * ratios, p.true * ratios, strict=True)
+        found = [power(exact._replace(low=low, high=high, true=true), n) for low, high, true in ends]
+        return float(weights @ np.array(found))
     if df <= 0:
         return 0.0
     critical = stats.t.isf(p.level, df)

@@ -36,10 +36,13 @@ class Contrast(NamedTuple):
     estimator: Estimator
 
 
-def estimator(known: Bool[np.ndarray, "N C"], weights: Float[np.ndarray, "C"]) -> Estimator:
+def estimator(
+    known: Bool[np.ndarray, "N C"], weights: Float[np.ndarray, "C"], *, seed_effects: bool = True
+) -> Estimator:
     """Return the estimator of a weighted sum of settings, in which each seed has an effect of its own on all its runs.
 
-    known: which seed has a run of which setting. weights: of the settings; they sum to 0.
+    known: which seed has a run of which setting. weights: of the settings; they sum to 0. seed_effects: False if the
+    columns are already differences within seeds, whatever their weights sum to.
 
     The estimate is that of least squares with an effect of each setting and each seed: the analysis of incomplete
     blocks within blocks (Searle, Casella and McCulloch 1992). Nothing is assumed of how the runs of a seed spread and
@@ -50,7 +53,9 @@ def estimator(known: Bool[np.ndarray, "N C"], weights: Float[np.ndarray, "C"]) -
     """
     seed, cell = np.nonzero(known)
     of_cell, of_seed = np.eye(known.shape[1])[cell], np.eye(len(known))[seed]
-    within = of_cell - of_seed @ (of_seed.T @ of_cell / np.maximum(known.sum(axis=1), 1)[:, None])
+    within = of_cell
+    if seed_effects:
+        within = of_cell - of_seed @ (of_seed.T @ of_cell / np.maximum(known.sum(axis=1), 1)[:, None])
     of_runs = _least_squares(within, weights)
     if np.isnan(of_runs).any():
         raise ValueError("the settings compared share no seed, not even through other settings")
@@ -61,14 +66,22 @@ def estimator(known: Bool[np.ndarray, "N C"], weights: Float[np.ndarray, "C"]) -
     return Estimator(of_runs, np.array(changes), round(freedom, 6), telling)
 
 
-def contrast(values: Float[np.ndarray, "N C"], weights: Float[np.ndarray, "C"]) -> Contrast:
+def contrast(
+    values: Float[np.ndarray, "N C"],
+    weights: Float[np.ndarray, "C"],
+    *,
+    seed_effects: bool = True,
+    scale: float | None = None,
+) -> Contrast:
     """Return the estimate of a weighted sum of settings from a row for each seed and a column for each setting.
 
-    NaN is no run. Raises ValueError as `estimator` does. Rounding neither makes an effect nor a spread.
+    NaN is no run. seed_effects: as in `estimator`. Raises ValueError as that does. Rounding neither makes an effect nor
+    a spread: numbers are compared with `scale`, by default the largest of the values.
     """
     known = ~np.isnan(values)
-    by, runs = estimator(known, weights), values[known]
-    scale, effect = float(np.abs(runs).max()), float(by.of_runs @ runs)
+    by, runs = estimator(known, weights, seed_effects=seed_effects), values[known]
+    scale = float(np.abs(runs).max()) if scale is None else scale
+    effect = float(by.of_runs @ runs)
     exact = has_no_spread((len(by.changes) - 1) * (by.changes @ runs), scale=scale)
     error = 0.0 if exact else float(by.errors(runs[None])[0])
     return Contrast(0.0 if abs(effect) <= 1e-12 * scale else effect, error, by)

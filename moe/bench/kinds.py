@@ -32,12 +32,12 @@ def kinds_table(studies: int) -> TimingTable:
 def t_values(values: Values, weights: list[float], *, without: int | None = None) -> tuple[np.ndarray, float]:
     """Return Student's t of a weighted sum of levels in each study, and its degrees of freedom.
 
-    without: a level of which the first seed has no run.
+    without: a level of which the first seed has no run. Weights that do not sum to 0 are those of differences.
     """
     known = np.ones(values.shape[1:], dtype=bool)
     if without is not None:
         known[0, without] = False
-    by, runs = estimator(known, np.array(weights)), values[:, known]
+    by, runs = estimator(known, np.array(weights), seed_effects=sum(weights) == 0), values[:, known]
     return runs @ by.of_runs / by.errors(runs), by.freedom
 
 
@@ -89,7 +89,7 @@ KINDS: dict[str, Callable[[Values], Bool[np.ndarray, "S"]]] = {
     "lowest": _lowest,
     "equivalent": _equivalent,
     "interaction": _two_sided([-1.0, 1.0, *REST[2:], -1.0, 1.0]),
-    "higher, a run missing": lambda values: _two_sided([-0.5, -0.5, 0.5, 0.5], without=3)(values[:, :, [0, 1, -2, -1]]),
+    "higher, a run missing": lambda values: _two_sided([0.5, 0.5], without=1)(values[:, :, -2:] - values[:, :, :2]),
     "mixed, a run missing": _two_sided([-1.0, *REST, 1.0], without=LEVELS - 1),
     "league": _together(1),
     "ranks": _together(LEVELS - 1),

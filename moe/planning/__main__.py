@@ -186,7 +186,8 @@ def _speed(cells: list[Cell], sources: Sources) -> Speed:
 def _lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as text."""
     request = plan.request
-    yield f"power {request.power:g}, after the correction for all tests that the report will make"
+    yield f"power {request.power:g}, after the correction for all tests that the report will make, and on average over"
+    yield "the spreads that the runs below leave open: the fewer their seeds, the more seeds the study needs"
     if plan.replaced:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)
@@ -234,7 +235,7 @@ def _number(each: Need, most: int) -> str:
     if each.reason:
         return "unknown"
     if each.seeds is None:
-        return f"over {most} seeds"
+        return f"over {most} seeds" + (f" ({each.low} to over {most})" if each.low else "")
     ends = "" if each.low == each.high else f" ({each.low or most} to {each.high or f'over {most}'})"
     return f"{each.seeds} seeds{ends}"
 

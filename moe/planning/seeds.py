@@ -31,7 +31,7 @@ class Effect(NamedTuple):
         """Return an effect. Raises ConfigError, naming the key, unless it is a positive amount."""
         allowed = "an amount > 0: a share of the mean such as 0.5%, units of the metric, or 1.5sd"
         try:
-            size = float(text.removesuffix(UNIT).removesuffix("%"))
+            size = float(text.removesuffix(UNIT).removesuffix("%").replace("_", "no number"))
         except ValueError:
             size = math.nan
         require(size > 0 and math.isfinite(size) and not text.endswith(f"%{UNIT}"), key, text, allowed)
@@ -48,7 +48,7 @@ class Spread(NamedTuple):
     """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
     mean: that of the metric over the runs that tell it; NaN if the spread is not known. Its value is then 1. source:
-    in words.
+    in words. freedom: its degrees of freedom; infinite if it is exact, or not known.
     """
 
     value: float
@@ -56,6 +56,7 @@ class Spread(NamedTuple):
     high: float
     mean: float
     source: str
+    freedom: float = math.inf
 
 
 class Need(NamedTuple):
@@ -101,8 +102,9 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
     if spreads := [pair.spread for pair in pairs if not pair.deterministic]:
         least = min(pairs, key=lambda pair: pair.freedom.at(pair.n))
         value = math.sqrt(float(np.mean(np.square(spreads))))
-        low, high = map(float, spread_interval(value, least.freedom.at(least.n)))
-        return Spread(value, low, high, mean, f"paired differences of {least.n} seeds")
+        df = least.freedom.at(least.n) * _independent(len(spreads), len(claim.levels))
+        low, high = map(float, spread_interval(value, df))
+        return Spread(value, low, high, mean, f"paired differences of {least.n} seeds", df)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(runs, factors)]
     values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
@@ -114,12 +116,22 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
             runs_compared = 4 if claim.kind == "interaction" else 2
             value = math.sqrt(runs_compared * float(((y - design @ effects) ** 2).sum()) / df)
             low, high = map(float, spread_interval(value, df))
-            return Spread(value, low, high, mean, source)
+            return Spread(value, low, high, mean, source, df)
     return NOT_TOLD
 
 
+def _independent(pairs: int, levels: int) -> float:
+    """Return how many independent comparisons tell a spread as well as all pairs of some levels with their rivals.
+
+    The mean of the squared spreads is taken as a chi-square variable with the same mean and variance (Satterthwaite
+    1946). Differences that share a level have the correlation 1/2, and so their squared spreads 1/4.
+    """
+    rivals = pairs / levels
+    return 4 * pairs / (levels + rivals + 2) if rivals >= 1 else 1.0
+
+
 def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, power: float, most: int) -> Need:
-    """Return how many seeds a claim needs for this power.
+    """Return how many seeds a claim needs for this power, on average over the true spreads that the runs leave open.
 
     Of a claim with a range (a margin, or a size), the true difference is assumed to be the middle of the range, and the
     effect plays no part. ahead: what is known of the claim's test in the planned report.
@@ -135,13 +147,15 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
     low, high = claimed_range(claim, spread.mean)
     effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
 
-    def seeds(of_spread: float) -> int | None:
+    def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
         if of_spread == 0:
             return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
         ends = low / of_spread, high / of_spread, true / of_spread
-        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals)
+        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, known_by=known_by)
         return seeds_for(prediction, power_wanted=power, most=most)
 
     least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (spread.low, spread.high))
-    return Need(claim, ahead.tests, spread, effect_size, seeds(spread.value), least, most_seeds)
+    scales = effect.text.endswith(UNIT) and not ranged  # an effect in units of the true spread, whatever that is
+    wanted = seeds(spread.value, math.inf if scales else spread.freedom)
+    return Need(claim, ahead.tests, spread, effect_size, wanted, least, most_seeds)

@@ -141,7 +141,8 @@ class Sources:
         if not (0 < mean < math.inf and spread.mean > 0):
             return spread
         value, low, high = (mean / spread.mean * each for each in (spread.value, spread.low, spread.high))
-        return Spread(value, low, high, mean, f"{spread.source}, at the mean of {self.own.name}")
+        source = f"{spread.source}, at the mean of {self.own.name}"
+        return spread._replace(value=value, low=low, high=high, mean=mean, source=source)
 
 
 def runs_of_pilot(folder: Path) -> pd.DataFrame:

@@ -81,3 +81,19 @@ def test_the_number_of_seeds_is_the_smallest_with_the_power(prediction: Predicti
 def test_no_number_of_seeds_supports_a_claim_whose_assumed_difference_is_not_claimed() -> None:
     assert seeds_for(Prediction(0, math.inf, -1.0)) is seeds_for(Prediction(-1.0, 1.0, 1.0)) is None
     assert seeds_for(Prediction(0, math.inf, math.nan)) is None
+
+
+@pytest.mark.parametrize(("pilot", "true"), [(3, 1.0), (3, 2.0), (5, 1.0), (5, 2.0)])
+def test_a_plan_from_an_estimated_spread_has_its_power_on_average(pilot: int, true: float) -> None:
+    """Simulates pilots: each one estimates the spread, plans the seeds, and the study has the power of these seeds."""
+    estimates = np.sqrt(stats.chi2.ppf((np.arange(40) + 0.5) / 40, pilot - 1) / (pilot - 1))
+    real = {}
+    for known_by in (math.inf, pilot - 1):
+        plans = [Prediction(0.0, math.inf, true / each, 8, known_by=known_by) for each in estimates]
+        seeds = [seeds_for(plan, most=400) or 400 for plan in plans]  # 400 seeds have a power of almost 1
+        exact = Prediction(0.0, math.inf, true, 8)
+        real[known_by] = float(np.mean([power(exact, n) for n in seeds]))
+    assert 0.78 < real[pilot - 1] < 0.88
+    assert (
+        (0.55 if pilot == 3 else 0.6) < real[math.inf] < (0.67 if pilot == 3 else 0.79)
+    )  # docs/statistics.md: about 0.6

@@ -393,7 +393,7 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     equivalent = text.split("\n**Equivalent**: ")[1].split("\n**")[0]
     assert equivalent.count("**equivalent** within") == text.count("**equivalent** within") > 0
     assert "\n**Undecided**: " in text
-    assert "Holm's correction over all contrasts of its experiment that have a margin" in text.replace("\n", " ")
+    assert "Holm's correction over all contrasts of this report that have a margin" in text.replace("\n", " ")
     assert "- 1 test of planned claims of sources has 2.5 %.\n" in text
     second_p = (
         "share 5 %: 1 test of planned claims of sources has 2.5 %; other comparisons have the rest. So the first p "

@@ -171,3 +171,34 @@ def test_a_model_with_one_seed_decides_nothing_and_equal_differences_are_determi
     assert (alone["verdict"], alone["n"]) == ("not tested", 1)
     exact = judged(np.arange(3.0)[:, None] + np.array([0.0, 1.0, 2.0]), "mixed")
     assert (exact["verdict"], exact["deterministic"]) == ("supported", True)
+
+
+def at_two_weights(table: np.ndarray) -> pd.DataFrame:
+    """Return runs at noise 0 and 1 for two balance weights: the columns are (0, 0), (1, 0), (0, 0.1), (1, 0.1)."""
+    runs = [made_up(table[:, :2]).assign(lb=0.0), made_up(table[:, 2:]).assign(lb=0.1)]
+    return pd.concat(runs, ignore_index=True)
+
+
+def test_a_missing_pair_changes_neither_the_other_pairs_nor_what_they_are_compared_with() -> None:
+    """The mean over combinations of the mean difference of pairs; the seeds may differ by any amount."""
+    table = drawn(np.random.default_rng(5), seeds=4, cells=4)
+    table[:, 2:] += 100 * np.random.default_rng(6).normal(size=(4, 1))  # seeds respond to the weight
+    table[1, 3] = math.nan
+    row = judge(at_two_weights(table), [rises("higher")]).iloc[0]
+    differences = np.stack([table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]], axis=1)
+    assert row["difference"] == pytest.approx(np.nanmean(differences, axis=0).mean())
+    [[pair]] = compared(rises("higher"), at_two_weights(table)).pairs
+    assert pair.high - pair.low < 1
+    assert "1 of 8 pairs have no value on a side: seed 1 at lb=0.1" in row["reason"]
+
+
+def test_a_combination_that_cannot_be_judged_is_left_out_and_named() -> None:
+    table = drawn(np.random.default_rng(7), seeds=4, cells=4)
+    table[1:, 3] = math.nan
+    one = judge(at_two_weights(table), [rises("higher")]).iloc[0]
+    table[0, 3] = math.nan
+    none = judge(at_two_weights(table), [rises("higher")]).iloc[0]
+    assert one["difference"] == none["difference"] == pytest.approx((table[:, 1] - table[:, 0]).mean())
+    assert one["verdict"] == none["verdict"] != "not tested"
+    assert one["reason"].startswith("left out: lb=0.1: one pair")
+    assert none["reason"].startswith("left out: lb=0.1: a level has no run")

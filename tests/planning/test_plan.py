@@ -399,13 +399,13 @@ def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, 
     found, command, text = plan()
     assert found == "the shipped runs of y, only a guide: paired differences of 3 seeds"
     assert "the experiment is y there, and x in the plan\n  steps is 10 there, and 4 in the plan\n" in text
-    assert command.endswith("seed=7,8")
+    assert command.endswith("seed=7,8,9")
     ship(load_runs([pilot]), tmp_path / "studies" / "x")
     assert plan()[0] == "the shipped runs of x, only a guide: paired differences of 3 seeds"
     shutil.copytree(pilot, tmp_path / "x" / "x")
     found, command, text = plan()
     assert found == f"the finished runs in {tmp_path / 'x' / 'x'}, only a guide: paired differences of 3 seeds"
-    assert command.endswith("seed=7,8 out=multirun_study")
+    assert command.endswith("seed=7,8,9 out=multirun_study")
     assert "The command has a folder of its own" in text
 
 
