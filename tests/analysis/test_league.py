@@ -123,7 +123,7 @@ def test_models_that_learned_too_little_have_no_certain_winner(tmp_path: Path) -
     assert "certain" not in order_of_routers(little)
     blocks = list(league(little))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
-    assert set(table["verdict"]) == {"undecided", "–"}
+    assert not [column for column in table if "interval" in column or column == "verdict"]
     assert "no verdicts, because no model is better than a unigram model" in str(blocks)
 
 

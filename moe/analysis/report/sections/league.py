@@ -240,6 +240,8 @@ def _league_figure(found: League, reference: Any) -> Figure | str:
     ranked = found.table.dropna(subset="rank")
     if len(ranked) > MOST_ROWS:
         return f"{len(ranked)} routers are too many"
+    if not found.level:
+        return "there are no intervals"
     rows = [
         Row(f"{int(each.rank)}. {each.Index}", each.difference, each.low, each.high, leaves_out(each.low, each.high))
         for each in ranked.itertuples()
@@ -264,18 +266,23 @@ def _explained(inputs: ReportInputs, found: League, reference: Any, metric: str)
 
 
 def _table(found: League, reference: Any, members: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return a row for each router; without a level there are no intervals and no verdicts."""
     rows = []
     for name, standing in found.table.iterrows():
         of_router = members[members[ROUTER] == name]
         ranked = math.isfinite(standing["rank"])
         place = "{:.0f} to {:.0f}".format(*standing[["best rank", "worst rank"]])
         row: dict[str, Any] = {"rank": f"{standing['rank']:.0f}" if ranked else "–"}
-        row |= {f"{_confidence(found.level)} interval of the rank": place if ranked else "–"}
+        if found.level:
+            row |= {f"{_confidence(found.level)} interval of the rank": place if ranked else "–"}
         row |= {ROUTER: str(name), metric: float(standing["mean"]), "n": int(standing["n"])}
         compared = ranked and name != reference
-        difference = with_interval(*standing[["difference", "low", "high"]], least=3) if compared else "–"
-        row[f"difference from {reference} [interval, all together]"] = difference
-        row["verdict"] = verdict(standing["low"], standing["high"]) if compared else "–"
+        if found.level:
+            difference = with_interval(*standing[["difference", "low", "high"]], least=3) if compared else "–"
+            row[f"difference from {reference} [interval, all together]"] = difference
+            row["verdict"] = verdict(standing["low"], standing["high"]) if compared else "–"
+        else:
+            row[f"difference from {reference}"] = f"{standing['difference']:+.3g}" if compared else "–"
         row |= {COST[key]: of_router[key].astype(float).median() for key in COST if key in of_router}
         row["causal"] = {True: "yes", False: "no"}.get(of_router["causal"].iloc[0], "unknown")
         rows.append(row)
