@@ -25,7 +25,7 @@ SPREADS_FROM = (
     *("temperature_ablation", "temperature_schedules"),
 )
 TEXT_SHARE = 0.44  # share of the variance of a run that is due to the validation text, and differs from run to run
-TEXT_BIAS = 0.13  # how far the text moves a level in all runs alike, in standard deviations of a run
+TEXT_BIAS = 0.06  # how far the text moves a level in all runs alike, in standard deviations of a run
 # Covariance of the deviations at the last evaluation, at the one before and at the third last.
 EVALUATIONS = np.array([[1.0, 0.94, 0.47], [0.94, 1.25, 0.61], [0.47, 0.61, 0.92]])
 TIMES = 4  # as much validation text

@@ -471,7 +471,7 @@ def test_a_missing_run_costs_one_pair_and_is_named() -> None:
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
     row = judge_first(runs.assign(**{PPL: runs[PPL].mask(lost)}), claim("higher", [0.5], [0.0]))
     assert row["n"] == 3
-    assert row["reason"] == "1 of 6 pairs have no value on a side: seed 44 at lb=0.0; 1.6 degrees of freedom"
+    assert row["reason"] == "1 of 6 pairs have no value on a side: seed 44 at lb=0.0; 1.4 degrees of freedom"
     complete = judge_first(runs, claim("higher", [0.5], [0.0]))
     assert row["difference"] == pytest.approx(complete["difference"], rel=0.05)
     assert row["verdict"] == complete["verdict"] == "supported"
