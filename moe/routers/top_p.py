@@ -18,22 +18,38 @@ class TopP(LinearRouter):
     not renormalized. They sum to about p, and the gate of a single expert keeps a gradient. The auxiliary loss
     `entropy`, the mean token entropy in nats, keeps the number of experts from growing to `k_max`.
 
-    Expect active_experts to fall as the router becomes confident. Causal when dropless. Not causal under a capacity
-    limit, which is a share of the number of assignments in the micro-batch, and that number varies.
+    Expect `active_experts` to fall as the router becomes confident, to about 1 with the default p. That is what
+    `mean_k` says for costs that are counted before training; training measures the true number.
+
+    Causal when dropless. Not causal under a capacity limit, which is a share of the number of assignments in the
+    micro-batch, and that number varies.
 
     p: probability that the experts of a token have together.
     k_max: most experts of a token.
+    mean_k: experts of a token that costs count with; change it together with p.
     entropy: weight of the auxiliary loss.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, p: float = 0.4, k_max: int = 4, entropy: float = 1e-4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        p: float = 0.4,
+        k_max: int = 4,
+        mean_k: float = 1.0,
+        entropy: float = 1e-4,
+    ) -> None:
         require(0 < p <= 1, "router.p", p, "more than 0 and at most 1")
         require(1 <= k_max <= num_experts, "router.k_max", k_max, f"between 1 and model.num_experts={num_experts}")
+        require(1 <= mean_k <= k_max, "router.mean_k", mean_k, f"between 1 and router.k_max={k_max}")
         require(finite(entropy) and entropy >= 0, "router.entropy", entropy, "a finite number >= 0")
         super().__init__(dim, num_experts, fixed_k=k_max if p == 1 or k_max == 1 else None)
-        self.p, self.k_max, self.entropy = p, k_max, entropy
+        self.p, self.k_max, self.mean_k, self.entropy = p, k_max, mean_k, entropy
+        if self.fixed_k is not None:
+            self.ignores |= {"router.mean_k"}
         if k_max == 1:
-            self.ignores = frozenset(("router.p",))
+            self.ignores |= {"router.p"}
         if num_experts == 1:
             self.ignores |= {"noise", "router.entropy"}
 
@@ -45,9 +61,6 @@ class TopP(LinearRouter):
     @property
     def loss_weights(self) -> dict[str, float]:
         return {"entropy": self.entropy}
-
-    def experts_per_token(self, seq_len: int) -> float:
-        return float(self.k_max)  # an upper bound
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         logits = self.logits(x)

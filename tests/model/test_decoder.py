@@ -148,8 +148,9 @@ def test_flops_count_the_given_mean_number_of_experts_per_token() -> None:
         assert flops_per_token(model, S, active=[None, 2.5]) == flops_per_token(model, S) + extra
 
 
-def test_a_varying_number_of_experts_counts_with_its_maximum() -> None:
-    top_p = make({"_target_": "moe.routers.top_p.TopP", "k_max": 2})
+@pytest.mark.parametrize("settings", [{"mean_k": 2}, {"k_max": 2, "p": 1.0}])
+def test_a_varying_number_of_experts_counts_with_the_mean_that_is_set(settings: dict[str, float]) -> None:
+    top_p = make({"_target_": "moe.routers.top_p.TopP"} | settings)
     assert flops_per_token(top_p, S) == flops_per_token(make(), S)
     assert count_parameters(top_p) == count_parameters(make())
 

@@ -88,12 +88,20 @@ def test_top_p_has_no_fixed_k_and_the_loss_weight_of_its_settings() -> None:
     assert TopP(D, E, entropy=0.5).loss_weights == {"entropy": 0.5}
 
 
+def test_the_mean_is_ignored_where_the_number_is_fixed() -> None:
+    assert "router.mean_k" in TopP(D, E, p=1.0).ignores
+    assert {"router.mean_k", "router.p"} <= TopP(D, E, k_max=1).ignores
+    assert "router.mean_k" not in TopP(D, E).ignores
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"p": 0.0}, r"router\.p=0\.0: must be more than 0 and at most 1"),
         ({"p": float("nan")}, r"router\.p=nan: must be more than 0"),
         ({"k_max": 7}, r"router\.k_max=7: must be between 1 and model\.num_experts=6"),
+        ({"mean_k": 0.5}, r"router\.mean_k=0\.5: must be between 1 and router\.k_max=4"),
+        ({"mean_k": 3, "k_max": 2}, r"router\.mean_k=3: must be between 1 and router\.k_max=2"),
         ({"entropy": -0.1}, r"router\.entropy=-0\.1: must be a finite number >= 0"),
     ],
 )
