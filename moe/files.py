@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -152,6 +152,11 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 digest of a file's content."""
     with open(path, "rb", opener=_regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(files: Iterable[Path]) -> dict[str, str]:
+    """Return the sha256 of each file's bytes, by path."""
+    return {path.as_posix(): sha256(path) for path in files}
 
 
 Find = Callable[[str], Path | None]  # returns the path of the file of a name, or None

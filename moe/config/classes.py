@@ -11,7 +11,7 @@ from moe.config.plugins import plugins
 BASES = {
     "router": "moe.routers.base.Router",
     "schedule": "moe.training.schedules.Schedule",
-    "data.source": "moe.data.sources.Source",
+    "data.source": "moe.data.documents.Source",
     "adapter": "moe.adapters.base.Adapter",
     "adapter.router": "moe.routers.base.Router",
 }

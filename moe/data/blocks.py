@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from moe.checks import require
 from moe.data.cache import intact, locked, publish
 from moe.data.chat import end_ids, set_template
+from moe.data.documents import DUPLICATES, Document, DuplicateFilter, Source
 from moe.data.labels import IGNORED, next_token
 from moe.data.limits import BlockSettings, check_train_domains
 from moe.data.packing import Blocks, concatenate, pack
-from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Source
 from moe.data.split import Corpus, divide
 from moe.data.table import BlockTable
 from moe.data.tokenizer import pretrained_tokenizer, tokenizer_files, train_bpe

@@ -8,8 +8,7 @@ from typing import Any
 from filelock import FileLock
 
 from moe.checks import first_line
-from moe.data.sources import checksums
-from moe.files import apply_umask, read_text, sync, walk
+from moe.files import apply_umask, checksums, read_text, sync, walk
 
 
 def locked(root: Path, key: str, cache: str) -> AbstractContextManager[Any]:

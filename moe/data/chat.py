@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from moe.data.documents import Document, Turn
 from moe.data.labels import IGNORED
-from moe.data.sources import Document, Turn
 from moe.data.tokenizer import special_ids, text_encoder
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")

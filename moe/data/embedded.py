@@ -24,7 +24,7 @@ from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from moe.data.sources import DUPLICATES, Document, DuplicateFilter, Turn, without_duplicates
+from moe.data.documents import DUPLICATES, Document, DuplicateFilter, Turn, without_duplicates
 
 MIN_CHARS, MIN_DOCSTRING_CHARS = 200, 400  # Shorter texts are skipped.
 SPEECH_CHARS = 8000  # Speeches are cut into pieces of about this length.

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from moe.data.chat import LabeledTokens, tokenize_conversations
+from moe.data.documents import Document
 from moe.data.labels import IGNORED
-from moe.data.sources import Document
 from moe.data.tokenizer import tokenize_texts
 
 

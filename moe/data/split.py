@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from moe.data.sources import Document
+from moe.data.documents import Document
 
 log = logging.getLogger(__name__)
 

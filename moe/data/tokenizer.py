@@ -10,8 +10,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.checks import first_line
-from moe.data.sources import Document, checksums
-from moe.files import require_files
+from moe.data.documents import Document
+from moe.files import checksums, require_files
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Ids 0, 1 and 2, as in SmolLM.
 

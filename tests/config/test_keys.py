@@ -15,9 +15,10 @@ from moe.config.classes import build
 from moe.config.keys import is_free
 from moe.config.sections import DataConfig, LoggerConfig
 from moe.data.blocks import Prepared, prepare
+from moe.data.documents import Document
 from moe.data.embedded import DOMAINS, Embedded, Solutions
 from moe.data.limits import BlockSettings
-from moe.data.sources import Conversations, Document, Files, Hub
+from moe.data.sources import Conversations, Files, Hub
 from moe.launch.command_line import read_cells
 from moe.runs import mirrors
 

@@ -24,9 +24,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
+from moe.data.documents import Document
 from moe.data.embedded import DOMAINS, Embedded
 from moe.data.limits import BlockSettings
-from moe.data.sources import Document, Files, Hub
+from moe.data.sources import Files, Hub
 from moe.data.tokenizer import text_encoder
 
 ROOT = Path(__file__).parents[2]

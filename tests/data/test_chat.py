@@ -18,11 +18,12 @@ from transformers import AutoTokenizer
 from moe.config.model import ModelConfig
 from moe.data.blocks import Batch, Prepared, _read, batch, prepare
 from moe.data.chat import CHATML, set_template, tokenize_conversations
+from moe.data.documents import Document, Turn
 from moe.data.embedded import Solutions
 from moe.data.labels import IGNORED, next_token
 from moe.data.limits import BlockSettings
 from moe.data.packing import best_fit, pack
-from moe.data.sources import Conversations, Document, Turn
+from moe.data.sources import Conversations
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import read_cells
 from moe.launch.run import run

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moe.data.documents import Document
 from moe.data.embedded import DOMAINS, Embedded
-from moe.data.sources import Document
 
 ROOT = Path(__file__).parents[2]
 SMALL = Embedded(list(DOMAINS), 20_000)

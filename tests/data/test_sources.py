@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from moe.data.sources import Document, DuplicateFilter, Files, Hub
+from moe.data.documents import Document, DuplicateFilter
+from moe.data.sources import Files, Hub
 
 
 def words(start: int, count: int) -> str:

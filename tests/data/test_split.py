@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moe.data.blocks import Prepared, prepare
+from moe.data.documents import Document, DuplicateFilter
 from moe.data.embedded import Embedded
 from moe.data.limits import BlockSettings
-from moe.data.sources import Conversations, Document, DuplicateFilter, Files, Hub
+from moe.data.sources import Conversations, Files, Hub
 from moe.data.split import Corpus, divide
 
 SETTINGS = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "val_percent": 20, "max_val_blocks": None}
