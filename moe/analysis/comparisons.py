@@ -15,7 +15,7 @@ from moe.analysis.statistics import CONFIDENCE, name_cell
 from moe.analysis.within_seeds import Contrast, contrast, range_p
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.metrics.catalog import lookup
-from moe.results.comparable import incomparable, not_poolable
+from moe.results.comparable import incomparable, is_timed, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
 from moe.results.table import level
 
@@ -89,6 +89,9 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         for metric in _metrics(claim)
         if metric in runs and runs[metric].isna().all() and (entry := lookup(metric)) and entry.when_null
     ]
+    if not absent and claim.kind == "interaction" and _timed(claim):  # a change has no time of its own
+        sides = runs[runs[claim.factor].isin([*named, *rivals])]
+        absent += filter(None, [not_poolable(claim.metric, sides, timed=True)])
     if absent:
         return Compared(named, rivals, [], absent)
     if claim.at is None:
@@ -128,6 +131,10 @@ def _pairs_at_cost(
         return found
 
     return [[pair(a, b) for b in rivals] for a in named]
+
+
+def _timed(claim: ClaimConfig) -> bool:
+    return claim.at == "seconds" or is_timed(claim.metric)
 
 
 def _others(claim: ClaimConfig, runs: pd.DataFrame) -> list[str]:
@@ -217,7 +224,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
         both = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, both)):
-            if reason := incomparable(claim.metric, *both):
+            names = (f"{claim.factor}={treated}", f"{claim.factor}={reference}")
+            if reason := incomparable(claim.metric, *both, timed=_timed(claim), names=names):
                 return Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in both)
             sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b})
@@ -229,7 +237,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     both_sides = table.xs("treated", axis=1, level=1), table.xs("reference", axis=1, level=1)
     if claim.kind != "mixed":
         return _of_pairs(claim, *both_sides, alone)
-    if reason := not_poolable(claim.metric, runs):
+    if reason := not_poolable(claim.metric, runs, timed=_timed(claim)):
         return Comparison(0, doubt=reason)
     cells = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
     rest = pd.DataFrame({name_cell(cell): by_seed(members, claim.metric) for cell, members in cells})

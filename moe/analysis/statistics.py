@@ -20,7 +20,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.analysis.power import SIGNIFICANCE, UNPAIRED, detectable_effect
 from moe.config.claim import absolute
-from moe.results.comparable import TEST_TEXT, TOKENIZER, incomparable
+from moe.results.comparable import TEST_TEXT, TOKENIZER, WHEN, incomparable
 from moe.results.conditions import (
     STD,
     by_seed,
@@ -37,7 +37,7 @@ EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patte
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
 
 # What a comparison reads beside factors and a metric.
-COMPARED = ("seed", "folder", "place", "causal", *TEST_TEXT, TOKENIZER)
+COMPARED = (*WHEN, "folder", "place", "causal", *TEST_TEXT, TOKENIZER)
 
 
 def with_intervals(summary: pd.DataFrame) -> pd.DataFrame:

@@ -56,8 +56,20 @@ class Command(NamedTuple):
 
     def batches(self, overrides: object, size: int | None) -> list[list[list[str]]]:
         """Return the overrides of each cell, `size` cells at a time. Stands in for `BasicSweeper.split_arguments`."""
-        cells = [list(cell.overrides) for cell in self.cells or []]
+        cells = [list(cell.overrides) for cell in in_turns(self.cells or [])]
         return list(BasicSweeper.split_overrides_to_chunks(cells, size))
+
+
+def in_turns(cells: list[Cell]) -> list[Cell]:
+    """Return the cells in the order in which they start: seed by seed, and every second seed in reverse order.
+
+    So the settings of a seed run close in time, and a load of the machine that rises or falls during the sweep slows
+    none of them more than the others. A sweep that is stopped has whole seeds. The order of the seeds, and that of the
+    cells of the first one, stay.
+    """
+    seeds = dict.fromkeys(cell.config.seed for cell in cells)
+    of_seed = [[cell for cell in cells if cell.config.seed == seed] for seed in seeds]
+    return [cell for number, each in enumerate(of_seed) for cell in (each[::-1] if number % 2 else each)]
 
 
 def read_cells(arguments: list[str]) -> list[Cell] | None:

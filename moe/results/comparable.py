@@ -1,23 +1,33 @@
-"""Say which metrics of runs cannot be compared, because the runs read other text or cut it into other tokens."""
+"""Say which metrics of runs cannot be compared: the runs read other text, cut it into other tokens, or ran apart."""
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from moe.metrics.catalog import METRICS, lookup
+from moe.results.conditions import varied_factors
 
 NOT_COMPARABLE = "not comparable"
 TOKENIZER = "data.tokenizer_sha256"
 # What determines the validation text, and the test text.
 TEXT = ("data.corpus_sha256", "data.val_percent", "data.max_val_blocks")
 TEST_TEXT = (*TEXT, "data.test_sha256", "data.test_percent", "data.max_test_blocks")
+WHEN = ("seed", "started", "seconds")  # what tells when the runs of each seed took place
+SIDES = ("one setting", "the other")
+SECOND = 1.0  # records have the start of a run in whole seconds
 
 
-def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
+def incomparable(
+    metric: str, one: pd.DataFrame, other: pd.DataFrame, *, timed: bool = False, names: tuple[str, str] = SIDES
+) -> str:
     """Return why a metric of the runs `one` and `other` cannot be compared; an empty text if it can.
 
     Two tokenizers cut a text into different tokens, so means over tokens are means over different things. A loss or
-    accuracy on other text does not measure the same thing either. Runs without a value of the metric play no part.
+    accuracy on other text does not measure the same thing either. A speed or a time depends on what else the machine
+    did, so the runs must have taken turns (`apart`). Runs without a value of the metric play no part.
+
+    timed: whether the metric was read at a time, and so depends on the speed. names: of the two settings.
     """
     entry = METRICS.get(metric) or METRICS.get(metric.rpartition("/")[0])
     if entry is None:
@@ -32,15 +42,69 @@ def incomparable(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
     other_unit = "test/bits_per_byte" if entry.group == "test" else "val/bits_per_byte"
     if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
         return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare {other_unit}"
+    if (timed or is_timed(metric)) and (reason := apart(one, other, names)):
+        return f"{NOT_COMPARABLE}: {reason}"
     return ""
 
 
-def not_poolable(metric: str, runs: pd.DataFrame) -> str:
-    """Return why the values of a metric of all these runs cannot be analyzed together; an empty text if they can."""
+def is_timed(metric: str) -> bool:
+    """Return whether a metric is a time, or a number per second."""
+    return metric.startswith("time/")
+
+
+def apart(one: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str] = SIDES) -> str:
+    """Return why the load of the machine may differ between two settings; an empty text if they took turns.
+
+    Each has a run of a seed at most. They took turns if two things hold. In each seed but one at most, no run of
+    another seed took place between the two runs, among the runs of the two settings. And each setting came first in at
+    least a third of the seeds (rounded down, but in one of two or three). A seed whose runs shared half of the time of
+    the shorter one counts for neither. Runs whose records do not say when they took place are left out.
+    """
+    if not {*WHEN} <= {*one} & {*other}:
+        return ""
+    first, second = _times(one), _times(other)
+    seeds = first.index.intersection(second.index)
+    if len(seeds) < 2:
+        return ""
+    a, b = first.loc[seeds].to_numpy(), second.loc[seeds].to_numpy()  # (seeds, begin and end)
+    ends, begins = np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 0], b[:, 0])  # of the time between two runs
+    turns = ends - begins < np.minimum(a[:, 1] - a[:, 0], b[:, 1] - b[:, 0]) / 2
+    for before, after, (early, late) in ((a, b, names), (b, a, names[::-1])):
+        if turns.all() and before[:, 1].max() <= after[:, 0].min() + SECOND:
+            return f"all runs of {early} ended before those of {late} began, so the load of the machine may differ"
+    runs, of_seed = np.concatenate([a, b]), np.concatenate([np.eye(len(seeds), dtype=bool)] * 2)
+    between = (runs[:, :1] >= ends - SECOND) & (runs[:, 1:] <= begins + SECOND) & ~of_seed
+    far = between[:, turns].any(axis=0)
+    if far.sum() > 1:
+        where = f"in {far.sum()} of {len(seeds)} seeds"
+        return f"{where}, other seeds ran between {names[0]} and {names[1]}, so the load of the machine may differ"
+    led, number = int((a[turns, 0] < b[turns, 0]).sum()), int(turns.sum())
+    early, late = names if led > number - led else names[::-1]
+    most = max(led, number - led)
+    if number - most < min(number // 2, max(1, number // 3)):
+        return f"{early} ran before {late} in {most} of {number} seeds, so a load that rises or falls looks the same"
+    return ""
+
+
+def _times(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return when the run of each seed began and ended, in seconds since 1970, without runs that do not tell it."""
+    begun = pd.to_datetime(runs["started"], utc=True, format="ISO8601").rename("begin")
+    began = (begun - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    times = pd.DataFrame({"begin": began, "end": began + runs["seconds"].astype(float).fillna(0.0)})
+    return times.set_axis(runs["seed"]).dropna().groupby(level=0).first()
+
+
+def not_poolable(metric: str, runs: pd.DataFrame, *, timed: bool = False) -> str:
+    """Return why the values of a metric of all these runs cannot be analyzed together; an empty text if they can.
+
+    timed: see `incomparable`.
+    """
     runs = runs[runs[metric].notna()] if metric in runs else runs[:0]
     keys = [key for key in (TOKENIZER, *TEST_TEXT) if key in runs]
-    groups = [members for _, members in runs.groupby(keys, dropna=False)] if keys else []
-    return next(filter(None, (incomparable(metric, groups[0], other) for other in groups[1:])), "")
+    if timed or is_timed(metric):
+        keys = [factor for factor in varied_factors(runs) if factor != "seed"]
+    groups = [members for _, members in (runs.groupby(keys, dropna=False) if keys else ())]
+    return next(filter(None, (incomparable(metric, groups[0], other, timed=timed) for other in groups[1:])), "")
 
 
 def several_tokenizers(runs: pd.DataFrame) -> bool:

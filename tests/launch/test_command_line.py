@@ -490,6 +490,18 @@ def test_the_users_sweep_is_the_eighteen_cells_in_order() -> None:
     assert cells[0].folder == Path("multirun/default/lb=0.0,noise=0.0,seed=42")
 
 
+def test_a_sweep_starts_seed_by_seed_and_every_second_seed_in_reverse_order() -> None:
+    """The folders, the list of cells and the words of each cell stay as the user wrote them."""
+    command = command_line.read_command(["-m", "noise=0.0,0.1,0.5", "seed=42,43,44"])
+    [started] = command.batches(None, None)
+    assert [[line for line in cell if not line.startswith("hydra.")] for cell in started] == [
+        [f"noise={noise}", f"seed={seed}"]
+        for seed, noises in ((42, (0.0, 0.1, 0.5)), (43, (0.5, 0.1, 0.0)), (44, (0.0, 0.1, 0.5)))
+        for noise in noises
+    ]
+    assert command.batches(None, 4) == [started[:4], started[4:8], started[8:]]
+
+
 def test_cells_of_a_sweep_that_are_the_same_run_become_one_cell(tmp_path: Path) -> None:
     """A value that applies to some routers of a sweep only is no level of the others."""
     words = ["-m", "router=topk,hash", "noise=0.0,0.5", f"out={tmp_path}"]

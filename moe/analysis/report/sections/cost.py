@@ -30,6 +30,7 @@ from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
 from moe.analysis.sentences import levels_compared, with_interval
 from moe.analysis.speed_up import SpeedUp, speed_up
+from moe.results.comparable import not_poolable
 
 MOST_SPEED_UPS = 40  # comparisons
 COLUMNS = {
@@ -85,8 +86,14 @@ def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     table = runs.groupby("condition", sort=False)[present].median().rename(columns=COLUMNS).reset_index()
     counts = [COLUMNS[column] for column in present if column in COUNTS]
     yield Heading("What each setting costs")
-    yield Paragraph(COSTS_EXPLAINED)
+    yield Paragraph(COSTS_EXPLAINED + about_speeds(runs))
     yield TableBlock(table.assign(**{column: table[column].map("{:,.0f}".format) for column in counts}))
+
+
+def about_speeds(runs: pd.DataFrame) -> str:
+    """Return a sentence that says why the speeds of these runs cannot be compared; an empty text if they can."""
+    reason = not_poolable("time/tokens_per_s", runs)
+    return f" Speeds are {reason}." if reason else ""
 
 
 def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
