@@ -89,7 +89,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         for metric in _metrics(claim)
         if metric in runs and runs[metric].isna().all() and (entry := lookup(metric)) and entry.when_null
     ]
-    if not absent and claim.kind == "interaction" and _timed(claim):  # a change has no time of its own
+    if not absent and claim.kind == "interaction" and timed(claim):  # a change has no time of its own
         sides = runs[runs[claim.factor].isin([*named, *rivals])]
         absent += filter(None, [not_poolable(claim.metric, sides, timed=True)])
     if absent:
@@ -133,7 +133,8 @@ def _pairs_at_cost(
     return [[pair(a, b) for b in rivals] for a in named]
 
 
-def _timed(claim: ClaimConfig) -> bool:
+def timed(claim: ClaimConfig) -> bool:
+    """Return whether a claim is about a time or a speed."""
     return claim.at == "seconds" or is_timed(claim.metric)
 
 
@@ -225,7 +226,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
         both = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, both)):
             names = (f"{claim.factor}={treated}", f"{claim.factor}={reference}")
-            if reason := incomparable(claim.metric, *both, timed=_timed(claim), names=names):
+            if reason := incomparable(claim.metric, *both, timed=timed(claim), names=names):
                 return Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in both)
             sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b})
@@ -237,7 +238,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     both_sides = table.xs("treated", axis=1, level=1), table.xs("reference", axis=1, level=1)
     if claim.kind != "mixed":
         return _of_pairs(claim, *both_sides, alone)
-    if reason := not_poolable(claim.metric, runs, timed=_timed(claim)):
+    if reason := not_poolable(claim.metric, runs, timed=timed(claim)):
         return Comparison(0, doubt=reason)
     cells = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
     rest = pd.DataFrame({name_cell(cell): by_seed(members, claim.metric) for cell, members in cells})

@@ -60,6 +60,9 @@ the present folder says how many seeds it lacks, and counts as a look."""
 WITHOUT_CLAIMS = """\
 experiment={}: has no claims, and a plan counts the seeds that claims need; write claims first (docs/reports.md), or \
 see its runs, tokens and FLOPs with `python train.py --list`"""
+OUT_OF_REACH = """\
+A claim that needs over {most} seeds is out of reach. Fewer do for a larger effect (such as --effect {metric}=10%, for \
+its metric alone), or for longer runs, which differ less."""
 NO_NUMBER = "no claim has a number of seeds"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
@@ -194,9 +197,15 @@ def _lines(plan: Plan) -> Iterator[str]:
     for source in plan.sources.values():
         yield from _about(source)
     yield ""
-    for each in plan.needs:
-        yield f"{_number(each, request.most):>16}  {each.claim.text}"
-        yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=18 * " ", subsequent_indent=18 * " ")
+    numbers = [_number(each, request.most) for each in plan.needs]
+    width = max(map(len, numbers))
+    for number, each in zip(numbers, plan.needs, strict=True):
+        indent = (width + 2) * " "
+        yield f"{number:>{width}}  {each.claim.text}"
+        yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=indent, subsequent_indent=indent)
+    far = [each.claim for each in plan.needs if each.seeds is None and not each.reason]
+    if by_effect := [claim for claim in far if claim.margin is None and not claim.size]:
+        yield from ("", *textwrap.wrap(OUT_OF_REACH.format(most=request.most, metric=by_effect[0].metric), WIDTH))
     if plan.table:
         why = "" if STUDIES.is_dir() else NO_TABLES
         yield from ("", *textwrap.wrap(UNKNOWN.format(why=why, unit=UNIT), WIDTH))
@@ -215,7 +224,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}; {NO_NUMBER}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
     if plan.seconds is not None:
-        yield f"time: about {duration(plan.seconds)} of one run after another on this machine, from {plan.seconds_from}"
+        about = f"time: about {duration(plan.seconds)} of one run after another on this machine"
+        yield from textwrap.wrap(f"{about}, from {plan.seconds_from}", WIDTH)
         yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
 

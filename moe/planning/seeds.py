@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.comparisons import claimed_range, compared
+from moe.analysis.comparisons import claimed_range, compared, timed
 from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.checks import require
 from moe.config.claim import ClaimConfig, absolute
 from moe.planning.report_ahead import Ahead
+from moe.results.comparable import not_poolable
 from moe.results.conditions import conditions, varied_factors
 
 UNIT = "sd"  # of an effect in standard deviations of the paired differences
@@ -96,6 +97,8 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
     """
     if claim.metric not in runs or not (mean := float(runs[claim.metric].mean())) < math.inf:
         return NOT_TOLD
+    if timed(claim) and not_poolable(claim.metric, runs, timed=True):
+        return NOT_TOLD  # these runs did not take turns, so their spread would be that of the machine's load
     pairs = [pair for pair in chain(*compared(claim, runs, evals).pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
         return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed")

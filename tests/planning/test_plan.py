@@ -524,3 +524,38 @@ def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
     assert spread.low < math.sqrt(2) < spread.high
     alone = spread_of(CLAIM, runs[runs["noise"] == 0.1])
     assert alone.value == pytest.approx(math.sqrt(2) * table[:, 1].std(ddof=1))
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_a_spread_of_speeds_comes_only_from_runs_that_took_turns(in_turns: bool) -> None:
+    """The differences of other runs are mostly those of the load of their machine."""
+    rng = np.random.default_rng(0)
+    by_seed = [(noise, seed) for seed in range(6) for noise in ((0.0, 0.1, 0.5) if seed % 2 else (0.5, 0.1, 0.0))]
+    order = by_seed if in_turns else sorted(by_seed)
+    runs = pd.DataFrame(order, columns=["noise", "seed"]).assign(status="finished", folder="", experiment="")
+    runs["started"] = [f"2026-01-01T10:{minute:02}:00+00:00" for minute in range(len(order))]
+    runs = runs.assign(**{"seconds": 60.0, "time/tokens_per_s": 1000 + rng.normal(size=len(order))})
+    told = "paired differences of 6 seeds" if in_turns else NOT_TOLD.source
+    assert spread_of(replace(CLAIM, metric="time/tokens_per_s"), runs).source == told
+    quality = spread_of(CLAIM, runs.assign(**{"val/loss": rng.normal(size=len(order))}))
+    assert quality.source == "paired differences of 6 seeds"
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_plan_says_what_brings_a_claim_within_reach_in_lines_that_a_terminal_shows(pilot: Path) -> None:
+    """The texts of all claims begin at one place, however long the numbers before them are."""
+    far = replace(CLAIM, text="far away", metric="val/perplexity")
+    near = replace(far, text="near", kind="equivalent", margin="500%")
+    cells = [cell._replace(config=replace(cell.config, claims=[far, near])) for cell in cells_of([7])]
+    source = "8 measured steps of the setting with the most FLOPs, and the FLOPs of each setting"
+    request = REQUEST._replace(effect=Effect("0.0001%"))
+    plan = make_plan(request, cells, Sources(cells, pilot), lambda: Speed(1e-9, 0.0, source))
+    lines = [*_lines(plan)]
+    text = " ".join(lines)
+    assert [each.seeds is None for each in plan.needs] == [True, False]
+    assert "A claim that needs over 32 seeds is out of reach." in text
+    assert "--effect val/perplexity=10%" in text
+    assert len({line.index(claim.text) for line in lines for claim in (far, near) if line.endswith(claim.text)}) == 1
+    assert max(len(line) for line in lines if not line.startswith("command: ")) <= 110
+    plan = plan._replace(needs=plan.needs[1:])
+    assert "out of reach" not in " ".join(_lines(plan))
