@@ -112,12 +112,15 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
     config: DictConfig = pickle.loads(pickle.dumps(composed))  # takes half the time of OmegaConf's copy
     with open_dict(config):
         hydra = config.pop("hydra", None)
-    given = {str(k): None if OmegaConf.is_missing(config.model, k) else config.model[k] for k in config.model}
-    if given.get("dense") is not None:
-        config.model.update(dense.resolve(given))
-    if given.get("checkpoint") is not None:
-        told = [line.partition("=")[0].lstrip("+") for line in (hydra.overrides.task if hydra else ())]
-        config.model.update(imported.resolve(given, told))
+    model = config.model
+    read = [key for key in ("dense", "checkpoint") if model.get(key) is not None]
+    if read:  # only then all values are needed here, and some, such as a width of equal FLOPs, take long to compute
+        given = {str(k): None if OmegaConf.is_missing(model, k) else model[k] for k in model}
+        if "dense" in read:
+            model.update(dense.resolve(given))
+        if "checkpoint" in read:
+            told = [line.partition("=")[0].lstrip("+") for line in (hydra.overrides.task if hydra else ())]
+            model.update(imported.resolve(given, told))
     sized = not OmegaConf.is_missing(config.model, "dim")
     key = "model.checkpoint" if choices.get("model") == "imported" else "model.dense"
     require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from moe.config.options import CONF, options
+from moe.launch import resolvers
 from moe.launch.command_line import read_cells
-from moe.launch.flops import forward_flops
+from moe.launch.flops import equal_flops, forward_flops
 
 LEAGUE = (CONF / "experiment" / "router_league.yaml").read_text()
 
@@ -28,6 +29,14 @@ def test_routers_of_the_league_cost_the_same() -> None:
     for router, cost in costs.items():
         assert cost == pytest.approx(costs["topk"], rel=0.02), router
     assert next(cell.config.model.ffn for cell in cells if cell.choices["router"] == "topk") == 256
+
+
+def test_a_width_of_equal_flops_is_computed_once_for_each_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To compute it takes a quarter of the time in which the cells of the league are checked."""
+    computed = []
+    monkeypatch.setattr(resolvers, "equal_flops", lambda *each: computed.append(each) or equal_flops(*each))
+    cells = read_cells(["experiment=router_league", "router=topk,switch", "seed=42", "tune=null"]) or []
+    assert len(cells) == len(computed) == 2
 
 
 def test_the_league_has_every_router_but_those_that_it_names_as_left_out() -> None:
