@@ -1,1 +1,1 @@
-"""Figures and JSON reports of the temperature study."""
+"""Figures of the temperature study."""

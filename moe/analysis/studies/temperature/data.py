@@ -98,9 +98,8 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
 
     `shares`, (E), is the mean over layers. `ranked`, (E), is the mean over layers after the shares of each layer were
     sorted from largest to smallest, because expert i of one layer has nothing to do with expert i of another.
-    `utilization/variance` and `utilization/std` (ddof 0, over the experts of a layer) are means over layers.
-    `utilization/min` and `utilization/max` are the extremes of all layers. Runs whose layers have different numbers of
-    experts are left out.
+    `utilization/variance` (ddof 0, over the experts of a layer) is a mean over layers. `utilization/min` and
+    `utilization/max` are the extremes of all layers. Runs whose layers have different numbers of experts are left out.
     """
     if "routing/utilization" not in evals or evals["routing/utilization"].isna().all():
         return "no run has routing/utilization in its events"
@@ -117,7 +116,6 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
                 "shares": shares.mean(0),
                 "ranked": -np.sort(-shares).mean(0),
                 "utilization/variance": shares.var(1).mean(),
-                "utilization/std": shares.std(1).mean(),
                 "utilization/min": shares.min(),
                 "utilization/max": shares.max(),
             }
@@ -133,24 +131,9 @@ def seed_means(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     return with_intervals(means)
 
 
-def ranking(members: pd.DataFrame, by: str, metric: str = VALIDATION_LOSS) -> pd.DataFrame:
-    """Return the levels of `by` with their mean over seeds, lowest first; an empty table if no value is finite."""
-    return seed_means(members, [by], metric).sort_values("mean", kind="stable", ignore_index=True)
-
-
-def experiment_names(members: pd.DataFrame) -> pd.Series:
-    """Return the study's name for each run, such as temp_1.0 or schedule_linear.
-
-    The number of steps is added if it is not the usual one.
-    """
-    usual = members["steps"].mode()[0]
-    columns = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
-    named = [
-        (f"temp_{temperature}" if schedule == "constant" else f"schedule_{schedule}")
-        + (f"_{steps}_steps" if steps != usual else "")
-        for temperature, schedule, steps in columns
-    ]
-    return pd.Series(named, members.index)
+def ranking(members: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Return the levels of `by` with their mean final loss over seeds, lowest first."""
+    return seed_means(members, [by], VALIDATION_LOSS).sort_values("mean", kind="stable", ignore_index=True)
 
 
 def against_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:

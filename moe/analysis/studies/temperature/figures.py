@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.style import RC
+from moe.analysis.report.blocks import ReportBlock, figure_section
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.studies.temperature.data import (
     TEMPERATURE,
     VALIDATION_LOSS,
@@ -39,6 +41,7 @@ from moe.analysis.studies.temperature.panels import (
     temperature_style,
 )
 from moe.analysis.studies.temperature.tables import ablation_statistics, condition_names, utilization_statistics
+from moe.results.table import ABSENT
 
 ACCURACY, LOAD_BALANCE = "val/accuracy", "train/load_balance"
 ENTROPIES = {"routing/entropy": "at the router's T", "routing/entropy_t1": "at T = 1"}
@@ -254,6 +257,14 @@ RECIPES = [
         "Router entropy over training, and how fast it changes.",
     ),
 ]
+
+
+def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
+    """Yield the study's figures if there are several temperatures, or schedules of a temperature."""
+    runs = inputs.runs
+    temperatures = set(runs[TEMPERATURE].dropna()) - {ABSENT} if TEMPERATURE in runs else set()
+    if len(temperatures) > 1 or (temperatures and isinstance(scheduled(runs), pd.DataFrame)):
+        yield from figure_section("Temperature", temperature_drawings(runs, inputs.past.evals, inputs.past.trains))
 
 
 def temperature_drawings(runs: pd.DataFrame, evals: pd.DataFrame, trains: pd.DataFrame) -> Iterator[Drawing]:
