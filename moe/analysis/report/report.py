@@ -62,11 +62,10 @@ from moe.analysis.studies.temperature.figures import LOAD_BALANCE, temperature_s
 from moe.checks import escaped
 from moe.files import LinkError, replacing, sha256, write_text
 from moe.results.conditions import levels
-from moe.results.frontier import LATE
 
 Section = Callable[[ReportInputs], Iterable[ReportBlock]]
 # Metrics of training steps that sections about a source study read.
-TRAINING_COLUMNS = (*LATE, LOAD_BALANCE, TEMPERATURE_NOW)
+TRAINING_COLUMNS = (LOAD_BALANCE, TEMPERATURE_NOW)
 
 
 class Chapter(NamedTuple):
