@@ -155,8 +155,10 @@ def compare(
 
     runs: from `load_runs`, of one experiment; only finished ones count. factors: by default, all that vary. The columns
     are described at `moe.analysis.statistics.contrasts`: among them `difference` with its 95 % interval, and p after
-    Holm's correction over all rows. Raises ConfigError for an unknown metric or factor, for several experiments,
-    and for the runs of a search, whose settings were chosen by results.
+    Holm's correction over all rows. margin: the difference that counts as none, in units of the metric or as text such
+    as "1%". A comparison knows nothing of looks: its tests have the whole 5 % at each call, whenever the margin was
+    chosen. Raises ConfigError for an unknown metric or factor, for several experiments, and for the runs of a search,
+    whose settings were chosen by results.
 
     >>> runs = pd.DataFrame({"experiment": "mine", "status": "finished", "noise": [0.0, 0.0, 0.5, 0.5]})
     >>> runs = runs.assign(**{"seed": [1, 2, 1, 2], "val/loss": [4.0, 4.1, 4.2, 4.5]})

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from moe.analysis.comparisons import NAN, Comparison, compared
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
@@ -113,8 +114,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
     seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`, `level`, `reference`,
-    `mean`, `reference mean`, `difference` and its interval show one of them. `choice` says which one, and `p` covers
-    all:
+    `mean`, `reference mean`, `difference`, its interval and `reason` show the one on which `p` depends. `choice` says
+    which ones there are, and `p` covers all:
 
     - The claim holds if every comparison holds. Its p is then the largest p of the comparisons (intersection-union).
     - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's
@@ -141,8 +142,8 @@ def decided(
     The arguments are what `corrected` and `divisors` of `moe.analysis.statistics` return for these rows; `tests` is a
     column too. tests_later: the same numbers in a later report with more seeds, if they differ. `seeds needed` decides
     the claim with power 0.8 (`moe.analysis.power.Prediction.deciding`), if the spread is as estimated. To support a
-    claim, every true difference is taken to be the estimated one that fits it least; to contradict it, the one that is
-    shown to be the estimated one. It is NaN if a claim is decided, if its spread is unknown, if 1,000 seeds are not
+    claim, every true difference is taken to be the one that is shown, in units of its spread; to contradict it, that
+    one is. It is NaN if a claim is decided, if its spread is unknown, if 1,000 seeds are not
     enough, or if the estimates are mixed, so that no number of seeds decides it.
     """
     table = table.copy()
@@ -229,28 +230,46 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
         for field in ("favor", "p_for", "p_against")
     )
-    least = divmod(int(favor.argmin()), len(rivals))
-    if claim.kind in BEST:  # fails if one rival beats all named levels
-        b = int(favor.max(axis=0).argmin())
-        a, against = int(favor[:, b].argmax()), p_against.max(axis=0)
-    else:
-        a, b = least
-        against = p_against.ravel()
-    p_holds, p_fails = p_for.max(), min(1.0, len(against) * against.min())
-    estimates = "as claimed" if favor.min() > 0 else "against" if favor[a, b] < 0 else "mixed"
+    best = claim.kind in BEST  # fails only if one rival beats all named levels
+    against = p_against.max(axis=0) if best else p_against
+    p_holds, p_fails = p_for.max(), min(1.0, against.size * against.min())
+    verdict = "supported" if p_holds < p_fails else "contradicted"
+    lost = favor.max(axis=0).min() if best else favor.min()
+    estimates = "as claimed" if favor.min() > 0 else "against" if lost < 0 else "mixed"
     labels = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
+    a, b = _deciding(p_for, p_against, favor, supported=verdict == "supported", best=best)
     shown_sides = {"level": labels[0][a], "reference": labels[1][b]}
     text = f"{claim.factor} {' vs '.join(shown_sides.values())}{_where(claim)}"
-    untested = [pair.doubt for line in pairs for pair in line if math.isnan(pair.p_for)]
-    shown = pairs[a][b]._replace(doubt=untested[0]) if untested else pairs[a][b]
-    verdict = "supported" if p_holds < p_fails else "contradicted"
+    shown = pairs[a][b]
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
-    worst = pairs[least[0]][least[1]]
-    assumed = {"as claimed": worst, "against": shown, "mixed": worst._replace(mean=NAN)}[estimates]
-    predicted = _predicted(assumed)._replace(
-        named=len(named), rivals=len(rivals), freedom=shown.freedom, best=claim.kind in BEST
+    predicted = _predicted(shown if estimates != "mixed" else shown._replace(mean=NAN))._replace(
+        named=len(named), rivals=len(rivals), freedom=shown.freedom, best=best
     )
     return row | shown_sides | {"predicted": predicted}
+
+
+def _deciding(
+    p_for: Float[np.ndarray, "A B"],
+    p_against: Float[np.ndarray, "A B"],
+    favor: Float[np.ndarray, "A B"],
+    *,
+    supported: bool,
+    best: bool,
+) -> tuple[int, int]:
+    """Return the place of the comparison whose p is that of the claim, or of one that was impossible.
+
+    The least favor is shown among equal p. best: whether the claim fails only if one rival beats all named levels.
+    """
+    if (untested := np.isnan(p_for)).any():
+        a, b = np.unravel_index(int(untested.argmax()), p_for.shape)
+    elif supported:
+        a, b = np.unravel_index(int(np.lexsort((favor.ravel(), -p_for.ravel()))[0]), p_for.shape)
+    elif best:
+        b = np.lexsort((favor.max(axis=0), p_against.max(axis=0)))[0]
+        a = np.lexsort((-favor[:, b], -p_against[:, b]))[0]
+    else:
+        a, b = np.unravel_index(int(np.lexsort((favor.ravel(), p_against.ravel()))[0]), p_for.shape)
+    return int(a), int(b)
 
 
 def _predicted(comparison: Comparison) -> Prediction:
@@ -267,13 +286,9 @@ def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
         return ""
     others = f"each of the {len(rivals)} other levels" if len(rivals) > 1 else "the other level"
     against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
-    if claim.kind in BEST:
-        better = "lower" if claim.kind == "lowest" else "higher"
-        shown = f"{f'the {better} of {enumerated(named)}' if named[1:] else named[0]} against its closest rival"
-    else:
-        shown = "the comparison that fits the claim least"
     subject = f"each of {enumerated(named)}" if named[1:] else named[0]
-    return f"one of {number} comparisons that must all hold: {subject} with {against}; shown is {shown}"
+    text = f"one of {number} comparisons that must all hold: {subject} with {against}"
+    return f"{text}; shown is the one on which its p depends"
 
 
 def _where(claim: ClaimConfig) -> str:

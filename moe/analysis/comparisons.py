@@ -261,9 +261,10 @@ def _of_pairs(claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame
     left_out += [f"{cell}: {'one pair' if counts[cell] else 'no pair'}" for cell in counts.index[~kept]]
     note = "; ".join(filter(None, (f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs.loc[:, kept]))))
     values = pairs.loc[:, kept].to_numpy(dtype=float)
-    scale = float(np.nanmax(np.abs(reference.to_numpy(dtype=float))))
+    compared_with = reference.loc[:, kept].where(pairs.loc[:, kept].notna())
+    scale = float(np.nanmax(np.abs(compared_with.to_numpy(dtype=float))))
     found = contrast(values, np.full(kept.sum(), 1 / kept.sum()), seed_effects=False, scale=scale)
-    return _estimated(claim, found, pairs.index, reference.loc[:, kept].where(pairs.loc[:, kept].notna()), note)
+    return _estimated(claim, found, pairs.index, compared_with, note)
 
 
 def _in_all_runs(

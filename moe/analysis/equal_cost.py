@@ -7,7 +7,7 @@ makes it look worse than a run of that length: `Difference.share` says how early
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ MEASURED = "measured"  # seconds of these runs, on a machine that the reader cal
 OF_COMPARISONS = ("folder", "seed", "status", "causal", "place", LOSS, *PARAMETERS.values(), *TEXT, TOKENIZER)
 CLOSE = 0.01  # costs that differ by this share are equal
 NOTHING_IN_COMMON = "the two have no cost in common"
+TOO_FEW = """\
+: a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
 
@@ -137,7 +139,7 @@ def difference(treated: Curves, baseline: Curves) -> Difference | None:
     if not seeds:
         return None
     try:
-        most = _largest_common(curve["cost"] for side in sides for curve in side)
+        most = _largest_common([curve for side in sides for curve in side])
     except NothingInCommonError as error:
         return Difference(math.nan, 0, note=str(error))
     a, b = (np.array([at_cost(curve, most) for curve in side]) for side in sides)
@@ -147,15 +149,20 @@ def difference(treated: Curves, baseline: Curves) -> Difference | None:
     return Difference(most, len(seeds), float((a - b).mean()), low, high, early, gap)
 
 
-def _largest_common(costs: Iterable[pd.Series]) -> float:
+def _largest_common(curves: Sequence[pd.DataFrame], place: str = "") -> float:
     """Return the largest cost that every curve has reached.
 
-    Raises NothingInCommonError if it lies before the start of one.
+    Raises NothingInCommonError, naming the place, if it lies before the start of one. If the curves know their steps,
+    it also says which `eval_every` would give that one an earlier start.
     """
-    ranges = np.array([(each.min(), each.max()) for each in costs])
-    if not len(ranges) or not ranges[:, 1].min() >= ranges[:, 0].max() * (1 - CLOSE):
-        raise NothingInCommonError(NOTHING_IN_COMMON)
-    return float(ranges[:, 1].min())
+    late = max(curves, key=lambda curve: curve["cost"].min())
+    first, end = late.iloc[int(late["cost"].argmin())], min(float(curve["cost"].max()) for curve in curves)
+    if end >= first["cost"] * (1 - CLOSE):
+        return end
+    text = f"{NOTHING_IN_COMMON}, at {place}" if place else NOTHING_IN_COMMON
+    if every := math.floor(first.get("step", 0) * end / first["cost"]):
+        text += TOO_FEW.format(step=int(first["step"]), every=every)
+    raise NothingInCommonError(text)
 
 
 def at_cost(curve: pd.DataFrame, cost: float) -> float:
@@ -205,10 +212,7 @@ def at_common_cost(runs: pd.DataFrame, others: list[str], curves: dict[str, dict
     for levels, members in conditions(runs, others):
         for metric, of_run in curves.items():
             known = {folder: of_run[folder] for folder in members["folder"] if folder in of_run}
-            try:
-                most = _largest_common(curve["cost"] for curve in known.values()) if known else math.nan
-            except NothingInCommonError as error:
-                raise NothingInCommonError(f"{error}, at {name_cell(levels)}" if levels else str(error)) from None
+            most = _largest_common([*known.values()], name_cell(levels)) if known else math.nan
             found = {folder: at_cost(curve, most) for folder, curve in known.items()}
             members = members.assign(**{metric: members["folder"].map(found).astype(float)})
         cells.append(members)
@@ -222,9 +226,9 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
     else:
         seeds = side.drop_duplicates("folder").set_index("folder")["seed"]
         points = curves[curves["folder"].isin(seeds.index)].rename(columns={cost: "cost"})
-        points = points.assign(seed=points["folder"].map(seeds))[["seed", "cost", "loss"]]
+        points = points.assign(seed=points["folder"].map(seeds))[["seed", "cost", "loss", "step"]]
     points = points.astype({"cost": float, "loss": float}).dropna()
-    return {seed: members.groupby("cost", as_index=False)["loss"].mean() for seed, members in points.groupby("seed")}
+    return {seed: members.groupby("cost", as_index=False).mean() for seed, members in points.groupby("seed")}
 
 
 def points(runs: pd.DataFrame, curves: pd.DataFrame, *, last: bool) -> pd.DataFrame:

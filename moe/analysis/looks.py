@@ -21,7 +21,8 @@ from scipy import stats
 
 from moe.analysis.claims import planned_claims
 from moe.analysis.power import SIGNIFICANCE
-from moe.config.claim import ClaimConfig
+from moe.checks import ConfigError
+from moe.config.claim import ClaimConfig, amount_of
 from moe.runs.planned import (
     Look,
     LooksRecord,
@@ -78,7 +79,7 @@ class Study(NamedTuple):
     runs. earlier: the looks before this one, in the order of time, also those without a report. plans: what was planned
     for these runs, the last one being that of the newest command. changed: earlier plans with other claims for some of
     the same runs, with the number of these runs. unwritten: whether this look could not be written down. starts: seed
-    -> when its first run started.
+    -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
     """
 
     planned: int | None = None
@@ -88,6 +89,7 @@ class Study(NamedTuple):
     changed: list[tuple[PlannedStudy, int]] = []
     unwritten: bool = False
     starts: dict[int, datetime] = {}
+    here: bool = True
 
     @property
     def everything(self) -> Seen:
@@ -98,7 +100,8 @@ class Study(NamedTuple):
         """Return the metrics whose margin is not that of the first look, so that results may have chosen it."""
         if not self.earlier:
             return []
-        return [metric for metric, margin in margins.items() if self.earlier[0].margins.get(metric) != str(margin)]
+        first = self.earlier[0].margins
+        return [name for name, size in margins.items() if name not in first or _differ(first[name], size)]
 
     def share(self, seen: Seen, test: str | None = None) -> float:
         """Return the share of its level that a test has in this look.
@@ -131,6 +134,14 @@ class Study(NamedTuple):
         return numbers, list(looks).index(this) if this in looks else len(looks)
 
 
+def _differ(recorded: str, margin: object) -> bool:
+    """Return whether a margin is another amount than the recorded one, which may be a damaged text."""
+    try:
+        return amount_of(recorded) != amount_of(margin)
+    except ConfigError:
+        return True
+
+
 def study_of(runs: pd.DataFrame) -> Study:
     """Return what the sweep folders of the runs of one experiment tell. Raises RecordError for a damaged file."""
     experiment = str(runs["experiment"].iloc[0])
@@ -148,6 +159,7 @@ def study_of(runs: pd.DataFrame) -> Study:
         plans=plans,
         changed=_changed(plans, _sweeps(runs)) if plans else [],
         starts=_starts(runs) if plans else {},
+        here=any(folder.is_dir() for folder in _sweeps(runs)),
     )
 
 

@@ -29,21 +29,26 @@ def kinds_table(studies: int) -> TimingTable:
     return TimingTable(f"share of tests at 5 % that err, {studies} studies in each row", rows)
 
 
-def t_values(values: Values, weights: list[float], *, without: int | None = None) -> tuple[np.ndarray, float]:
+def t_values(
+    values: Values, weights: list[float], *, of_differences: bool = False, without: int | None = None
+) -> tuple[np.ndarray, float]:
     """Return Student's t of a weighted sum of levels in each study, and its degrees of freedom.
 
-    without: a level of which the first seed has no run. Weights that do not sum to 0 are those of differences.
+    of_differences: whether the values are already differences within seeds. without: a level of which the first seed
+    has no run.
     """
     known = np.ones(values.shape[1:], dtype=bool)
     if without is not None:
         known[0, without] = False
-    by, runs = estimator(known, np.array(weights), seed_effects=sum(weights) == 0), values[:, known]
+    by, runs = estimator(known, np.array(weights), seed_effects=not of_differences), values[:, known]
     return runs @ by.of_runs / by.errors(runs), by.freedom
 
 
-def _two_sided(weights: list[float], *, without: int | None = None) -> Callable[[Values], Bool[np.ndarray, "S"]]:
+def _two_sided(
+    weights: list[float], *, of_differences: bool = False, without: int | None = None
+) -> Callable[[Values], Bool[np.ndarray, "S"]]:
     def errs(values: Values) -> Bool[np.ndarray, "S"]:
-        t, freedom = t_values(values, weights, without=without)
+        t, freedom = t_values(values, weights, of_differences=of_differences, without=without)
         return 2 * stats.t.sf(np.abs(t), freedom) <= SIGNIFICANCE
 
     return errs
@@ -89,7 +94,9 @@ KINDS: dict[str, Callable[[Values], Bool[np.ndarray, "S"]]] = {
     "lowest": _lowest,
     "equivalent": _equivalent,
     "interaction": _two_sided([-1.0, 1.0, *REST[2:], -1.0, 1.0]),
-    "higher, a run missing": lambda values: _two_sided([0.5, 0.5], without=1)(values[:, :, -2:] - values[:, :, :2]),
+    "higher, a run missing": lambda values: _two_sided([0.5, 0.5], of_differences=True, without=1)(
+        values[:, :, -2:] - values[:, :, :2]
+    ),
     "mixed, a run missing": _two_sided([-1.0, *REST, 1.0], without=LEVELS - 1),
     "league": _together(1),
     "ranks": _together(LEVELS - 1),

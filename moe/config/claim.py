@@ -123,13 +123,22 @@ def absolute(amount: Any, reference: float, *, key: str = "amount") -> float:
 
     Raises ConfigError, naming `key`, for anything else.
     """
+    value, share = amount_of(amount, key=key)
+    return value / 100 * abs(reference) if share else value
+
+
+def amount_of(amount: Any, *, key: str = "amount") -> tuple[float, bool]:
+    """Return the number of an amount, and whether it is a share in percent, so that "1%" and "1.0%" are equal.
+
+    Raises ConfigError, naming `key`, unless it is a finite number, or a text such as "5%".
+    """
     share = _is_share(amount)
     try:
         value = float("nan" if isinstance(amount, bool) else amount[:-1] if share else amount)
     except (TypeError, ValueError):
         value = float("nan")
     require(finite(value), key, amount, "a finite number, or a text such as 5%")
-    return value / 100 * abs(reference) if share else value
+    return value, share
 
 
 def _is_share(amount: Any) -> bool:

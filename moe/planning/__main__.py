@@ -24,6 +24,7 @@ from moe.analysis.sentences import level_text, numbers_in_words
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
+from moe.config.claim import ClaimConfig, amount_of
 from moe.config.options import named_folders
 from moe.config.words import SEARCHED, as_word, with_words
 from moe.files import read_text, shown, write_json
@@ -162,7 +163,23 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     measured = {claim.metric for claim in cells[0].config.claims}
     for metric in request.effects:
         require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
+    for claim in cells[0].config.claims:
+        _check_fall(request, claim)
+    if planned := cells[0].config.planned_seeds:
+        print(f"planned_seeds={planned} plays no part in a plan: its command has the number that the claims need")
     return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
+
+
+def _check_fall(request: Request, claim: ClaimConfig) -> None:
+    """Raise ConfigError if an effect is all of the mean or more, and a claim without a range says that it falls."""
+    falls = claim.kind in ("lower", "lowest") or (claim.kind == "mixed" and claim.direction == "lower")
+    if not falls or claim.size:
+        return
+    own = request.effects.get(claim.metric)
+    text = (own or request.effect).text
+    allowed = f"below 100%: “{claim.text}” claims a fall of {claim.metric}"
+    possible = not text.endswith("%") or amount_of(text)[0] < 100
+    require(possible, f"--effect {claim.metric}" if own else "effect", text, allowed)
 
 
 def _say_without_pilot(request: Request, cells: list[Cell], typed: list[str]) -> None:

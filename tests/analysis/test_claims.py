@@ -217,7 +217,7 @@ def test_a_claim_about_several_levels_is_as_strong_as_its_weakest_comparison() -
     assert row["verdict"] == "undecided"
     assert row["compared"] == "noise 0.1 vs 0.0"
     words = "one of 2 comparisons that must all hold: each of 0.1 and 0.5 with 0.0; "
-    words += "shown is the comparison that fits the claim least"
+    words += "shown is the one on which its p depends"
     assert row["choice"] == words
     assert f", n=5; {words}; " in evidence_sentence(row)
     assert judge_first(runs_with_means({0.0: 100, 0.5: 103}), claim("higher", [0.5], [0.0]))["choice"] == ""
@@ -235,11 +235,44 @@ def test_lowest_is_contradicted_only_by_a_level_that_beats_all_claimed_levels() 
     assert (not_beaten["verdict"], not_beaten["estimates"]) == ("undecided", "mixed")
     beaten = judge_first(runs_with_means({0.5: 110, 1.0: 99, 1.5: 101, 2.0: 103}), lowest)
     assert (beaten["verdict"], beaten["estimates"]) == ("contradicted", "against")
-    assert beaten["compared"] == "noise 1.5 vs 1.0", "the best level of the claim, compared with the best other level"
+    assert beaten["compared"] == "noise 1.5 vs 1.0", "the level of the claim that is surest to be the best of them"
     assert beaten["choice"] == (
         "one of 4 comparisons that must all hold: each of 1.5 and 2.0 with each of the 2 other levels; "
-        "shown is the lower of 1.5 and 2.0 against its closest rival"
+        "shown is the one on which its p depends"
     )
+
+
+@pytest.mark.parametrize("kind", ["lowest", "lower"])
+def test_the_comparison_that_is_shown_is_the_one_whose_p_the_claim_has(kind: str) -> None:
+    """The nearest rival is clearly worse; a farther one may be better, because it spreads more."""
+    runs = runs_with_means({0.0: 100, 0.1: 101, 0.5: 102}, spread=0.01)
+    runs.loc[runs["noise"] == 0.5, PPL] += np.array([-8.0, -4.0, 0.0, 4.0, 8.0])
+    than = [] if kind == "lowest" else [0.1, 0.5]
+    row, near, far = (
+        judge_first(runs, each)
+        for each in (claim(kind, [0.0], than), claim("lower", [0.0], [0.1]), claim("lower", [0.0], [0.5]))
+    )
+    assert near["verdict"] == "supported"
+    shown = ["compared", "difference", "ci_low", "ci_high", "p", "verdict"]
+    assert row[shown].tolist() == far[shown].tolist()
+
+
+def test_a_comparison_that_could_not_be_tested_is_shown_with_its_own_reason() -> None:
+    runs = runs_with_means({0.0: 100, 0.1: 101, 0.5: 110})
+    runs = runs[(runs["noise"] != 0.5) | (runs["seed"] == 0)]
+    row, far = (judge_first(runs, each) for each in (claim("lowest", [0.0]), claim("lower", [0.0], [0.5])))
+    shown = ["compared", "n", "difference", "reason", "verdict"]
+    assert row[shown].tolist() == far[shown].tolist()
+    assert (row["verdict"], row["n"]) == ("not tested", 1)
+
+
+def test_what_is_left_out_of_a_claim_does_not_tell_what_is_rounding() -> None:
+    """The one pair at lb=1.0 has values so large that beside them the differences at lb=0.0 look all the same."""
+    runs = runs_with_means({0.0: 100, 0.5: 103}).assign(lb=0.0)
+    large = runs[runs["seed"] == 0].assign(lb=1.0, **{PPL: lambda table: table[PPL] * 1e15})
+    row, alone = (judge_first(each, claim("higher", [0.5], [0.0])) for each in (pd.concat([runs, large]), runs))
+    assert row["p"] == alone["p"] > 0
+    assert "left out: lb=1.0: one pair" in row["reason"]
 
 
 def test_the_claims_of_an_experiment_are_corrected_by_holm() -> None:
@@ -408,7 +441,8 @@ def test_what_is_detectable_and_the_seeds_needed_count_all_comparisons_of_a_clai
     row = judge_first(runs, claim(kind, [0.1, 0.5], [0.0]))
     values = runs.pivot_table(PPL, "seed", "noise")
     pairs = values[[0.1, 0.5]].sub(values[0.0], axis=0)
-    shown = pairs[pairs.mean().idxmin() if kind == "higher" else pairs.mean().idxmax()]
+    sure = pairs.mean() / pairs.std()
+    shown = pairs[sure.idxmin() if kind == "higher" else sure.idxmax()]
     assert row["difference"] == pytest.approx(shown.mean())
     effect = detectable_effect(8, named=2) * shown.std()
     assert f"smallest detectable effect {effect:.2g} validation perplexity (" in row["reason"]

@@ -12,6 +12,7 @@ from scipy import stats
 
 from moe.analysis.__main__ import main
 from moe.analysis.claims import judge, measured_claims
+from moe.analysis.comparisons import compared
 from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
@@ -235,7 +236,24 @@ def test_a_claim_at_equal_cost_is_not_tested_if_one_side_starts_after_the_other_
         text="b is better", metric="val/loss", factor="router", levels=["b"], than=["a"], kind="lower", at="flops"
     )
     judged = judge(runs, [claim]).iloc[0]
-    assert (judged["verdict"], judged["n"], judged["reason"]) == (UNTESTED, 0, NOTHING_IN_COMMON)
+    assert (judged["verdict"], judged["n"]) == (UNTESTED, 0)
+    assert judged["reason"].startswith(NOTHING_IN_COMMON)
+
+
+def test_a_run_length_with_one_evaluation_is_named_with_the_eval_every_that_it_needs() -> None:
+    """A step of router b costs 1.6 times one of a. With eval_every=25 b is read where a ends."""
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    lengths = pd.concat([runs.assign(steps=40), runs.assign(steps=80, folder="long " + runs["folder"])])
+    once, curves = evals[evals["step"].isin([0, 40])], evals.assign(folder="long " + evals["folder"])
+    claim = ClaimConfig(
+        text="b is better", metric="val/loss", factor="router", levels=["b"], than=["a"], kind="lower", at="flops"
+    )
+    advice = "a run ends before the first evaluation of another, which is at step 40; train with eval_every=25 or less"
+    assert compared(claim, lengths, pd.concat([once, curves])).absent == [f"{NOTHING_IN_COMMON}, at steps=40: {advice}"]
+    often = pd.concat([once[once["step"] > 0].assign(step=25), once, curves])
+    assert compared(claim, lengths, often).pairs[0][0].n == 4
+    found = equal_cost(runs, training_curves(runs, once), ["router"], {}, FLOPS)
+    assert found["note"].tolist() == [f"{NOTHING_IN_COMMON}: {advice}"]
 
 
 def test_seconds_are_measured_or_a_number_of_flops(capsys: pytest.CaptureFixture[str], finished_ablation: Path) -> None:

@@ -251,6 +251,10 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
     later = collect_inputs(runs, options)[0]
     assert later.contrasts["p TOST Holm"].dropna().tolist() == (alone.dropna() / FURTHER).clip(upper=1).tolist()
     assert list(warnings_of_margins(later)) == []
+    assert Study(earlier=[look]).late({metric: "3.0%"}) == [], "the same amount"
+    assert Study(earlier=[look]).late({metric: "3"}) == [metric], "units, and not a share"
+    assert Study(earlier=[look._replace(margins={metric: "0.50"})]).late({metric: 0.5}) == []
+    assert Study(earlier=[look._replace(margins={metric: "much"})]).late({metric: 0.5}) == [metric]
     LooksRecord(looks={"noise_lb_seed": [look._replace(margins={})]}).write(path)
     late = collect_inputs(runs, options)[0]
     assert "p TOST" not in late.contrasts or late.contrasts["p TOST"].isna().all()
@@ -407,6 +411,17 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
         started = runs["started"].mask(runs["seed"].isin(begun), "2026-01-01T12:00:00+00:00")
         [(_, fact)] = planned_facts(study_of(runs.assign(started=started)))
         assert f"{written} of {which}, digest {new.digest}; " in fact
+
+
+def test_without_records_beside_the_runs_the_report_says_that_it_takes_its_look_for_the_first() -> None:
+    alone, [look] = Study(seeds=[1, 2]), looks_at([[1, 2]])
+    [(name, fact)] = planned_facts(alone)
+    assert name == "Planned"
+    assert "no record of a plan or of an earlier look was found beside the runs" in fact
+    assert planned_facts(alone._replace(earlier=[look])) == [
+        ("Planned", "unknown: no record of a plan was found beside the runs")
+    ]
+    assert planned_facts(alone._replace(seeds=[1])) == planned_facts(alone._replace(here=False)) == []
 
 
 def test_the_planned_number_of_seeds_is_that_of_the_run_that_started_first() -> None:

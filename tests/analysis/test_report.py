@@ -273,7 +273,9 @@ def test_contrasts_at_shares_of_training_are_described_and_not_tested(published:
     assert (table["together_high"] > table["ci_high"]).all(), "intervals that hold together are wider"
     first = table.iloc[0]
     cell = f"{first['difference']:+.4f} [{first['together_low']:.4f}, {first['together_high']:.4f}]"
-    assert cell in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert cell in text
+    assert "of a single look" in text
 
 
 def test_a_report_removes_the_files_of_an_earlier_one_and_no_others(tmp_path: Path) -> None:

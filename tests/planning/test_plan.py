@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import product
@@ -502,7 +504,9 @@ def test_a_plan_and_its_commands_name_the_folders_of_options(tmp_path: Path, mon
     assert "'hydra.searchpath=[other,lab]' seed=1,2,3" in pilot_command(request, cells)
 
 
-def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path) -> None:
+def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A level for looks at fewer seeds would be that of another study."""
     words = ["experiment=noise_lb_seed", "planned_seeds=8", "effect=1%", f"--out={tmp_path / 'plan.json'}"]
     request = _read([*words, "data_seed=${seed}"])[1]
@@ -510,6 +514,31 @@ def test_seeds_that_a_command_plans_give_way_to_those_of_the_plan(tmp_path: Path
     assert request.command("planned_seeds=5") == command
     cells, _ = planned_cells(request)
     assert {cell.config.planned_seeds for cell in cells} == {None}
+    said = "planned_seeds=8 plays no part in a plan: its command has the number that the claims need\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("effect", "others", "message"),
+    [
+        (
+            "effect=100%",
+            [],
+            "effect=100%: must be below 100%: “Deterministic routing has the best perplexity” claims a fall of",
+        ),
+        (
+            "effect=1%",
+            ["--effect", "routing/load_cv/pooled=150%"],
+            "--effect routing/load_cv/pooled=150%: must be below 100%: ",
+        ),
+        ("effect=1%", ["--effect", "routing/load_cv/pooled=99%"], ""),
+        ("effect=1%", ["--effect", "routing/load_cv/pooled=150"], ""),
+    ],
+)
+def test_nothing_falls_by_all_of_its_mean(effect: str, others: list[str], message: str, tmp_path: Path) -> None:
+    request = _read(["experiment=noise_lb_seed", effect, *others, f"--out={tmp_path / 'plan.json'}"])[1]
+    with pytest.raises(ConfigError, match=re.escape(message)) if message else nullcontext():
+        planned_cells(request)
 
 
 def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:

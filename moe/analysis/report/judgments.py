@@ -131,8 +131,8 @@ class Judgment(NamedTuple):
             return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
         seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"
         several = bool(self.choice) and self.outcome == "support"
-        assumed = "every true difference is the smallest" if several else "the true difference is the"
-        return f"about {seeds} would {self.outcome} it, if {assumed} estimated one"
+        assumed = "all comparisons are like the one shown" if several else "the true difference is the estimated one"
+        return f"about {seeds} would {self.outcome} it, if {assumed}"
 
 
 def judgments(

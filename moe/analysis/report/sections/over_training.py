@@ -23,8 +23,8 @@ CONTRASTS_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed. The columns are
 shares of training: those of the evaluations that are nearest to {shares} of it. The intervals of a row hold together:
 in 95 % of cases each of them contains its true difference (max-t). So a row is above or below 0 somewhere if one of its
-intervals is. They are wider than the t intervals of single columns, which `progress.csv` has too. This table describes;
-only final values are tested."""
+intervals is. They are wider than the t intervals of single columns, which `progress.csv` has too. They are intervals
+of a single look, which other looks at these runs do not widen. This table describes; only final values are tested."""
 GRADIENTS_CAPTION = """\
 Gradient norms of routers and experts, and how much an optimizer step changes their weights relative to the weights'
 size."""

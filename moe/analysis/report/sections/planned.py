@@ -25,6 +25,10 @@ BEYOND = """\
 seen, in a report or when a command had ended. In this look, the tests of a report together have {share:.3g} % instead
 of 5 %. Together with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan
 the number of seeds before the first run (`planned_seeds=8`)."""
+NO_RECORD = """\
+unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
+first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
+NO_PLAN = "unknown: no record of a plan was found beside the runs"
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "{planned} seeds, those of the first look, which count as planned because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
@@ -60,9 +64,13 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
-    """Return what was planned before the first step, as a fact of the set-up; nothing if no plan was written down."""
+    """Return what was planned before the first step, as a fact of the set-up; that no record tells it, if none does.
+
+    Without a plan there is no such fact about runs of one seed, because no test is possible, and about shipped tables.
+    """
     if not study.plans:
-        return []
+        records = NO_PLAN if study.earlier else NO_RECORD
+        return [("Planned", records)] if study.here and study.everything.n > 1 else []
     until = f"decided after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
     first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""

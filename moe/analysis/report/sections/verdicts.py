@@ -64,8 +64,9 @@ up to 1: an early look gets little, and the last one nearly everything. If nobod
 report counts as planned. Each look after that number was reached gets a fifth of the level of the one before. What
 counts is how many different seeds were in any report, so a report about other seeds, or about fewer, is a look too."""
 ONLY_DESCRIBES = """\
-All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone. What
-is read from intervals, figures or tables is not tested."""
+All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone, and
+for a single look: other looks at these runs do not widen it. Only the intervals of a league have the level of the look.
+What is read from intervals, figures or tables is not tested."""
 EQUIVALENCE = (
     "A metric with a margin has a second question: is the difference smaller than the margin?",
     "Two one-sided tests (TOST) answer it. A contrast is equivalent if their p is at most 5 % after Holm's correction "
