@@ -19,6 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from moe.analysis.comparisons import NAN, Comparison, compared
+from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
     UNDECIDED,
@@ -37,6 +38,7 @@ from moe.analysis.statistics import (
 )
 from moe.checks import parse, plain
 from moe.config.claim import OURS, ClaimConfig
+from moe.metrics.catalog import is_quality
 from moe.results.conditions import (
     NAMED_ROUTERS,
     readable_level,
@@ -92,7 +94,8 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row for every planned claim, before the correction for other tests; `decided` completes it.
 
-    evals: see `moe.analysis.comparisons.compared`.
+    Claims about quality have no p if no model of their experiment is better than a unigram model. evals: see
+    `moe.analysis.comparisons.compared`.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     planned = planned_claims(runs)
@@ -101,7 +104,10 @@ def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd
         row = {"experiment": experiment} | _judge_alone(claim, members, evals)
         rows.setdefault(experiment, []).append(row | {"changed": _was_changed(claim, members, planned)})
     columns = ["experiment", *_claim_row("", "", "", ""), *_row("", Comparison(0), NAN, "", ""), "changed"]
-    return pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
+    table = pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
+    little = {name for name in rows if learned_little(runs[runs["experiment"] == name])}
+    withheld = table["experiment"].isin(little) & table["metric"].map(is_quality).astype(bool) & table["p"].notna()
+    return table.assign(p=table["p"].mask(withheld), doubt=table["doubt"].mask(withheld, TOO_LITTLE))
 
 
 def claim_families(table: pd.DataFrame) -> np.ndarray:
@@ -159,7 +165,7 @@ def decided(
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     needed = [seeds_for(claim.deciding()) for claim in _corrected_for(predicted, later)]
-    table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant)
+    table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant | table["p"].isna())
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
     return table.assign(verdict=verdict, reason=reason)
 

@@ -20,6 +20,7 @@ ENTRIES: tuple[Metric, ...] = (
     *training.ENTRIES,
     *distributions.ENTRIES,
 )
+QUALITY = ("quality", "test", "capacity limit")  # the groups of losses and what follows from them
 METRICS = {metric.name: metric for metric in ENTRIES}
 # Metrics that are computed from routing sums alone.
 ROUTING_METRICS = {name: metric for name, metric in METRICS.items() if metric.function is not None}
@@ -34,6 +35,12 @@ def select(*, group: str | None = None, shown: str | None = None, written: str |
         and (shown is None or shown in metric.shown)
         and (written is None or written in metric.written)
     ]
+
+
+def is_quality(name: str) -> bool:
+    """Return whether a metric says how well a model predicts text."""
+    metric = lookup(name)
+    return metric is not None and metric.group in QUALITY
 
 
 def final_metrics() -> list[str]:

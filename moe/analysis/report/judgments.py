@@ -247,6 +247,7 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
         effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
     effect += f"; {ALONE}" if judged.decided_alone else ""
     effect += f"; {literal(judged.choice)}" if judged.choice else ""
+    effect += f"; {literal(judged.reason)}" if judged.verdict == UNTESTED and judged.reason else ""
     claimed = judged.claimed if judged.planned else None
     picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
     return Card(literal(judged.title), judged.verdict, tone, plain(effect), advice, picture)

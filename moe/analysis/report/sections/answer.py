@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from moe.analysis.learned import learned_little
 from moe.analysis.report.blocks import (
     BulletList,
     Cards,
@@ -26,7 +27,6 @@ from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
-from moe.analysis.report.sections.learned import learned_little
 from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks, warnings_of_margins
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
@@ -51,7 +51,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     parts = question_of(inputs)
     if not inputs.search:
         yield Paragraph(f"**Question:** {literal(text_of(parts))}")
-    if warning := learned_little(inputs):
+    if warning := learned_little(inputs.runs):
         yield Paragraph(f"**{warning}** {UNIGRAM}")
     found = answers(inputs, parts)
     if len(found) > 1:
@@ -91,7 +91,7 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
         rows.append(
             {
                 "experiment": name,
-                "answer": " ".join(filter(None, (learned_little(inputs), *_answer_in_words(inputs)))),
+                "answer": " ".join(filter(None, (learned_little(inputs.runs), *_answer_in_words(inputs)))),
                 "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",
                 "runs finished": f"{(inputs.runs['status'] == 'finished').sum()} of {len(inputs.runs)}",

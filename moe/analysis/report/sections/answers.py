@@ -7,7 +7,7 @@ from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.sections.headline import LATER_TOKENS, compares_causal_with_others, effect
 from moe.analysis.report.sections.league import order_of_routers
 from moe.analysis.report.sections.scaling import laws_in_words
-from moe.analysis.sentences import enumerated
+from moe.analysis.sentences import UNTESTED, enumerated
 from moe.checks import plain
 from moe.config.question import Part
 
@@ -49,11 +49,12 @@ def _decided(judged: Judgment, inputs: ReportInputs) -> str:
 
 
 def _open(judged: Judgment, inputs: ReportInputs) -> str:
-    """Return the estimate behind an undecided claim, and what would decide it."""
+    """Return the estimate behind a claim without a decision, and what would decide it or why it is not tested."""
     if judged.n == 0:
         return judged.reason.rstrip(".")
     estimate = ", ".join(filter(None, (judged.compared, judged.amount, judged.percent)))
-    return _clauses(estimate, *_notes(judged, inputs), judged.advice)
+    why = judged.reason if judged.verdict == UNTESTED else ""
+    return _clauses(estimate, *_notes(judged, inputs), judged.advice, why)
 
 
 def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:

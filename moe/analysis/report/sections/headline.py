@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+from moe.analysis.learned import learned_little
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
@@ -18,7 +19,7 @@ from moe.analysis.sentences import (
     with_capital,
 )
 from moe.checks import plain
-from moe.metrics.catalog import lookup
+from moe.metrics.catalog import is_quality
 from moe.results.comparable import NOT_COMPARABLE
 from moe.results.conditions import by_seed, without_causality
 
@@ -73,8 +74,7 @@ def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
 
 def compares_causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
     """Return whether losses are compared of routers that see later tokens with losses of routers that do not."""
-    metric, causal = lookup(judged.metric), inputs.runs["causal"]
-    if not metric or metric.group not in ("quality", "test", "capacity limit") or causal.nunique() < 2:
+    if not is_quality(judged.metric) or inputs.runs["causal"].nunique() < 2:
         return False
     subject, _, place = judged.compared.partition(" at ")
     factor, _, sides = subject.partition(", change")[0].partition(" ")
@@ -148,6 +148,8 @@ def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
     rows = [(row, on_contrast(row, inputs.later)) for _, row in inputs.contrasts.iterrows()]
     rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
+    if learned_little(inputs.runs):
+        rows = [(row, judged) for row, judged in rows if not is_quality(judged.metric)]
     found = [
         judged
         for row, judged in rows

@@ -23,12 +23,12 @@ from moe.analysis.league import (
     verdict,
     without_place,
 )
+from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.looks import SMALLEST
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.report.sections.learned import learned_little
 from moe.analysis.sentences import enumerated, noun, with_capital, with_interval
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, present, reference_level
@@ -51,7 +51,6 @@ best rank is 1 plus the number of routers that are certainly better. Their inter
 more comparisons and so know less about each: a router may be worse than {reference} by its verdict, although the
 intervals of their ranks overlap."""
 NO_INTERVALS = ". There are no intervals and no verdicts, because {reason}."
-TOO_LITTLE = "no model is better than a unigram model, which is too little for a verdict"
 NOTHING_LEFT = "nothing of the 5 % is left for this look"
 OTHERS = """\
  Routers that see later tokens have no rank, because their losses are not comparable. Costs are medians; speed depends
@@ -158,7 +157,7 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
 def _level(inputs: ReportInputs) -> float:
     """Return the level of a league in this look; 0 if nothing is left, or if the models have learned too little."""
     share = inputs.study.share(inputs.study.everything)
-    return 0.0 if learned_little(inputs) or share <= SMALLEST else SIGNIFICANCE * share
+    return 0.0 if learned_little(inputs.runs) or share <= SMALLEST else SIGNIFICANCE * share
 
 
 def _confidence(level: float) -> str:
@@ -260,7 +259,7 @@ def _explained(inputs: ReportInputs, found: League, reference: Any, metric: str)
     """Return what the numbers of a league are, and why it has no verdicts if that is so."""
     facts = {"metric": f"`{metric}`", "seeds": len(found.values), "reference": literal(str(reference))}
     if not found.level:
-        reason = TOO_LITTLE if learned_little(inputs) else NOTHING_LEFT
+        reason = TOO_LITTLE if learned_little(inputs.runs) else NOTHING_LEFT
         return (MEANS + NO_INTERVALS + OTHERS).format(**facts, reason=reason)
     looks = "" if found.level == SIGNIFICANCE else " and of looks"
     return (MEANS + INTERVALS + OTHERS).format(**facts, looks=looks, confidence=_confidence(found.level))

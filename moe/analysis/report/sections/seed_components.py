@@ -8,12 +8,13 @@ import pandas as pd
 from moe.analysis.components import DATA, INIT, SOURCES, is_crossed, variance_components
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.sentences import noun
+from moe.analysis.sentences import enumerated, noun
 
 EXPLAINED = f"""\
 The variance of a metric between runs of one setting, divided by its source. `{INIT}` decides the initial weights, and
-`{DATA}` the order of the training text, noise and dropout. An estimate from few seeds is rough, and one below 0 means
-that the source is too small to be seen. Runs that share such a seed are not independent, so settings are compared over
+`{DATA}` the order of the training text, noise and dropout. An estimate from few seeds is rough: `std_low` and
+`std_high` are the ends of the 95 % interval of a standard deviation. A variance below 0 means that the source is too
+small to be seen. Runs that share such a seed are not independent, so settings are compared over
 `seed`."""
 
 
@@ -28,10 +29,11 @@ def spread_sentence(runs: pd.DataFrame, metric: str) -> str:
         return f"All runs have the same {noun(metric)}."
     init, data, both = (f"{100 * share:.0f} %" for share in found["share"])
     weights, orders, _ = found["levels"]
+    ends = enumerated([f"{row.std:.2g} [{row.std_low:.2g}, {row.std_high:.2g}]" for row in found.itertuples()])
     return (
         f"Of the variance of the {noun(metric)} between runs, {init} is due to the {SOURCES[INIT]}, {data} to the "
-        f"{SOURCES[DATA]}, and {both} to {SOURCES['both']} (standard deviation {math.sqrt(total):.2g}; estimated from "
-        f"{weights} x {orders} seeds, which is rough if they are few)."
+        f"{SOURCES[DATA]}, and {both} to {SOURCES['both']} (standard deviation {math.sqrt(total):.2g}; those "
+        f"of the three with 95 % intervals: {ends}; estimated from {weights} x {orders} seeds)."
     )
 
 
