@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 from run_folders import write_metrics, write_record
 
-from moe.analysis.report.blocks import BulletList, Paragraph
+from moe.analysis.claims import judge_planned
+from moe.analysis.learned import TOO_LITTLE, learned_little
+from moe.analysis.report.blocks import BulletList, Cards, Paragraph
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections import league
 from moe.analysis.report.sections.answer import answer, index_of_verdicts
 from moe.analysis.report.sections.answers import NO_CLAIM, answers
-from moe.analysis.report.sections.learned import learned_little
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
 from moe.results.table import load_runs
@@ -80,16 +81,39 @@ def test_a_report_warns_if_no_setting_is_better_than_a_unigram_model(tmp_path: P
     for unigram in (101.5, 102.1, None):
         inputs = inputs_of(tmp_path / str(unigram), unigram_perplexity=unigram)
         [_, index] = index_of_verdicts({"made_up": inputs})
-        found[unigram] = learned_little(inputs)
+        found[unigram] = learned_little(inputs.runs)
         assert index.frame["answer"][0].startswith(found[unigram] or "“noise hurts”")
         second = [block.text for block in answer(inputs) if isinstance(block, Paragraph)][1]
         assert second.startswith(f"**{found[unigram]}**" if found[unigram] else "**Answer:**")
     assert found == {
         101.5: "No run is better than a unigram model (val perplexity 101.5): these models have learned too little for "
-        "a verdict about routing.",
+        "a verdict about their quality.",
         102.1: "",
         None: "",
     }
+
+
+def test_claims_about_quality_are_not_judged_if_no_model_is_better_than_a_unigram_model(tmp_path: Path) -> None:
+    """The load is judged all the same, and the claim about it does not share its 5 % with the others."""
+    of_load = replace(WORSE, text="noise unbalances", metric="routing/load_cv")
+    claims = (of_load, WORSE, replace(WORSE, text="alike", kind="equivalent", margin="1%"), ABSENT)
+    enough, little = (
+        inputs_of(tmp_path / str(unigram), claims=claims, unigram_perplexity=unigram) for unigram in (200.0, 101.0)
+    )
+    assert enough.claims["verdict"].tolist() == ["undecided", "supported", "contradicted", "not tested"]
+    judged = little.claims.set_index("claim")
+    assert judged["verdict"].tolist() == ["undecided", "not tested", "not tested", "not tested"]
+    assert judged["reason"].tolist()[1:] == [TOO_LITTLE, TOO_LITTLE, "noise=1.0 is in no run"]
+    assert judged["seeds needed"].isna().tolist() == [False, True, True, True]
+    assert judge_planned(little.loaded)["verdict"].tolist() == judged["verdict"].tolist()
+    blocks = list(answer(little))
+    [cards] = [block.cards for block in blocks if isinstance(block, Cards)]
+    [card] = [each for each in cards if each.text == "noise hurts"]
+    assert card.verdict == "not tested"
+    assert card.effect.endswith(f", n=3; {TOO_LITTLE}")
+    answered = " ".join(text for _, text in answers(little, question_of(little)))
+    assert f"{TOO_LITTLE})" in answered
+    assert "is supported" not in answered
 
 
 def test_the_answer_says_which_range_or_margin_a_claim_allows(tmp_path: Path) -> None:
