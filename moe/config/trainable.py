@@ -87,7 +87,7 @@ class Trainable(NamedTuple):
         }
         return frozenset(key for key, trains in trained_by.items() if not trains)
 
-    def selects(self, part_of: Mapping[str, str], key: str = "trainable") -> set[str]:
+    def selects(self, part_of: Mapping[str, str]) -> set[str]:
         """Return the names that train, of those in `part_of`, which tells the part of each.
 
         Raises ConfigError for an entry that stands for no name, and if nothing is left.
@@ -97,10 +97,10 @@ class Trainable(NamedTuple):
                 if _is_pattern(word):
                     raise unknown("pattern of trainable: no parameter has such a name:", word, part_of)
                 present = ", ".join(part for part in PARTS if part in part_of.values())
-                raise ConfigError(f"{key}={self}: this model has no part {word}; it has {present}")
+                raise ConfigError(f"trainable={self}: this model has no part {word}; it has {present}")
         chosen = {name for name, part in part_of.items() if self._trains(name, part)}
         if not chosen:
-            raise ConfigError(f"{key}={self}: nothing is left to train")
+            raise ConfigError(f"trainable={self}: nothing is left to train")
         return chosen
 
     def _trains(self, name: str, part: str) -> bool:

@@ -16,10 +16,10 @@ B, S, D, E, F = 3, 8, 16, 8, 12
 TEXT = TrainingText(torch.arange(1000), ("first", "second"))
 
 
-def random_router(make: Make, dim: int = D) -> Router:
+def random_router(make: Make) -> Router:
     """Return a router whose parameters and buffers are all drawn at random, so that each of them has an effect."""
     torch.manual_seed(0)
-    router = make(dim)
+    router = make(D)
     for tensor in (*router.parameters(), *router.buffers()):
         if tensor.is_floating_point():
             nn.init.normal_(tensor, std=0.5)

@@ -55,14 +55,7 @@ def gradient_norms(trains: pd.DataFrame) -> Figure | str:
     figure = Figure(figsize=(10.4, 7.2), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (column, label) in zip(panels.flat, columns.items(), strict=False):
-        for index, condition in enumerate(levels(trains["condition"])):
-            style, members = line_style(index), trains[trains["condition"] == condition]
-            curves = members.pivot(index="step", columns="folder", values=column).astype(float).dropna(how="all")
-            dot = "." if len(curves) == 1 else ""  # without a dot, a single evaluation would be invisible
-            draw_runs(axes, members, column, {"color": style["color"], "linewidth": 0.6, "alpha": 0.45, "marker": dot})
-            mean = curves.dropna().mean(axis=1)
-            line: dict[str, Any] = {"color": style["color"], "linestyle": style["linestyle"]}
-            axes.plot(mean, linewidth=2, marker=dot, label=f"{condition} (n={curves.shape[1]})", **line)
+        draw_curves(axes, trains, column, "condition")
         axes.set(ylabel=label, yscale="log")
         plain_log_labels(axes.yaxis)
     for axes in panels[-1]:
