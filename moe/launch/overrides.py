@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import (
     RangeSweep,
     Sweep,
 )
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from moe.checks import ConfigError, first_line, one_of, require, unknown
 from moe.config.options import CLASSES, GROUPS, options, router_spec, search_path
@@ -276,10 +276,20 @@ def _pickled_schema() -> bytes:
     return pickle.dumps(OmegaConf.structured(Config))
 
 
+@cache
+def _pickled_section(section: str) -> bytes:
+    """Return `Config` with no other key than this one, pickled: a copy takes a quarter of the time or less."""
+    schema = pickle.loads(_pickled_schema())
+    with open_dict(schema):
+        for other in {*schema} - {section}:
+            del schema[other]
+    return pickle.dumps(schema)
+
+
 def misfit(key: str, value: object) -> Exception | None:
     """Return why `Config` does not take a value for a key; None if it does."""
     try:
-        OmegaConf.update(pickle.loads(_pickled_schema()), key, value)
+        OmegaConf.update(pickle.loads(_pickled_section(key.partition(".")[0])), key, value)
     except FAULTS as error:
         return error
     return None
