@@ -130,8 +130,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
     `p Holm` is at most 5 %. It is corrected for all these claims, except that our own claims are corrected apart, so
     that they cannot take significance from the claims of a source. If a difference is the same in every seed
-    (`deterministic`), chance has no part in it, and p is 0. `estimates` says where the means lie, which may be by
-    chance: "as claimed", "against", or "mixed" if the named levels differ in this.
+    (`deterministic`), nothing tells how far chance could move it, and there is no p. `estimates` says where the means
+    lie, which may be by chance: "as claimed", "against", or "mixed" if the named levels differ in this.
     """
     table = pd.DataFrame([_judge_alone(claim, runs) for claim in claims])
     if table.empty:

@@ -1,7 +1,9 @@
 """What a planned claim compares: each level that it names with each rival, paired by seed. `claims.py` judges it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_com
 from moe.analysis.power import PAIRED, Freedom
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import CONFIDENCE, name_cell
-from moe.analysis.within_seeds import Contrast, contrast, range_p
+from moe.analysis.within_seeds import Contrast, contrast
 from moe.config.claim import DOMAIN, ClaimConfig, absolute
 from moe.metrics.catalog import lookup
 from moe.results.comparable import incomparable, is_timed, not_poolable
@@ -20,7 +22,17 @@ from moe.results.conditions import by_seed, conditions, levels, two_levels, vari
 from moe.results.table import level
 
 NAN = float("nan")
+BASE = "base/value"  # the metric before a change, of whose mean a margin may be a share; "/" as in a metric
+ONE_SEED = "one seed tells no spread, so there is nothing to test the difference against"
+ONE_SEED_CONNECTS = (
+    "without one of its seeds the others cannot tell the difference, so nothing can test it"
+)
+NO_SPREAD = "the difference is the same in every seed, so nothing tells how far chance could move it"
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
+
+
+# The estimate of a difference minus a share of the mean of the values with which it is compared
+Estimate = Callable[[float], Contrast]
 
 
 class Comparison(NamedTuple):
@@ -32,7 +44,7 @@ class Comparison(NamedTuple):
     spread: the standard error times the square root of n; with all runs, the standard deviation of the paired
     differences. freedom: its degrees of freedom, by the number of seeds.
     claimed_low, claimed_high: the ends of the claimed range, which may be infinite.
-    deterministic: whether the difference is the same in every seed. Both p-values are then 0 or 1.
+    deterministic: whether the difference is the same in every seed. It is then tested only against a share of a mean.
     note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
     """
@@ -105,7 +117,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
 def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any]) -> list[list[Comparison]]:
     """Compare each of the levels `named` with each of `rivals`."""
     if claim.kind == "interaction":
-        claim, runs = _of_changes(claim, runs, rivals), _changes(claim, runs)
+        claim, runs = _as_change(claim), _changes(claim, runs)
     else:
         runs = _with_mean_of_domains(claim, runs)
     others = _others(claim, runs)
@@ -142,39 +154,52 @@ def _others(claim: ClaimConfig, runs: pd.DataFrame) -> list[str]:
     return [factor for factor in varied_factors(runs) if factor not in (claim.factor, "seed")]
 
 
-def _tested(claim: ClaimConfig, found: Comparison, effect: float, error: float) -> Comparison:
-    """Complete a comparison by what its tests say of an effect with this standard error; NaN: it has none."""
-    low, high = claimed_range(claim, found.reference_mean)
-    favor = min(effect - low, high - effect)
-    found = found._replace(favor=favor, claimed_low=low, claimed_high=high)
-    if math.isnan(error):
-        return found._replace(doubt="one seed alone tells the difference: nothing to test it against")
-    if error == 0:
-        return found._replace(p_for=float(favor <= 0), p_against=float(favor > 0), deterministic=True)
-    freedom = found.freedom.at(found.n)
-    inside, outside = range_p(effect, error, freedom, low, high)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error
-    two_ends = math.isfinite(low) and math.isfinite(high)
+def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estimate) -> Comparison:
+    """Complete a comparison by its interval, and by a one-sided test of each end of the claimed range.
+
+    base: the mean of which an end may be a share. As that mean is estimated from the same runs, the test is that of the
+    difference minus this share of the values themselves (Fieller 1954), not of a bound that is taken to be known.
+    """
+    difference, (low, high) = estimate(0.0), claimed_range(claim, base)
+    found = found._replace(
+        favor=min(difference.effect - low, high - difference.effect), claimed_low=low, claimed_high=high
+    )
+    sign = math.copysign(1.0, base)
+    constants, shares = claimed_range(claim, 0.0), claimed_range(claim, sign)
+    ends = [end for end, constant in enumerate(constants) if math.isfinite(constant)]
+    tests = {end: estimate(sign * (shares[end] - constants[end])) for end in ends}
+    if any(math.isnan(test.error) for test in tests.values()):
+        return found._replace(doubt=ONE_SEED if found.n == 1 else ONE_SEED_CONNECTS)
+    if any(test.error == 0 for test in tests.values()):
+        return found._replace(deterministic=difference.error == 0, doubt=NO_SPREAD)
+    inward = {end: (test.effect - constants[end]) * (-1 if end else 1) / test.error for end, test in tests.items()}
+    freedom = {end: _freedom(test, found.n) for end, test in tests.items()}
+    inside = max(stats.t.sf(inward[end], freedom[end].at(found.n)) for end in ends)
+    outside = min(stats.t.cdf(inward[end], freedom[end].at(found.n)) for end in ends)
+    nearest = min(ends, key=inward.__getitem__)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, found.freedom.at(found.n)) * difference.error
+    two_ends = len(ends) == 2
     return found._replace(
-        low=effect - reach,
-        high=effect + reach,
-        p_for=inside if two_ends else min(1.0, 2 * inside),
-        p_against=outside,
-        spread=error * math.sqrt(found.n),
+        low=difference.effect - reach,
+        high=difference.effect + reach,
+        p_for=float(inside if two_ends else min(1.0, 2 * inside)),
+        p_against=float(min(1.0, 2 * outside)),
+        spread=tests[nearest].error * math.sqrt(found.n),
+        freedom=freedom[nearest],
+        deterministic=difference.error == 0,
         doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 
 
-def _of_changes(claim: ClaimConfig, runs: pd.DataFrame, rivals: list[Any]) -> ClaimConfig:
-    """Return what an interaction claims about the change of the metric: above or below zero, or close to it."""
-    first = _at_first_level(claim, runs)
-    return _as_change(claim, first.loc[first[claim.factor].isin(rivals), claim.metric].mean())
+def _freedom(found: Contrast, n: int) -> Freedom:
+    """Return the degrees of freedom of an estimate from n seeds, as they grow with n."""
+    df = found.estimator.freedom
+    return PAIRED if math.isnan(df) else Freedom((df + 1) / n, 1)
 
 
-def _as_change(claim: ClaimConfig, reference: float) -> ClaimConfig:
-    if claim.margin is None:
-        return replace(claim, kind=claim.direction or "higher")
-    return replace(claim, kind="equivalent", margin=absolute(claim.margin, reference))
+def _as_change(claim: ClaimConfig) -> ClaimConfig:
+    """Return what an interaction or a mixed claim says about a difference: above or below zero, or close to it."""
+    return replace(claim, kind=(claim.direction or "higher") if claim.margin is None else "equivalent")
 
 
 def _selected(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
@@ -205,8 +230,10 @@ def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs at the first of the two levels of an interaction.
 
     In place of the metric they have its change from there to the run at the second level that has all else in common.
+    The metric itself is in the column `BASE`, of whose mean the claim's margin may be a share.
     """
     first, factor = _at_first_level(claim, runs), claim.moderator
+    first = first.assign(**{BASE: first[claim.metric]})
     if factor == DOMAIN:
         return first.assign(**{claim.metric: runs[_metrics(claim)[1]] - first[claim.metric]})
     second = _with_mean_of_domains(claim, runs[runs[factor] == level(claim.within[factor][1])])
@@ -221,7 +248,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     In a mixed model the runs at the other levels count too: where a run is missing, they tell how the seeds differ.
     """
     sides: dict[str, pd.DataFrame] = {}
-    alone: list[str] = []
+    alone: dict[str, pd.Series] = {}
     for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
         both = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, both)):
@@ -229,73 +256,110 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
             if reason := incomparable(claim.metric, *both, timed=timed(claim), names=names):
                 return Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in both)
-            sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b})
+            base = by_seed(both[1], BASE) if BASE in runs else b
+            sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b, "base": base})
         else:
-            alone.append(name_cell(cell))
+            alone[name_cell(cell)] = by_seed(members, claim.metric)
     if not sides:
         return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
     table = pd.concat(sides, axis=1)  # a row for each seed; NaN where a run is missing
-    both_sides = table.xs("treated", axis=1, level=1), table.xs("reference", axis=1, level=1)
+    of_side = {side: table.xs(side, axis=1, level=1) for side in ("treated", "reference", "base")}
     if claim.kind != "mixed":
-        return _of_pairs(claim, *both_sides, alone)
+        return _of_pairs(claim, **of_side, alone=list(alone))
     if reason := not_poolable(claim.metric, runs, timed=timed(claim)):
         return Comparison(0, doubt=reason)
-    cells = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
-    rest = pd.DataFrame({name_cell(cell): by_seed(members, claim.metric) for cell, members in cells})
-    number = int(pd.concat([table, rest], axis=1).count().sum())
-    return _in_all_runs(claim, *both_sides, rest, f"mixed model of {number} runs")
+    others_too = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
+    rest = [by_seed(members, claim.metric) for _, members in others_too] + list(alone.values())
+    return _in_all_runs(claim, **of_side, alone=list(alone), rest=rest)
 
 
-def _of_pairs(claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, alone: list[str]) -> Comparison:
+def _of_pairs(
+    claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, base: pd.DataFrame, alone: list[str]
+) -> Comparison:
     """Compare two levels by pairs of runs: the mean over combinations of the mean difference over their seeds.
 
-    A row for each seed and a column for each combination of other factors, as in `_in_all_runs`. A combination with a
-    single pair is left out if others have more. alone: combinations that have one of the two levels in no seed.
+    A row for each seed and a column for each combination of other factors, as in `_in_all_runs`. base: the values of
+    whose mean the claimed range may be a share. alone: combinations that have one of the two levels in no seed.
     """
     pairs = treated - reference
-    counts = pairs.count()
-    kept = counts >= min(2, counts.max())
-    if not counts.any():
-        return Comparison(0, note=_lost(pairs), doubt="no seed is left")
-    left_out = [f"{cell}: a level has no run" for cell in alone]
-    left_out += [f"{cell}: {'one pair' if counts[cell] else 'no pair'}" for cell in counts.index[~kept]]
-    note = "; ".join(filter(None, (f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs.loc[:, kept]))))
-    values = pairs.loc[:, kept].to_numpy(dtype=float)
-    compared_with = reference.loc[:, kept].where(pairs.loc[:, kept].notna())
-    scale = float(np.nanmax(np.abs(compared_with.to_numpy(dtype=float))))
-    found = contrast(values, np.full(kept.sum(), 1 / kept.sum()), seed_effects=False, scale=scale)
-    return _estimated(claim, found, pairs.index, compared_with, note)
+    kept, note = _judged(pairs.count(), "pair", pairs, alone)
+    if kept.empty:
+        return Comparison(0, note=note, doubt="no seed is left")
+    pairs = pairs[kept]
+    reference, base = (table[kept].where(pairs.notna()) for table in (reference, base))
+    scale = float(np.nanmax(np.abs(reference.to_numpy(dtype=float))))
+    weights = np.full(len(kept), 1 / len(kept))
+
+    @cache
+    def estimate(share: float) -> Contrast:
+        values = (pairs - share * base).to_numpy(dtype=float)
+        return contrast(values, weights, seed_effects=False, scale=scale)
+
+    return _estimated(claim, estimate, reference, base, note)
 
 
 def _in_all_runs(
-    claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, rest: pd.DataFrame, note: str
+    claim: ClaimConfig,
+    treated: pd.DataFrame,
+    reference: pd.DataFrame,
+    base: pd.DataFrame,
+    alone: list[str],
+    rest: list[pd.Series],
 ) -> Comparison:
-    """Compare the values of two levels, a row for each seed and a column for each combination of other factors.
+    """Compare the values of two levels by a model of all runs; the other arguments are those of `_of_pairs`.
 
-    rest: values of other settings, which tell how the seeds differ.
+    rest: values of other settings by seed. They tell how the seeds differ, and so do the runs of combinations that are
+    left out of the comparison.
     """
-    known = treated.notna().any() & reference.notna().any()
-    treated, reference = treated.loc[:, known], reference.loc[:, known]
-    if not known.any():
+    counts = pd.concat([treated.count(), reference.count()], axis=1).min(axis=1)
+    kept, note = _judged(counts, "run of a level", treated - reference, alone)
+    sides = [treated[kept], reference[kept], treated.drop(columns=kept), reference.drop(columns=kept)]
+    table = pd.concat([*sides, *rest], axis=1)
+    note = "; ".join(filter(None, (f"mixed model of {table.count().sum()} runs", note)))
+    if kept.empty:
         return Comparison(0, note=note, doubt="no seed is left")
-    values = pd.concat([treated, reference, rest], axis=1)
-    weights = np.repeat([1 / known.sum(), -1 / known.sum(), 0.0], [known.sum(), known.sum(), rest.shape[1]])
+    values = table.to_numpy(dtype=float)
+    weights, of_reference = np.zeros(table.shape[1]), np.zeros(table.shape[1])
+    weights[: len(kept)], weights[len(kept) : 2 * len(kept)] = 1 / len(kept), -1 / len(kept)
+    of_reference[len(kept) : 2 * len(kept)] = 1 / len(kept)
+
+    @cache
+    def estimate(share: float) -> Contrast:
+        return contrast(values, weights, levels=-share * of_reference if share else None)
+
     try:
-        found = contrast(values.to_numpy(dtype=float), weights)
+        return _estimated(claim, estimate, reference[kept].reindex(table.index), base[kept], note)
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
-    return _estimated(claim, found, values.index, reference, note)
 
 
-def _estimated(claim: ClaimConfig, found: Contrast, seeds: pd.Index, reference: pd.DataFrame, note: str) -> Comparison:
-    """Return a comparison from its estimate. seeds: those of the rows from which it comes."""
-    telling, df = found.estimator.telling, found.estimator.freedom
-    n, mean = int(telling.sum()), float(reference.reindex(seeds[telling]).mean().mean())
-    freedom = PAIRED if math.isnan(df) else Freedom((df + 1) / n, 1)
-    if df < n - 1:
-        note = "; ".join(filter(None, (note, f"{df:.2g} degrees of freedom")))
+def _judged(counts: pd.Series, unit: str, pairs: pd.DataFrame, alone: list[str]) -> tuple[pd.Index, str]:
+    """Return the combinations of other factors in which a claim is judged, and a note of what they lack.
+
+    counts: of what each combination has to compare, in words `unit`. One with a single such is left out if others have
+    more, because one seed alone tells no spread. pairs, alone: as in `_of_pairs`.
+    """
+    kept = counts.index[counts >= max(1, min(2, counts.max()))]
+    left_out = [f"{cell}: a level has no run" for cell in alone]
+    left_out += [
+        f"{cell}: {'one' if counts[cell] else 'no'} {unit}" for cell in counts.index.difference(kept, sort=False)
+    ]
+    notes = f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs[kept] if len(kept) else pairs)
+    return kept, "; ".join(filter(None, notes))
+
+
+def _estimated(
+    claim: ClaimConfig, estimate: Estimate, reference: pd.DataFrame, base: pd.DataFrame, note: str
+) -> Comparison:
+    """Return a comparison from the estimate of its difference, and of that minus a share of the mean of `base`."""
+    found = estimate(0.0)
+    telling = found.estimator.telling
+    n, (mean, of_base) = int(telling.sum()), (float(each[telling].mean().mean()) for each in (reference, base))
+    freedom = _freedom(found, n)
+    if found.estimator.freedom < n - 1:
+        note = "; ".join(filter(None, (note, f"{found.estimator.freedom:.2g} degrees of freedom")))
     comparison = Comparison(n, mean + found.effect, mean, freedom=freedom, note=note)
-    return _tested(claim, comparison, found.effect, found.error)
+    return _tested(claim, comparison, of_base, estimate)
 
 
 def _lost(differences: pd.DataFrame) -> str:
@@ -315,7 +379,7 @@ def claimed_range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
     the change of the metric; without a direction, the range is that of "higher".
     """
     if claim.kind in ("interaction", "mixed"):
-        claim = _as_change(claim, reference)
+        claim = _as_change(claim)
     if claim.kind == "equivalent":
         margin = absolute(claim.margin, reference)
         return -margin, margin

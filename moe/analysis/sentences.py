@@ -25,8 +25,9 @@ def standing(contrast: pd.Series) -> str:
     """Return what is known about a contrast.
 
     `SIGNIFICANT`: p is at most 5 % after correction for other tests. `EQUIVALENT`: the direction is not significant,
-    but the difference is smaller than the margin. `DETERMINISTIC`: the difference is the same in every seed, so chance
-    has no part in it. `UNTESTED`: a test was impossible, as with one seed. `UNDECIDED`: anything else.
+    but the difference is smaller than the margin. `DETERMINISTIC`: the difference is the same in every seed, so
+    that nothing tells how far chance could move it. `UNTESTED`: a test was impossible, as with one seed. `UNDECIDED`:
+    anything else.
     """
     if contrast["deterministic"]:
         return DETERMINISTIC
@@ -143,9 +144,9 @@ def with_interval(value: float, low: float, high: float, *, least: int, sign: st
 
 def deterministic_verdict(difference: float, margin: float | None = None) -> str:
     """Return the verdict on a difference that is the same in every seed."""
-    size = f"{'larger' if difference > 0 else 'smaller'} by {abs(difference):.3g}" if difference else "equal"
+    size = f"{'larger' if difference > 0 else 'smaller'} by {abs(difference):.3g}" if difference else "no difference"
     within = f", within the margin of {margin:.3g}" if margin and abs(difference) < margin else ""
-    return f"**deterministic**, {size} in every seed{within}"
+    return f"**the same in every seed**, {size}{within}"
 
 
 def is_equivalent(contrast: pd.Series) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.weightstats import DescrStatsW
 
 from moe.analysis.power import SIGNIFICANCE, UNPAIRED, detectable_effect
 from moe.config.claim import absolute
@@ -202,14 +201,19 @@ def spread_interval(std: Any, freedom: Any) -> tuple[Any, Any]:
     return std * np.sqrt(df / stats.chi2.ppf(1 - tail, df)), std * np.sqrt(df / stats.chi2.ppf(tail, df))
 
 
-def range_test(differences: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Return the p of the claim that the mean lies between two bounds (two one-sided t tests, TOST), and the two-sided
-    p of the claim that it lies outside.
+def margin_test(a: np.ndarray, b: np.ndarray, margin: int | float | str) -> float:
+    """Return the p of the claim that the mean of a - b lies between -margin and margin: two one-sided t tests (TOST).
 
-    A bound may be infinite. There must be at least two differences, and they must differ.
+    A margin may be a share of the mean of b, such as "1%". That mean is estimated from the same runs, so the test is of
+    a - (1 - share) b and of a - (1 + share) b (Fieller 1954), not of a bound that is taken to be known. There must be
+    at least two values. NaN if there is no spread.
     """
-    within, (_, above_low, _), (_, below_high, _) = DescrStatsW(differences).ttost_mean(low, high)
-    return float(within), float(min(1, 2 * (1 - max(above_low, below_high))))
+    constant, sign = absolute(margin, 0.0), math.copysign(1.0, b.mean())
+    bound = constant + (absolute(margin, 1.0) - constant) * sign * b
+    inward = a - b + bound, bound - (a - b)
+    if any(has_no_spread(each, scale=np.abs([a, b]).max()) for each in inward):
+        return float("nan")
+    return max(float(stats.ttest_1samp(each, 0.0, alternative="greater").pvalue) for each in inward)
 
 
 def corrected(p: pd.Series, family: np.ndarray | None = None) -> np.ndarray:
@@ -356,7 +360,7 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
     }
     if margin is not None:
         bound = absolute(margin, b.mean()) if n else float("nan")
-        row |= {"margin": bound, "p TOST": range_test(differences, -bound, bound)[0] if not math.isnan(p) else p}
+        row |= {"margin": bound, "p TOST": margin_test(a, b, margin) if not math.isnan(p) else p}
     return row
 
 

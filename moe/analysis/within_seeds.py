@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
 
 from moe.analysis.statistics import has_no_spread
 
@@ -37,12 +36,17 @@ class Contrast(NamedTuple):
 
 
 def estimator(
-    known: Bool[np.ndarray, "N C"], weights: Float[np.ndarray, "C"], *, seed_effects: bool = True
+    known: Bool[np.ndarray, "N C"],
+    weights: Float[np.ndarray, "C"],
+    *,
+    seed_effects: bool = True,
+    levels: Float[np.ndarray, "C"] | None = None,
 ) -> Estimator:
     """Return the estimator of a weighted sum of settings, in which each seed has an effect of its own on all its runs.
 
     known: which seed has a run of which setting. weights: of the settings; they sum to 0. seed_effects: False if the
-    columns are already differences within seeds, whatever their weights sum to.
+    columns are already differences within seeds, whatever their weights sum to. levels: weights of the plain mean of
+    each setting, which are added, as for a difference minus a share of a mean. By default 0.
 
     The estimate is that of least squares with an effect of each setting and each seed: the analysis of incomplete
     blocks within blocks (Searle, Casella and McCulloch 1992). Nothing is assumed of how the runs of a seed spread and
@@ -56,11 +60,17 @@ def estimator(
     within = of_cell
     if seed_effects:
         within = of_cell - of_seed @ (of_seed.T @ of_cell / np.maximum(known.sum(axis=1), 1)[:, None])
-    of_runs = _least_squares(within, weights)
+
+    def without(gone: int | None = None) -> Float[np.ndarray, "R"]:
+        left = (seed != gone)[:, None]
+        plain = 0.0 if levels is None else _least_squares(of_cell * left, levels)
+        return _least_squares(within * left, weights) + plain
+
+    of_runs = without()
     if np.isnan(of_runs).any():
         raise ValueError("the settings compared share no seed, not even through other settings")
     telling = of_seed.T @ np.abs(of_runs) > 1e-9
-    changes = [of_runs - _least_squares(within * (seed != each)[:, None], weights) for each in np.flatnonzero(telling)]
+    changes = [of_runs - without(int(each)) for each in np.flatnonzero(telling)]
     products = np.array(changes) @ np.array(changes).T
     freedom = float(np.trace(products) ** 2 / (products**2).sum())
     return Estimator(of_runs, np.array(changes), round(freedom, 6), telling)
@@ -71,15 +81,16 @@ def contrast(
     weights: Float[np.ndarray, "C"],
     *,
     seed_effects: bool = True,
+    levels: Float[np.ndarray, "C"] | None = None,
     scale: float | None = None,
 ) -> Contrast:
     """Return the estimate of a weighted sum of settings from a row for each seed and a column for each setting.
 
-    NaN is no run. seed_effects: as in `estimator`. Raises ValueError as that does. Rounding neither makes an effect nor
-    a spread: numbers are compared with `scale`, by default the largest of the values.
+    NaN is no run. seed_effects, levels: as in `estimator`. Raises ValueError as that does. Rounding neither makes an
+    effect nor a spread: numbers are compared with `scale`, by default the largest of the values.
     """
     known = ~np.isnan(values)
-    by, runs = estimator(known, weights, seed_effects=seed_effects), values[known]
+    by, runs = estimator(known, weights, seed_effects=seed_effects, levels=levels), values[known]
     scale = float(np.abs(runs).max()) if scale is None else scale
     effect = float(by.of_runs @ runs)
     exact = has_no_spread((len(by.changes) - 1) * (by.changes @ runs), scale=scale)
@@ -94,13 +105,3 @@ def _least_squares(within: Float[np.ndarray, "R C"], weights: Float[np.ndarray, 
     """
     of_runs = within @ np.linalg.pinv(within.T @ within, rcond=1e-9, hermitian=True) @ weights
     return of_runs if np.allclose(within.T @ of_runs, weights, atol=1e-8) else np.full(len(within), np.nan)
-
-
-def range_p(effect: float, error: float, freedom: int | float, low: float, high: float) -> tuple[float, float]:
-    """Return the p that the true effect is inside of two bounds (TOST), and the two-sided p that it is outside.
-
-    These are those of `moe.analysis.statistics.range_test`, for any standard error. A bound may be infinite.
-    """
-    above, below = (effect - low) / error, (high - effect) / error
-    inside = max(stats.t.sf(above, freedom), stats.t.sf(below, freedom))
-    return float(inside), float(min(1, 2 * min(stats.t.sf(-above, freedom), stats.t.sf(-below, freedom))))

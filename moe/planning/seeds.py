@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.comparisons import claimed_range, compared, timed
+from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, timed
 from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.checks import require
@@ -101,8 +101,8 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
         return NOT_TOLD  # these runs did not take turns, so their spread would be that of the machine's load
     pairs = [pair for pair in chain(*compared(claim, runs, evals).pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
-        return Spread(0.0, 0.0, 0.0, mean, "the same difference in every seed")
-    if spreads := [pair.spread for pair in pairs if not pair.deterministic]:
+        return NOT_TOLD._replace(mean=mean, source=NO_SPREAD)
+    if spreads := [pair.spread for pair in pairs if not math.isnan(pair.spread)]:
         least = min(pairs, key=lambda pair: pair.freedom.at(pair.n))
         value = math.sqrt(float(np.mean(np.square(spreads))))
         df = least.freedom.at(least.n) * _independent(len(spreads), len(claim.levels))
@@ -151,8 +151,6 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
     effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
 
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
-        if of_spread == 0:
-            return 2  # the difference is the same in every seed
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
         ends = low / of_spread, high / of_spread, true / of_spread
         prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, known_by=known_by)

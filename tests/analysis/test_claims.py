@@ -18,6 +18,7 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
+from moe.analysis.comparisons import NO_SPREAD, ONE_SEED
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import contrasts, corrected
@@ -419,7 +420,7 @@ def test_a_claim_is_not_tested_if_another_factor_always_changes_too() -> None:
 def test_one_seed_gives_a_direction_but_no_verdict() -> None:
     row = judge_first(runs_with_means({0.0: 100, 0.5: 150}, seeds=1), claim("lower", [0.5], [0.0]))
     assert (row["n"], row["verdict"], row["estimates"]) == (1, "not tested", "against")
-    assert "one seed" in row["reason"]
+    assert row["reason"] == ONE_SEED
     assert math.isnan(row["p"])
 
 
@@ -478,26 +479,36 @@ def test_the_seeds_that_a_claim_with_a_margin_needs_reach_the_power(last: float,
 
 
 @pytest.mark.parametrize(
-    ("means", "tested", "verdict", "words"),
+    ("means", "tested", "words"),
     [
-        ({0.0: 100, 0.5: 100}, claim("higher", [0.5], [0.0]), "contradicted", "deterministic, equal in every seed"),
-        ({0.0: 100, 0.5: 100}, claim("equivalent", [0.5], [0.0], margin=1), "supported", "deterministic, equal"),
-        ({0.0: 0, 0.5: 0.0499}, claim("higher", [0.5], [0.0]), "supported", "deterministic, larger by 0.0499"),
-        ({0.0: 0, 0.5: 0.0499}, claim("lower", [0.5], [0.0]), "contradicted", "deterministic, larger by 0.0499"),
+        ({0.0: 100, 0.5: 100}, claim("higher", [0.5], [0.0]), "the same in every seed, no difference"),
+        ({0.0: 100, 0.5: 100}, claim("equivalent", [0.5], [0.0], margin=1), "the same in every seed, no difference"),
+        ({0.0: 0, 0.5: 0.0499}, claim("higher", [0.5], [0.0]), "the same in every seed, larger by 0.0499"),
+        ({0.0: 0, 0.5: 0.0499}, claim("lower", [0.5], [0.0]), "the same in every seed, larger by 0.0499"),
     ],
 )
-def test_a_difference_that_is_the_same_in_every_seed_decides_a_claim(
-    means: dict[Any, float], tested: ClaimConfig, verdict: str, words: str
+def test_a_difference_that_is_the_same_in_every_seed_does_not_test_a_claim(
+    means: dict[Any, float], tested: ClaimConfig, words: str
 ) -> None:
-    """Chance has no part in a difference without spread, so the claim needs no test and enters no correction."""
+    """Nothing tells how far chance could move it: a metric with few values may be equal in all runs by chance."""
     runs = runs_with_means(means, spread=0)
     row = judge_first(runs, tested)
-    assert (row["verdict"], row["p"]) == (verdict, 0)
+    assert row["verdict"] == "not tested"
+    assert math.isnan(row["p"])
     assert words in evidence_sentence(row)
+    assert NO_SPREAD in evidence_sentence(row)
     noisy = runs.assign(**{"val/loss": np.random.default_rng(0).normal(size=len(runs))})
     other = replace(claim("higher", [0.5], [0.0]), metric="val/loss")
     table = judge(noisy, [tested, other])
     assert table["p Holm"].iloc[1] == table["p"].iloc[1]
+
+
+def test_equal_runs_whose_level_varies_are_equivalent_within_a_share_of_it() -> None:
+    same = runs_with_means({0.0: 100}, spread=3)
+    both = pd.concat([same, same.assign(noise=0.5)], ignore_index=True)
+    row = judge_first(both, claim("equivalent", [0.5], [0.0], margin="1%"))
+    assert row["verdict"] == "supported"
+    assert 0 < row["p"] < 0.05
 
 
 def test_a_missing_run_costs_one_pair_and_is_named() -> None:

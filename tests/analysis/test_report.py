@@ -485,7 +485,7 @@ def test_the_option_metric_adds_a_metric_to_the_tables_and_tests(
     text = (tmp_path / "analysis" / "report.md").read_text()
     assert f"In every row, {metric} (nats per token) is 0.5 ± 0, n seeds is 3." in text
     found = "lb 0.01 vs 0.0 at noise=0.0: +0 router entropy, layer 3, n=3"
-    assert f"{found}: **deterministic**, equal in every seed" in text
+    assert f"{found}: **the same in every seed**, no difference" in text
     assert f"- {metric} has no spread between seeds" in text.replace(f"{metric}: ", "", 1)
 
 

@@ -1,5 +1,7 @@
 """Tests of the statistics: results for the 18 published runs of the noise study, and properties that always hold."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +20,8 @@ from moe.analysis.statistics import (
     corrected,
     divisors,
     false_discovery,
+    margin_test,
     noise_floor,
-    range_test,
     shares,
     sign_flip,
     with_intervals,
@@ -137,14 +139,14 @@ def test_equivalence_is_two_one_sided_paired_tests(runs: pd.DataFrame) -> None:
     row = select_contrast(table, "lb", 0.0, "noise=0.0")
     cell = runs[runs["noise"] == 0.0].pivot(index="seed", columns="lb", values="ppl")
     assert row["margin"] == pytest.approx(0.01 * cell[0.01].mean())
-    expected = ttost_paired(cell[0.0].to_numpy(), cell[0.01].to_numpy(), -row["margin"], row["margin"])[0]
-    assert row["p TOST"] == pytest.approx(expected)
+    assert row["p TOST"] == pytest.approx(margin_test(cell[0.0].to_numpy(), cell[0.01].to_numpy(), "1%"))
     assert row["p TOST"] == pytest.approx(0.085, abs=0.001)
     assert not table["equivalent"].any(), (
         "three seeds whose differences spread by 1.5 cannot show equivalence within 1.3"
     )
     in_units = contrasts(runs, "ppl", ["noise", "lb"], references={"lb": 0.01}, margin=row["margin"])
-    assert select_contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(row["p TOST"])
+    expected = ttost_paired(cell[0.0].to_numpy(), cell[0.01].to_numpy(), -row["margin"], row["margin"])[0]
+    assert select_contrast(in_units, "lb", 0.0, "noise=0.0")["p TOST"] == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"margin 0\.0: must be positive"):
         contrasts(runs, "ppl", ["noise"], margin=0.0)
     with pytest.raises(ValueError, match="amount=1 percent: must be a finite number, or a text such as 5%"):
@@ -177,15 +179,30 @@ def test_equivalence_is_unknown_without_spread_or_with_one_seed(runs: pd.DataFra
         assert not compared["equivalent"].any()
 
 
-def test_a_range_test_gives_one_p_for_inside_and_one_for_outside() -> None:
-    differences = np.array([1.0, 2.0, 1.4, 1.9])
-    two_sided = stats.ttest_1samp(differences, 0).pvalue
-    assert range_test(differences, 0.0, np.inf)[0] * 2 == pytest.approx(two_sided)
-    assert range_test(differences, -np.inf, 0.0)[1] == pytest.approx(two_sided)
-    assert range_test(differences, 0.0, np.inf)[1] == 1
-    within, outside = range_test(differences, 5.0, 6.0)
-    assert within > 0.99
-    assert outside == pytest.approx(stats.ttest_1samp(differences, 5).pvalue)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_margin_is_tested_at_both_ends_and_a_share_of_a_mean_as_what_it_is_of(sign: int) -> None:
+    rng = np.random.default_rng(0)
+    b = sign * rng.normal(10, 3, 6)
+    a = b + rng.normal(0.05, 0.1, 6)
+    ends = stats.ttest_1samp(a - b, -0.3, alternative="greater"), stats.ttest_1samp(a - b, 0.3, alternative="less")
+    assert margin_test(a, b, 0.3) == pytest.approx(max(end.pvalue for end in ends))
+    share = 0.03 * sign
+    ends = (
+        stats.ttest_1samp(a - (1 - share) * b, 0, alternative="greater"),
+        stats.ttest_1samp(a - (1 + share) * b, 0, alternative="less"),
+    )
+    assert margin_test(a, b, "3%") == pytest.approx(max(end.pvalue for end in ends))
+    assert margin_test(np.array([5.0, 6.0]), np.array([5.0, 6.0]), "1%") < 0.1
+    assert math.isnan(margin_test(np.array([5.0, 6.0]), np.array([5.0, 6.0]), 0.1))
+
+
+def test_a_share_of_a_mean_keeps_the_error_of_a_margin() -> None:
+    """The true difference is at the margin, 10 % of a mean that is known no better than from the same seeds."""
+    rng, n, found = np.random.default_rng(1), 8, []
+    for _ in range(1000):
+        b = 10 + rng.normal(0, 2) * np.ones(n) + rng.normal(0, 2, n)
+        found.append(margin_test(1.1 * b + rng.normal(0, 0.3, n), b, "10%") <= 0.05)
+    assert np.mean(found) == pytest.approx(0.05, abs=0.02)
 
 
 def test_the_noise_floor_is_the_spread_of_seeds(runs: pd.DataFrame) -> None:
@@ -277,7 +294,7 @@ def test_one_seed_gives_differences_and_notes_but_no_p(runs: pd.DataFrame) -> No
     assert with_intervals(summary(single, ["noise", "lb"], ["ppl"]))[["ci_low", "ci_high"]].isna().all(axis=None)
 
 
-def test_a_difference_that_is_the_same_in_every_seed_is_called_deterministic(runs: pd.DataFrame) -> None:
+def test_a_difference_that_is_the_same_in_every_seed_has_no_p(runs: pd.DataFrame) -> None:
     """A difference without spread has no p, but it is no open question either."""
     # All seeds have the same difference, except for rounding.
     shifted = runs["seed"].astype(float).where(runs["noise"] == 0.0, runs["seed"] + 0.1)
@@ -287,7 +304,7 @@ def test_a_difference_that_is_the_same_in_every_seed_is_called_deterministic(run
         assert table["deterministic"].all()
         row = select_contrast(table, "noise", 0.5, "lb=0.0")
         sentence = contrast_sentence(row, "noise", unit="", up="worse", down="better")
-        assert sentence.endswith(f"**deterministic**, {f'larger by {size}' if size else 'equal'} in every seed")
+        assert sentence.endswith(f"**the same in every seed**, {f'larger by {size}' if size else 'no difference'}")
     row = select_contrast(
         contrasts(runs.assign(ppl=-shifted), "ppl", ["noise", "lb"], margin=0.2), "noise", 0.5, "lb=0.0"
     )

@@ -1,6 +1,7 @@
 """Tests of differences within seeds, behind all claims: other ways to the same numbers, and error rates."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,9 @@ from scipy import stats
 from statsmodels.formula.api import ols
 
 from moe.analysis.claims import judge
-from moe.analysis.comparisons import compared
+from moe.analysis.comparisons import NO_SPREAD, ONE_SEED_CONNECTS, compared
 from moe.analysis.power import PAIRED
-from moe.analysis.statistics import range_test
-from moe.analysis.within_seeds import contrast, estimator, range_p
+from moe.analysis.within_seeds import contrast, estimator
 from moe.config.claim import ClaimConfig
 
 B_MINUS_A = np.array([-1.0, 1.0, 0.0, 0.0])
@@ -95,7 +95,8 @@ def test_two_settings_are_compared_only_if_seeds_connect_them() -> None:
     refused = judged(table, "mixed")
     assert (refused["verdict"], refused["n"]) == ("not tested", 0)
     connects = "the settings compared share no seed, not even through other settings"
-    assert refused["reason"] == f"mixed model of 12 runs; {connects}"
+    assert refused["reason"].startswith("mixed model of 12 runs; 6 of 6 pairs have no value on a side: seed 0; ")
+    assert refused["reason"].endswith(connects)
     table[3:, 2] = 3.0 + np.arange(3)
     assert judged(table, "mixed")["n"] == 6
     assert judged(table, "higher")["n"] == 0
@@ -107,7 +108,7 @@ def test_one_seed_that_alone_tells_a_difference_does_not_test_it() -> None:
     table[1:, 0] = math.nan
     row = judged(table, "mixed")
     assert (row["verdict"], row["n"]) == ("not tested", 4)
-    assert row["reason"].endswith("one seed alone tells the difference: nothing to test it against")
+    assert row["reason"].endswith(ONE_SEED_CONNECTS)
     alone = judged(table[:1], "higher")
     assert (alone["verdict"], alone["n"]) == ("not tested", 1)
     assert row["difference"] != pytest.approx(alone["difference"])
@@ -119,11 +120,37 @@ def test_a_run_that_was_copied_is_refused() -> None:
         judge(pd.concat([made_up(with_gaps())] * 2), [rises("mixed")])
 
 
-def test_p_is_that_of_the_tests_of_a_range() -> None:
-    sample = np.random.default_rng(2).normal(0.3, 1, 9)
-    error = sample.std(ddof=1) / 3
-    for low, high in ((0.0, math.inf), (-math.inf, 0.0), (-0.5, 0.5), (0.5, 2.0)):
-        assert range_p(sample.mean(), error, 8, low, high) == pytest.approx(range_test(sample, low, high))
+def sized(kind: str, *, margin: float | str | None = None, size: tuple[float | str, ...] = ()) -> ClaimConfig:
+    return replace(rises(kind), margin=margin, size=list(size), direction=None)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+@pytest.mark.parametrize(
+    ("claim", "low", "high"),
+    [
+        (sized("equivalent", margin=0.2), -0.2, 0.2),
+        (sized("higher", size=(0.1, 0.2)), 0.1, 0.2),
+        (sized("lower", size=(0.1, 0.2)), -0.2, -0.1),
+        (sized("equivalent", margin="5%"), "-5%", "5%"),
+        (sized("mixed", margin="5%"), "-5%", "5%"),
+        (sized("higher", size=("2%", "4%")), "2%", "4%"),
+        (sized("lower", size=("2%", "4%")), "-4%", "-2%"),
+        (sized("lower", size=("2%", 0.2)), -0.2, "-2%"),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_p_is_that_of_t_tests_at_both_ends_of_a_range(
+    claim: ClaimConfig, low: float | str, high: float | str, seeds: int, sign: int
+) -> None:
+    """A share of a mean is a share of the values themselves: a - (1 + share) b."""
+    table = sign * (30 + drawn(np.random.default_rng(seeds), seeds=seeds, cells=3))
+    b, a = table[:, 0], table[:, 1]
+    ends = [float(end[:-1]) / 100 * np.abs(b) if isinstance(end, str) else end for end in (low, high)]
+    tests = [stats.ttest_1samp(a - b - ends[0], 0, alternative="greater")]
+    tests += [stats.ttest_1samp(a - b - ends[1], 0, alternative="less")]
+    [[pair]] = compared(claim, made_up(table)).pairs
+    assert pair.p_for == pytest.approx(max(test.pvalue for test in tests))
+    assert pair.p_against == pytest.approx(min(1, 2 * min(1 - test.pvalue for test in tests)))
 
 
 def test_an_undecided_claim_with_missing_runs_names_its_degrees_of_freedom_and_counts_on_as_many_for_each_seed() -> (
@@ -137,7 +164,8 @@ def test_an_undecided_claim_with_missing_runs_names_its_degrees_of_freedom_and_c
     assert pair.freedom.at(12) == pytest.approx(2 * df + 1)
     row = judged(table, "mixed")
     assert row["verdict"] == "undecided"
-    assert row["reason"].startswith(f"mixed model of 21 runs; {df:.2g} degrees of freedom; ")
+    assert row["reason"].startswith("mixed model of 21 runs; 2 of 6 pairs have no value on a side: seed 0; seed 4; ")
+    assert f"; {df:.2g} degrees of freedom; " in row["reason"]
     [[complete]] = compared(rises("mixed"), made_up(table[[1, 2, 5]])).pairs
     assert complete.freedom == PAIRED
 
@@ -166,11 +194,21 @@ def test_error_rates(present: list[str], spreads: str) -> None:
         assert rate == pytest.approx(0.05, abs=0.007)
 
 
-def test_a_model_with_one_seed_decides_nothing_and_equal_differences_are_deterministic() -> None:
+def test_a_model_with_one_seed_decides_nothing_and_so_do_equal_differences() -> None:
     alone = judged(drawn(np.random.default_rng(0), seeds=1, cells=3), "mixed")
     assert (alone["verdict"], alone["n"]) == ("not tested", 1)
     exact = judged(np.arange(3.0)[:, None] + np.array([0.0, 1.0, 2.0]), "mixed")
-    assert (exact["verdict"], exact["deterministic"]) == ("supported", True)
+    assert (exact["verdict"], exact["deterministic"]) == ("not tested", True)
+    assert NO_SPREAD in exact["reason"]
+
+
+def test_equal_values_decide_nothing() -> None:
+    """A metric that is 0 in most runs, such as a share of unused experts, is so in both settings by chance."""
+    rng, decided = np.random.default_rng(0), 0
+    for _ in range(200):
+        table = np.where(rng.random((3, 2)) < 0.3, 0.25, 0.0)
+        decided += judged(table, "higher")["verdict"] in ("supported", "contradicted")
+    assert decided <= 0.05 * 200 + 6
 
 
 def at_two_weights(table: np.ndarray) -> pd.DataFrame:

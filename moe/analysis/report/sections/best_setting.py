@@ -12,7 +12,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.league import league_metric, standings
 from moe.analysis.selection import lead
-from moe.analysis.sentences import DETERMINISTIC, SIGNIFICANT, enumerated, levels_compared, noun, standing
+from moe.analysis.sentences import SIGNIFICANT, enumerated, levels_compared, noun, standing
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import has_no_spread, name_cell
 from moe.checks import plain
@@ -150,7 +150,7 @@ def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting)
     claims = [each for each in inputs.judgments if each.planned and each.metric in metrics and each.compared in pair]
     if not tests and not claims:
         return _by_ranks(inputs, best, following)
-    told_apart = any(standing(row) in (SIGNIFICANT, DETERMINISTIC) for row in tests)
+    told_apart = any(standing(row) == SIGNIFICANT for row in tests)
     return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else CORRECTED
 
 

@@ -150,11 +150,7 @@ def _surest_contrast(inputs: ReportInputs) -> str:
     rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
     if learned_little(inputs.runs):
         rows = [(row, judged) for row, judged in rows if not is_quality(judged.metric)]
-    found = [
-        judged
-        for row, judged in rows
-        if (known := standing(row)) == SIGNIFICANT or (known == DETERMINISTIC and row["difference"])
-    ]
+    found = [judged for row, judged in rows if standing(row) == SIGNIFICANT]
     if not found:
         return ""
     show = "shows" if len(found) == 1 else "show"
