@@ -309,7 +309,7 @@ def test_a_difference_that_is_the_same_in_every_seed_has_no_p(runs: pd.DataFrame
         contrasts(runs.assign(ppl=-shifted), "ppl", ["noise", "lb"], margin=0.2), "noise", 0.5, "lb=0.0"
     )
     sentence = contrast_sentence(row, "noise", unit="", up="worse", down="better")
-    assert sentence.endswith("smaller by 0.1 in every seed, within the margin of 0.2")
+    assert sentence.endswith("the same in every seed**, smaller by 0.1, within the margin of 0.2")
 
 
 def test_a_significant_difference_inside_the_margin_is_within_the_margin() -> None:
