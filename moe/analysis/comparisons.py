@@ -24,9 +24,7 @@ from moe.results.table import level
 NAN = float("nan")
 BASE = "base/value"  # the metric before a change, of whose mean a margin may be a share; "/" as in a metric
 ONE_SEED = "one seed tells no spread, so there is nothing to test the difference against"
-ONE_SEED_CONNECTS = (
-    "without one of its seeds the others cannot tell the difference, so nothing can test it"
-)
+ONE_SEED_CONNECTS = "without one of its seeds the others cannot tell the difference, so nothing can test it"
 NO_SPREAD = "the difference is the same in every seed, so nothing tells how far chance could move it"
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 

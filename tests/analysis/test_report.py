@@ -1089,7 +1089,7 @@ WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would 
         (
             {0.0: [0, 0], 0.5: [1, 1]},
             [HIGHER | {"kind": "equivalent", "margin": "5%"}],
-            "raises the validation perplexity by 1, within the margin of 5, in each of 2 seeds, so the claim “",
+            "The planned claim could not be tested; the largest difference that was seen is that of noise 0.5 ",
         ),
         (
             {0.0: [math.nan, math.nan], 0.5: [1, 2], 0.7: [1, 2]},
@@ -1144,7 +1144,7 @@ def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_oth
     """It gives the largest difference among the others and the reason; a metric that is no loss is compared."""
     why = "left out of this answer, because routers that see later tokens have losses that are not comparable with"
     for seed, causal in product((1, 2), (True, False)):
-        values = {"val/perplexity": 50.0 + 50 * causal, "routing/load_cv/pooled": 0.5 * causal}
+        values = {"val/perplexity": 50.0 + 50 * causal, "routing/load_cv/pooled": 0.5 * causal + 1e-5 * causal * seed}
         write_run(tmp_path / f"{causal},{seed}", values, causal=causal, seed=seed, noise=0)
     runs = load_runs([tmp_path])
     [inputs] = collect_inputs(runs)
