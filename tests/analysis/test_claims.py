@@ -617,7 +617,8 @@ def sweep(tmp_path: Path, finished_ablation: Path, monkeypatch: pytest.MonkeyPat
         for cell in cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
             write_run_record(cell, "running")
-            change_record(cell.folder, status="finished", seconds=1.0)
+            at_once = {"started": "2026-01-01T00:00:00+00:00", "seconds": 1.0}  # so that speeds can be compared
+            change_record(cell.folder, status="finished", **at_once)
             final = {name: rng.normal(100, 1) for name in names}
             write_metrics(cell.folder, final)
         return load_runs([tmp_path])
