@@ -131,19 +131,23 @@ def test_scales_and_ticks_are_those_of_the_figure() -> None:
     assert (third["x"]["tickvals"], third["x"]["ticktext"]) == ([0, 1], ["topk", "hash"])
 
 
-def test_texts_are_no_pictures() -> None:
+def test_tables_and_texts_are_no_pictures() -> None:
     figure = Figure()
-    text = figure.subplots()
+    table, text = figure.subplots(1, 2)
+    table.axis("off")
+    table.table([["a", "1"]], colLabels=["name", "value"])
     text.axis("off")
     text.text(0, 1, "in words")
-    assert chart(figure)["panels"][0]["text"] == "in words"
+    panels = chart(figure)["panels"]
+    assert panels[0]["table"] == [["name", "value"], ["a", "1"]]
+    assert panels[1]["text"] == "in words"
 
 
-@pytest.mark.parametrize("draw", ["pie", "quiver", "contour", "table"])
+@pytest.mark.parametrize("draw", ["pie", "quiver", "contour"])
 def test_a_figure_with_a_mark_that_charts_do_not_have_stays_a_picture(draw: str) -> None:
     figure = Figure()
-    arguments = {"pie": [[1, 2]], "quiver": [[1], [1], [1], [1]], "contour": [[[1, 2], [3, 4]]]}
-    figure.subplots().table([["a"]]) if draw == "table" else getattr(figure.subplots(), draw)(*arguments[draw])
+    arguments = {"pie": [[1, 2]], "quiver": [[1], [1], [1], [1]], "contour": [[[1, 2], [3, 4]]]}[draw]
+    getattr(figure.subplots(), draw)(*arguments)
     assert charts(figure) is None
 
 

@@ -9,8 +9,10 @@ import pytest
 from moe.analysis.studies.published import (
     TOKENS_PER_STEP,
     _hash_balance,
+    _judged,
     _throughput,
     _with_corrected_speed,
+    as_runs,
     drop_rates,
     experiment_claims,
     judge_drops,
@@ -52,10 +54,15 @@ def test_the_published_tables_are_complete_and_consistent() -> None:
 
 
 def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> None:
-    assert set(sentences["verdict"]) == {"supported", "contradicted", "undecided"}
+    assert set(sentences["verdict"]) == {"supported", "contradicted", "undecided", "not judged"}
     assert sentences.index.is_unique
     assert sentences["evidence"].str.contains(r"\d").all()
-    assert {claim.text for claim in experiment_claims("noise_lb_seed")} <= set(sentences.index)
+    claimed = {
+        claim.text
+        for name in ("noise_lb_seed", "temperature_ablation", "temperature_schedules", "experiment_a", "experiment_c")
+        for claim in experiment_claims(name)
+    }
+    assert claimed <= set(sentences.index)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +75,23 @@ def test_every_sentence_has_a_verdict_and_numbers(sentences: pd.DataFrame) -> No
         ("Noise 0.5 costs more perplexity without load balancing than with it", "undecided", "-0.38 [-4.49, 3.73]"),
         ("The interaction of noise and balance weight is limited, within 1 %", "undecided", "-1.3 ... 1.3"),
         ("About 28.4% of the parameters are active", "contradicted", "46.3%"),
+        ("hash has worse perplexity than every learned router", "not judged", "6.492 vs 6.69"),
+        ("expert_choice matches the perplexity of softk, within 1 %", "not judged", "expert_choice (not causal)"),
+        ("softk has the best perplexity", "not judged", "one seed"),
+        ("Capacity factor 1.25 improves perplexity over 1.0", "not judged", "one seed"),
+        ("Capacity factor 1.25 costs negligible throughput, within 1 %", "not judged", "-4.1%"),
         ("The ranking of noise levels is the same at both balance weights", "supported", "the largest p is 0.017"),
         ("Noise, not the balance weight, is the primary driver of the degradation", "supported", "+13.9"),
+        ("The temperature can reduce the load-balancing loss", "not judged", "0.06003 to 0.06017"),
+        ("Temperatures above 2 converge more slowly", "not judged", "24.15 at 1"),
+        ("Temperature 10 specializes experts too little", "not judged", "Gini 0.0143 at 10"),
+        ("topk_hard lies between top1 and softk", "not judged", "top1 9.34, topk_hard 9.16, softk 9.06"),
         ("Larger capacity factors show diminishing returns", "supported", "experts and k, up to 1: 0.81"),
+        ("K dominates the speed", "not judged", "validation"),
+        ("expert_choice is about as fast as softk", "not judged", "expert_choice 136,200"),
+        ("expert_choice keeps a balanced load and few drops", "not judged", "expert_choice 0.30"),
+        ("softk and expert_choice have a lower load CV than top1 and topk_hard", "not judged", "softk 0.29"),
+        ("softk and expert_choice alone have gate entropy, top1 and topk_hard none", "not judged", "softk 0.46"),
         ("Capacity factor 1.05 collapses the drop rate to about 0, across experts and k", "contradicted", "1.38%"),
         ("Capacity factor 1.1 collapses the drop rate to about 0, across experts and k", "supported", "9 of 9"),
         ("hash has a drop rate and a load CV near zero", "supported", "load CV 0"),
@@ -82,8 +103,22 @@ def test_verdict_of_each_published_sentence(sentences: pd.DataFrame, sentence: s
     assert number in row["evidence"]
 
 
+def test_sentences_of_the_temperature_study_have_no_evidence(sentences: pd.DataFrame) -> None:
+    rows = sentences[sentences["source"].str.match("temperature study, (expected|key)")]
+    assert len(rows) == 7
+    assert (rows["verdict"] == "not judged").all()
+    assert rows["evidence"].str.contains("train loss at most 0.0003, val loss up from 10.73 to at least 22.98").all()
+
+
 def test_changed_numbers_change_the_verdicts() -> None:
     c = read_published("experiment_c").query("capacity_factor == 1.25")
+
+    def verdict_on_hash(perplexity: float) -> str:
+        changed = c.assign(val_ppl=c["val_ppl"].where(c["router"] != "hash", perplexity))
+        [hash_sentence] = [each for each in _judged(as_runs(changed), "experiment_c") if "worse" in each.sentence]
+        return hash_sentence.verdict
+
+    assert verdict_on_hash(6.6) == verdict_on_hash(6.8) == "not judged", "one seed decides nothing"
     assert _hash_balance(c.assign(load_cv=0.1)).verdict == "undecided"
     rates = drop_rates()
     assert [each.verdict for each in judge_drops(rates.assign(avg_drop_rate=0.001))] == ["supported"] * 2

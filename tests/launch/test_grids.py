@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from run_folders import FACTS, write_metrics
 
@@ -56,7 +57,10 @@ def grids(folder: Path) -> dict[str, int]:
 
 
 def test_a_trial_and_the_real_sweep_are_two_grids(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The first command again trains nothing."""
+    """The table of the noise study, whose columns tell no steps apart, has the runs of one of the two.
+
+    The first command again trains nothing.
+    """
     sweep("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42", "steps=20")
     capsys.readouterr()
     sweep("experiment=noise_lb_seed", "noise=0.0,0.5", "seed=42,43")
@@ -66,6 +70,9 @@ def test_a_trial_and_the_real_sweep_are_two_grids(sweep: Sweep, tmp_path: Path, 
     assert "8 of 8 runs finished" in said
     sweep("experiment=noise_lb_seed", "noise=0.50,0", "seed=42", "steps=20")
     assert grids(tmp_path) == {"noise_lb_seed": 8, "noise_lb_seed: steps=20": 4}
+    name = "moe_routing_noise_experiment_results"
+    rows = {path.name: len(pd.read_csv(path)) for path in (tmp_path / "noise_lb_seed").glob(f"{name}*")}
+    assert rows == {f"{name}.csv": 8, f"{name}_steps=20.csv": 4}
 
 
 def test_two_plain_sweeps_are_two_grids_and_a_run_in_both_is_in_each(sweep: Sweep, tmp_path: Path) -> None:
@@ -75,6 +82,9 @@ def test_two_plain_sweeps_are_two_grids_and_a_run_in_both_is_in_each(sweep: Swee
     assert grids(tmp_path) == {"default: lb x noise": 8, "default: router.k": 4}
     assert len(load_runs([tmp_path])["folder"].unique()) == 10
     assert len(write_sweep_tables(tmp_path / "default")) == 12
+    noise = pd.read_csv(tmp_path / "default" / "moe_routing_noise_experiment_results.csv")
+    assert not noise.duplicated(["noise_std", "load_balancing_weight", "seed"]).any()
+    assert len(noise) == 8
 
 
 def test_single_runs_beside_a_sweep_are_a_grid_of_their_own(sweep: Sweep, tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ def test_the_users_factorial_word_for_word(small: list[str], tmp_path: Path) -> 
     assert {read_record(path.parent)["facts"]["experts_kernel"] for path in sweep.glob("*/run.json")} == {"loop"}
     assert all(sorted(seeds) == [42, 43, 44] for _, seeds in results.groupby(["noise", "lb"])["seed"])
     assert "ddof=1" in done.stdout
+    columns = (
+        "seed,noise_std,load_balancing_weight,val_loss,val_accuracy,val_perplexity,"
+        "training_time_minutes,peak_memory_gb,best_val_perplexity,expert_usage_cv"
+    )
+    assert (sweep / "moe_routing_noise_experiment_results.csv").read_text().splitlines()[0] == columns
 
     before = snapshot(sweep)
     again = run_script(TRAIN, *words, *settings)

@@ -309,12 +309,23 @@ def test_the_table_shows_a_single_seed_and_a_condition_without_finite_values(tmp
     assert cells["n seeds"].tolist() == [1, 1]
 
 
-def test_a_sweep_writes_the_table_of_its_runs(sweep: Path) -> None:
+def test_a_sweep_writes_its_two_tables(sweep: Path) -> None:
     write_run(sweep / "lb=0.0,noise=0.1,seed=44", status="failed", noise=0.1, lb=0.0, seed=44)
     runs = write_sweep_tables(sweep)
     written = pd.read_csv(sweep / "results.csv")
     assert len(written) == len(runs) == 9
     assert {"noise", "lb", "seed", "router", "val/loss", "routing/load_cv/pooled", "status"} <= set(written)
+
+    noise_study = pd.read_csv(sweep / "moe_routing_noise_experiment_results.csv")
+    assert ",".join(noise_study.columns) == (
+        "seed,noise_std,load_balancing_weight,val_loss,val_accuracy,val_perplexity,"
+        "training_time_minutes,peak_memory_gb,best_val_perplexity,expert_usage_cv"
+    )
+    assert len(noise_study) == 8, "finished runs only"
+    assert noise_study["best_val_perplexity"].tolist() == pytest.approx(
+        (noise_study["val_loss"] - 0.5).map(math.exp).tolist()
+    )
+    assert (noise_study["training_time_minutes"] == 1.5).all()
     assert not list(sweep.glob(".*"))
 
 
@@ -322,11 +333,19 @@ def test_a_sweep_without_a_finished_run_or_with_repeated_runs_still_gets_its_tab
     for lb, noise in ((0.0, 0.0), (0.0, 0.1), (0.01, 0.0)):
         write_run(tmp_path / "broken" / f"lb={lb},noise={noise}", status="failed", noise=noise, lb=lb)
     assert "0 of 3 runs finished" in console_table(write_sweep_tables(tmp_path / "broken"))
+    assert pd.read_csv(tmp_path / "broken" / "moe_routing_noise_experiment_results.csv").empty
     for threads in (1, 2):
         write_run(tmp_path / "twice" / f"threads={threads}", threads=threads)
     table = console_table(write_sweep_tables(tmp_path / "twice"))
     assert "not shown: seed 42 has more than one run" in table
     assert f'pass only one of them: "{tmp_path}/twice/threads=1", "{tmp_path}/twice/threads=2"' in table
+
+
+def test_the_table_of_the_noise_study_needs_noise_and_balance_weight(tmp_path: Path) -> None:
+    for noise in (0.0, 0.1):
+        write_run(tmp_path / f"noise={noise}", noise=noise)
+    write_sweep_tables(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["results.csv"]
 
 
 @pytest.mark.parametrize("changed", ["data.source.revision", "data.corpus_sha256"])

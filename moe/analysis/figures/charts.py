@@ -1,7 +1,7 @@
 """Turn a figure of matplotlib into charts for a web page, whose marks show their values.
 
-A figure is drawn once, with matplotlib. `charts` reads its marks: lines, points, intervals, bands, bars, heatmaps
-and texts. So a figure that somebody adds becomes charts too. The page draws them with plotly.js, each panel of
+A figure is drawn once, with matplotlib. `charts` reads its marks: lines, points, intervals, bands, bars, heatmaps,
+texts and tables. So a figure that somebody adds becomes charts too. The page draws them with plotly.js, each panel of
 the figure as a chart of its own, so that panels can stand below each other on a narrow screen.
 """
 
@@ -79,10 +79,13 @@ def _legend(panels: list[Axes]) -> dict[str, Trace]:
 
 
 def _panel(axes: Axes, figure: Figure, styles: dict[str, Trace]) -> dict[str, Any]:
-    """Return a panel as traces and axes of a chart, or as a text, if that is all it shows."""
+    """Return a panel as traces and axes of a chart, or as a table or a text, if that is all it shows."""
     title = " ".join(filter(None, (axes.get_title("left"), axes.get_title())))
     if axes.tables:
-        raise NoChartError
+        rows: dict[int, list[str]] = {}
+        for (row, _), cell in sorted(axes.tables[0].get_celld().items()):
+            rows.setdefault(row, []).append(cell.get_text().get_text())
+        return {"title": title, "table": list(rows.values())}
     if not axes.axison:
         if len(axes.texts) != 1 or axes.has_data():
             raise NoChartError

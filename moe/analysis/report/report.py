@@ -58,14 +58,16 @@ from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdi
 from moe.analysis.studies.published import replay
 from moe.analysis.studies.routing_bench import quality_against_speed
 from moe.analysis.studies.temperature.data import TEMPERATURE_NOW
-from moe.analysis.studies.temperature.figures import LOAD_BALANCE, temperature_section
+from moe.analysis.studies.temperature.figures import LOAD_BALANCE
+from moe.analysis.studies.temperature.section import temperature_section
 from moe.checks import escaped
 from moe.files import LinkError, replacing, sha256, write_text
 from moe.results.conditions import levels
+from moe.results.frontier import LATE
 
 Section = Callable[[ReportInputs], Iterable[ReportBlock]]
 # Metrics of training steps that sections about a source study read.
-TRAINING_COLUMNS = (LOAD_BALANCE, TEMPERATURE_NOW)
+TRAINING_COLUMNS = (*LATE, LOAD_BALANCE, TEMPERATURE_NOW)
 
 
 class Chapter(NamedTuple):
@@ -123,7 +125,11 @@ CHAPTERS_OF_A_SEARCH: tuple[Chapter, ...] = (  # nothing that tests or predicts
     Chapter("Settings that were tried", "means and learning curves", (condition_table, learning_curves)),
 )
 LAST: tuple[Chapter, ...] = (
-    Chapter("Source studies", "the figures that a source study drew", (temperature_section,)),
+    Chapter(
+        "Source studies",
+        "the reports that a source study wrote",
+        (temperature_section,),
+    ),
     Chapter("How this report decides", "when a difference counts as more than chance", (how_it_decides,)),
     Chapter("Terms", "what the words of this page mean", (terms,)),
     Chapter(

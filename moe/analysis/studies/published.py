@@ -2,8 +2,8 @@
 
 The folder published_tables/ contains the published numbers with the column names of the sources: the runs of the noise
 study (3 seeds), of the temperature study and of the routing bench's experiments A and C (one seed each), and the drop
-rates of its experiment B. A sentence about differences of runs with one seed is left out, because such runs decide
-nothing. docs/sources.md says what else is wrong with them.
+rates of its experiment B. A sentence that is based on one seed, or on times that do not measure what it is about, is
+not judged.
 """
 
 from importlib.resources import files
@@ -21,21 +21,37 @@ from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.config.options import CONF
 
-COLUMNS = {  # column of the noise study's runs -> column of our tables
+COLUMNS = {  # column of a published table -> column of our tables
     "noise_std": "noise",
     "load_balancing_weight": "lb",
+    "temperature": "router.temp",
+    "schedule": "schedule",
+    "router": "router",
+    "capacity_factor": "capacity",
     "seed": "seed",
     "val_perplexity": "val/perplexity",
+    "val_ppl": "val/perplexity",
+    "final_val_loss": "val/loss",
     "expert_usage_cv": "routing/load_cv/pooled",
+    "load_cv": "routing/load_cv",
+    "gini": "routing/load_gini/pooled",
+    "tokens_per_s": "time/tokens_per_s",
 }
+ROUTER_NAMES = {"top1": "switch"}  # the bench's top1 selects as our switch does, but with a gate weight of 1
+NON_CAUSAL = ("expert_choice",)
 TOKENS_PER_STEP = 32_768  # of the bench
+# The routers of top1 and topk_hard therefore stayed random, like hash.
+NOT_TRAINED = "no gradient reached the routers of top1 (our switch) and topk_hard"
+TIMED_VALIDATION = "the time of a step was mostly that of validation"
+FALLBACK = "expert_choice routed 94 % of tokens or more as softk does"  # an expert took 64 tokens of 8,192 at most
+NOT_JUDGED = "not judged"  # the verdict on a sentence whose numbers cannot decide it, however they turn out
 ABOUT_ZERO = 0.01  # the source says "from 1-10 % to about 0", so "about 0" means less than 1 %
 
 
 class Sentence(NamedTuple):
     """A sentence of a source, the verdict on it, and the numbers behind it.
 
-    The verdict is supported, contradicted or undecided.
+    The verdict is supported, contradicted, undecided, or `NOT_JUDGED`.
     """
 
     source: str
@@ -52,8 +68,8 @@ class Replay(NamedTuple):
 
 
 def replay() -> Replay:
-    """Recompute the published tables and judge the sentences that the sources drew from them."""
-    noise = as_runs(read_published("noise_runs"))
+    """Recompute the published tables and judge every sentence that the sources drew from them."""
+    noise, temperature = as_runs(read_published("noise_runs")), read_published("temperature_runs")
     a, c = _with_corrected_speed(read_published("experiment_a")), _with_corrected_speed(read_published("experiment_c"))
     drops, factors, metrics = drop_rates(), ["noise", "lb"], ["val/perplexity", "routing/load_cv/pooled"]
     variance = pd.concat([anova(noise, metric, factors) for metric in metrics], ignore_index=True)
@@ -62,18 +78,23 @@ def replay() -> Replay:
         "noise_conditions": noise_conditions(),
         "noise_contrasts": pd.concat(compared, ignore_index=True),
         "noise_anova": variance,
-        "temperature_runs": read_published("temperature_runs"),
+        "temperature_runs": temperature,
         "experiment_a": a,
         "experiment_b": drops,
         "experiment_c": c,
     }
     sentences = [
-        *_judged(noise),
+        *_judged(noise, "noise_lb_seed"),
         *_noise_above_all(noise),
         _active_share(),
+        *_copying(temperature),
+        *_judged(as_runs(a), "experiment_a", caveat=f"{NOT_TRAINED}; {TIMED_VALIDATION}"),
+        _between(a),
         *judge_drops(drops),
         _diminishing(drops),
+        *_judged(as_runs(c[c["capacity_factor"] == 1.25]), "experiment_c", caveat=f"{NOT_TRAINED}; {FALLBACK}"),
         _hash_balance(c),
+        *_orderings(c),
         _throughput(a, c),
     ]
     return Replay(tables, pd.DataFrame(sentences))
@@ -86,9 +107,11 @@ def read_published(name: str) -> pd.DataFrame:
 
 
 def as_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the noise study in the form of `load_runs`."""
-    runs = table[list(COLUMNS)].rename(columns=COLUMNS)
-    return runs.assign(status="finished", folder="published", experiment="published")
+    """Return a published table in the form of `load_runs`; the bench and the temperature study had one seed."""
+    runs = table[[column for column in COLUMNS if column in table]].rename(columns=COLUMNS)
+    if "router" in runs:
+        runs = runs.assign(router=runs["router"].replace(ROUTER_NAMES), causal=~runs["router"].isin(NON_CAUSAL))
+    return runs.assign(seed=runs.get("seed", 0), status="finished", folder="published", experiment="published")
 
 
 def experiment_claims(experiment: str) -> list[ClaimConfig]:
@@ -148,12 +171,14 @@ def judge_drops(drops: pd.DataFrame) -> list[Sentence]:
     return sentences
 
 
-def _judged(runs: pd.DataFrame) -> list[Sentence]:
-    """Judge the claims of our experiment `noise_lb_seed` by the published runs."""
-    judged = judge(runs, experiment_claims("noise_lb_seed"))
-    return [
-        Sentence(row["source"], row["claim"], row["verdict"], evidence_sentence(row)) for _, row in judged.iterrows()
-    ]
+def _judged(runs: pd.DataFrame, experiment: str, *, caveat: str = "") -> list[Sentence]:
+    """Judge the claims of one of our experiments by the published runs."""
+    sentences = []
+    for _, row in judge(runs, experiment_claims(experiment)).iterrows():
+        verdict = NOT_JUDGED if row["n"] == 1 else row["verdict"]
+        parts = filter(None, [evidence_sentence(row), caveat])
+        sentences.append(Sentence(row["source"], row["claim"], verdict, "; ".join(parts)))
+    return sentences
 
 
 def _noise_above_all(runs: pd.DataFrame) -> list[Sentence]:
@@ -205,6 +230,38 @@ def _active_share() -> Sentence:
     )
 
 
+def _copying(runs: pd.DataFrame) -> list[Sentence]:
+    """Return the temperature study's sentences. Its runs give no evidence, because their training measured copying."""
+    best, final, train = runs["best_val_loss"], runs["final_val_loss"], runs["last_train_loss"]
+    caveat = (
+        "no evidence, because labels were not shifted, so that training measured copying: train loss at most "
+        f"{train.max():.4f}, val loss up from {best.min():.2f} to at least {final.min():.2f}"
+    )
+    ablation = runs[(runs["schedule"] == "constant") & (runs["steps"] == runs["steps"].min())]
+    schedules = runs[runs["temperature"] == 1.0]
+    judged = _judged(as_runs(ablation), "temperature_ablation", caveat=caveat)
+    judged += _judged(as_runs(schedules), "temperature_schedules", caveat=caveat)
+    balance, gini = ablation["last_aux"], ablation.set_index("temperature")["gini"]
+    spread = f"from {balance.min():.5f} to {balance.max():.5f} over all temperatures; {caveat}"
+    losses = ablation.set_index("temperature")["final_val_loss"]
+    later = f"final val loss {losses[1.0]:.2f} at 1, {losses[3.0]:.2f} at 3 and {losses[10.0]:.2f} at 10; {caveat}"
+    even = f"only the load is known: Gini {gini[10.0]:g} at 10 and {gini[1.0]:g} at 1; {caveat}"
+    judged += [
+        Sentence("temperature study, questions", "The temperature can reduce the load-balancing loss", "", spread),
+        Sentence("temperature study, key insights", "Temperatures above 2 converge more slowly", "", later),
+        Sentence("temperature study, expected outcomes", "Temperature 10 specializes experts too little", "", even),
+    ]
+    return [sentence._replace(verdict=NOT_JUDGED) for sentence in judged]
+
+
+def _between(a: pd.DataFrame) -> Sentence:
+    """Return the bench's sentence that topk_hard lies between top1 and softk. Each of its runs has one seed."""
+    perplexity = a[a["capacity_factor"] == 1.0].set_index("router")["val_ppl"]
+    order = ", ".join(f"{router} {perplexity[router]:.2f}" for router in ("top1", "topk_hard", "softk"))
+    evidence = f"at capacity factor 1: {order}; one seed; {NOT_TRAINED}"
+    return Sentence("routing bench, A", "topk_hard lies between top1 and softk", NOT_JUDGED, evidence)
+
+
 def _diminishing(drops: pd.DataFrame) -> Sentence:
     """Judge the bench's sentence about larger capacity factors: a further step must save less than the one before."""
     mean = drops.groupby("capacity_factor")["avg_drop_rate"].mean()
@@ -214,6 +271,28 @@ def _diminishing(drops: pd.DataFrame) -> Sentence:
     steps = ", ".join(f"up to {capacity:g}: {rate:.2g}" for capacity, rate in saved.items())
     evidence = f"drop rate saved per unit of capacity factor, mean over experts and k, {steps}"
     return Sentence("routing bench, B", text, "supported" if diminishing else "contradicted", evidence)
+
+
+def _orderings(c: pd.DataFrame) -> list[Sentence]:
+    """Return the bench's sentences about speed, balance and sharpness in C. Each of its runs has one seed."""
+    runs = c[c["capacity_factor"] == 1.25].set_index("router")
+
+    def listed(column: str, digits: str) -> str:
+        return ", ".join(f"{router} {value:{digits}}" for router, value in runs[column].sort_values().items())
+
+    speed, load = listed("tokens_per_s", ",.0f"), listed("load_cv", ".2f")
+    sentences = {
+        "K dominates the speed": f"tokens/s {speed}; {TIMED_VALIDATION}",
+        "expert_choice is about as fast as softk": f"tokens/s {speed}; {TIMED_VALIDATION}",
+        "expert_choice keeps a balanced load and few drops": f"load CV after drops {load}; {FALLBACK}",
+        "softk and expert_choice have a lower load CV than top1 and topk_hard": f"load CV after drops {load}",
+        "softk and expert_choice alone have gate entropy, top1 and topk_hard none": (
+            f"gate entropy {listed('gate_entropy', '.2f')}; the gates of top1 and topk_hard are constant"
+        ),
+    }
+    return [
+        Sentence("routing bench, C", text, NOT_JUDGED, f"{evidence}; one seed") for text, evidence in sentences.items()
+    ]
 
 
 def _hash_balance(c: pd.DataFrame) -> Sentence:

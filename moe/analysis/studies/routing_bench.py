@@ -1,12 +1,5 @@
-"""Figures of the routing bench: quality against speed of routers and capacity factors, and its experiment B.
+"""Figures of the routing bench: quality against speed of routers and capacity factors, and its experiment B."""
 
-Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
-forward pass, times 3 for a training step. They count the experts that tokens of the last validation asked for; earlier
-in training tokens may have asked for more (`relu`) or fewer. An assignment that a capacity limit drops counts too.
-"""
-
-import math
-import re
 from collections.abc import Iterator
 
 import matplotlib
@@ -29,10 +22,10 @@ from moe.analysis.report.blocks import ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import conditions, levels, summary, varied_factors
+from moe.results.frontier import pareto_front, stem, with_training_means
+from moe.results.table import EventTables
 from moe.runs.events import WARM_UP
 
-STEMS = {"experiment_c": "expC"}  # experiment -> how its figures' names begin; by default with its own name
-COMPARED = ("router", "capacity")  # a sweep over one of these factors has these figures
 SPEED = {
     "tokens_per_s": "training speed, tokens per second (median over steps, higher is better)",
     "tflops": "training speed, TFLOP/s (3 x forward FLOPs, median over steps, higher is better)",
@@ -43,7 +36,7 @@ SPEED = {
 def frontier(runs: pd.DataFrame, x: str) -> Figure:
     """Draw perplexity against a speed, tokens_per_s or tflops: a color for each router, a marker for each capacity.
 
-    `runs` are those of `with_speed`. A Pareto front joins the means that no other
+    `runs` are those of `moe.results.frontier.with_training_means`. A Pareto front joins the means that no other
     condition beats in both. Routers that are not causal have one of their own, because they see later tokens.
     """
     figure = Figure(figsize=(8.4, 1.2 + panel_height(len(runs.groupby(["router", "capacity"])))), layout="constrained")
@@ -132,17 +125,17 @@ def quality_against_speed(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _drawings(inputs: ReportInputs) -> Iterator[Drawing]:
     if name := stem(inputs.runs):
-        yield from _frontier_drawings(inputs.runs, name)
+        yield from _frontier_drawings(inputs.runs, inputs.past, name)
         caption = "Training loss, validation loss and perplexity against the step."
         yield drawing(f"{name}_overlay", caption, inputs.too_many_lines() or _overlay(inputs))
 
 
-def _frontier_drawings(runs: pd.DataFrame, begin: str) -> Iterator[Drawing]:
+def _frontier_drawings(runs: pd.DataFrame, past: EventTables, begin: str) -> Iterator[Drawing]:
     """Yield perplexity against both measures of speed, for runs that differ in router, capacity and seed alone.
 
     A key of the router, such as router.k, makes different routers of one name.
     """
-    table = with_speed(runs)
+    table = with_training_means(runs, past)
     factors = varied_factors(runs)
     keys = [factor for factor in factors if factor.startswith("router.")]
     if keys:
@@ -176,29 +169,3 @@ def _overlay(inputs: ReportInputs) -> Figure | str:
     events = inputs.with_condition(pd.concat(past))
     absent = [column for column in columns if column not in events]
     return f"no run has {', '.join(absent)}" if absent else overlay(events, "condition")
-
-
-def stem(runs: pd.DataFrame) -> str | None:
-    """Return how the names of the figures of quality against speed begin; None for runs that compare neither factor."""
-    experiment = str(runs["experiment"].iloc[0]).partition(": ")[0]  # without what distinguishes its grid
-    named_so = experiment in ("experiment_a", "experiment_c")  # also if only a part of the experiment was run
-    if not (named_so or set(COMPARED) & set(varied_factors(runs))):
-        return None
-    return STEMS.get(experiment, re.sub(r"[^\w-]+", "_", experiment))
-
-
-def with_speed(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the finished runs with `tokens_per_s`, NaN if unknown, and `tflops` of a forward and backward pass."""
-    runs = runs[runs["status"] == "finished"]
-    speed = runs.get("time/tokens_per_s", pd.Series(math.nan, runs.index))
-    return runs.assign(tokens_per_s=speed, tflops=3 * runs["flops_per_token"].astype(float) * speed / 1e12)
-
-
-def pareto_front(points: pd.DataFrame, more: str, less: str) -> pd.DataFrame:
-    """Return the points that no other point beats in both columns: `more` should be large, `less` small.
-
-    They are in rising order of `more`. Of equal points one is kept.
-    """
-    ordered = points.dropna(subset=[more, less]).sort_values([more, less], ascending=[False, True])
-    best_so_far = ordered[less].cummin().shift(fill_value=math.inf)
-    return ordered[ordered[less] < best_so_far][::-1]

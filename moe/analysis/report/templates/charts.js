@@ -161,6 +161,12 @@
     return box;
   }
 
+  function tableOf(rows) {
+    const [head, ...body] = rows;
+    const cells = (names, row) => element("tr", {}, ...row.map((text) => element(names, { textContent: text })));
+    return element("div", { className: "scroll" }, element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...body.map((row) => cells("td", row)))));
+  }
+
   // Build the panels and the legend of a figure. A panel is drawn when it comes into view.
   function build(figure) {
     const { panels, legend, scales, notes } = JSON.parse(figure.querySelector("script").textContent);
@@ -170,7 +176,8 @@
     for (const panel of panels) {
       const box = element("div", { className: "panel" });
       if (panel.title) box.append(element("p", { className: "panel-title", textContent: panel.title }));
-      if (panel.text) box.append(element("p", { className: "panel-text", textContent: panel.text }));
+      if (panel.table) box.append(tableOf(panel.table));
+      else if (panel.text) box.append(element("p", { className: "panel-text", textContent: panel.text }));
       else {
         const place = element("div", { className: "plot" });
         place.style.minHeight = `${panel.height}px`;

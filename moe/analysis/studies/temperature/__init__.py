@@ -1,1 +1,1 @@
-"""Figures of the temperature study."""
+"""Figures and JSON reports of the temperature study."""

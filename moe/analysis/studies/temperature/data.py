@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from moe.analysis.statistics import with_intervals
+from moe.analysis.statistics import contrasts, with_intervals
 from moe.config.keys import is_free
 from moe.results.conditions import STD, tied_factors, varied_factors
 from moe.results.table import ABSENT, FACTS
@@ -98,8 +98,9 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
 
     `shares`, (E), is the mean over layers. `ranked`, (E), is the mean over layers after the shares of each layer were
     sorted from largest to smallest, because expert i of one layer has nothing to do with expert i of another.
-    `utilization/variance` (ddof 0, over the experts of a layer) is a mean over layers. Runs whose layers have different
-    numbers of experts are left out.
+    `utilization/variance` and `utilization/std` (ddof 0, over the experts of a layer) are means over layers.
+    `utilization/min` and `utilization/max` are the extremes of all layers. Runs whose layers have different numbers of
+    experts are left out.
     """
     if "routing/utilization" not in evals or evals["routing/utilization"].isna().all():
         return "no run has routing/utilization in its events"
@@ -116,6 +117,9 @@ def with_utilization(members: pd.DataFrame, evals: pd.DataFrame) -> pd.DataFrame
                 "shares": shares.mean(0),
                 "ranked": -np.sort(-shares).mean(0),
                 "utilization/variance": shares.var(1).mean(),
+                "utilization/std": shares.std(1).mean(),
+                "utilization/min": shares.min(),
+                "utilization/max": shares.max(),
             }
         )
     table = members.merge(pd.DataFrame(rows), on="folder")
@@ -127,6 +131,34 @@ def seed_means(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     values = table[np.isfinite(table[column].astype(float))]
     means = values.groupby(by)[column].agg(n="count", mean="mean", **{STD: "std"}).reset_index()  # ddof=1
     return with_intervals(means)
+
+
+def ranking(members: pd.DataFrame, by: str, metric: str = VALIDATION_LOSS) -> pd.DataFrame:
+    """Return the levels of `by` with their mean over seeds, lowest first; an empty table if no value is finite."""
+    return seed_means(members, [by], metric).sort_values("mean", kind="stable", ignore_index=True)
+
+
+def experiment_names(members: pd.DataFrame) -> pd.Series:
+    """Return the study's name for each run, such as temp_1.0 or schedule_linear.
+
+    The number of steps is added if it is not the usual one.
+    """
+    usual = members["steps"].mode()[0]
+    columns = zip(members[TEMPERATURE], members["schedule"], members["steps"], strict=True)
+    named = [
+        (f"temp_{temperature}" if schedule == "constant" else f"schedule_{schedule}")
+        + (f"_{steps}_steps" if steps != usual else "")
+        for temperature, schedule, steps in columns
+    ]
+    return pd.Series(named, members.index)
+
+
+def against_best(members: pd.DataFrame, by: str, best: float | str) -> pd.DataFrame:
+    """Return the contrasts of the final loss of every other level of `by` with the best one, paired by seed.
+
+    They describe and test nothing: the best level was chosen because of these same losses.
+    """
+    return contrasts(members, VALIDATION_LOSS, [by], references={by: best})
 
 
 def _by_schedule(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.style import RC
-from moe.analysis.report.blocks import ReportBlock, figure_section
-from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.studies.temperature.data import (
     TEMPERATURE,
     VALIDATION_LOSS,
@@ -34,12 +32,13 @@ from moe.analysis.studies.temperature.panels import (
     draw_heatmap,
     draw_legend,
     draw_schedules,
+    draw_table,
     marks_explained,
     runs_explained,
     schedule_style,
     temperature_style,
 )
-from moe.results.table import ABSENT
+from moe.analysis.studies.temperature.tables import ablation_statistics, condition_names, utilization_statistics
 
 ACCURACY, LOAD_BALANCE = "val/accuracy", "train/load_balance"
 ENTROPIES = {"routing/entropy": "at the router's T", "routing/entropy_t1": "at T = 1"}
@@ -64,10 +63,10 @@ dashed: balanced."""
 
 @matplotlib.rc_context(RC)
 def temperature_ablation_comprehensive(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
-    """Draw loss and accuracy over steps and minutes, and their final values and the entropy by temperature."""
-    figure = Figure(figsize=(17, 8.8), layout="constrained")
+    """Draw loss and accuracy over steps and minutes, their final values and the entropy by temperature, and a table."""
+    figure = Figure(figsize=(15, 13), layout="constrained")
     panels = figure.subplot_mosaic(
-        [["loss", "late", "minutes", "final"], ["accuracy", "late accuracy", "entropy", "final accuracy"]]
+        [["loss", "late", "minutes"], ["final", "final accuracy", "entropy"], ["accuracy", "late accuracy", "table"]]
     )
     style = temperature_style(runs)
     draw_curves(panels["loss"], events, VALIDATION_LOSS, TEMPERATURE, style)
@@ -82,6 +81,7 @@ def temperature_ablation_comprehensive(runs: pd.DataFrame, events: pd.DataFrame)
     draw_against_temperature(panels["final"], runs, {VALIDATION_LOSS: ""})
     draw_against_temperature(panels["final accuracy"], runs, {ACCURACY: ""})
     draw_against_temperature(panels["entropy"], runs, ENTROPIES)
+    draw_table(panels["table"], ablation_statistics(runs), widths=[0.43, 0.57])
     draw_legend(figure, panels["loss"], runs)
     return figure
 
@@ -153,23 +153,25 @@ def schedule_comparison(runs: pd.DataFrame, events: pd.DataFrame) -> Figure:
 
 @matplotlib.rc_context(RC)
 def expert_utilization_analysis(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Draw Gini and variance of the load by temperature, and shares by expert and by rank."""
+    """Draw Gini and variance of the load by temperature, shares by expert and by rank, and a table of them."""
     cells = table.groupby([TEMPERATURE, "steps"])
-    heights = [4.2, 1.1 + 0.34 * len(cells)]
+    heights = [4.2, 1.1 + 0.34 * len(cells), 0.3 + 0.3 * len(cells)]
     figure = Figure(figsize=(13, sum(heights) + 1.4), layout="constrained")
-    panels = figure.subplot_mosaic([["gini", "variance"], ["shares", "ranked"]], height_ratios=heights)
+    panels = figure.subplot_mosaic(
+        [["gini", "variance"], ["shares", "ranked"], ["table", "table"]], height_ratios=heights
+    )
     draw_against_temperature(panels["gini"], table, GINIS)
     draw_against_temperature(panels["variance"], table, {"utilization/variance": ""})
     largest = max(float(np.stack(table[kind].tolist()).max()) for kind in ("shares", "ranked"))
-    length = ", {} steps" if table["steps"].nunique() > 1 else ""
-    names = [f"T = {temperature:g}{length.format(steps)}" for temperature, steps in cells.groups]
+    names = condition_names(table)
     for kind, label in (
         ("shares", "expert\n(mean over layers and seeds, by index)"),
         ("ranked", "experts of each layer from most to least used\n(mean over layers and seeds, by rank)"),
     ):
         values = np.stack([np.stack(members[kind].tolist()).mean(0) for _, members in cells])
-        draw_heatmap(panels[kind], values, names, label, largest=largest)
+        draw_heatmap(panels[kind], values, list(names.values()), label, largest=largest)
     panels["ranked"].tick_params(labelleft=False)
+    draw_table(panels["table"], utilization_statistics(table), widths=[0.15, 0.05, 0.2, 0.2, 0.2, 0.1, 0.1])
     figure.supxlabel(f"{marks_explained(runs)}\n{OTHER_EXPERTS}\n{runs_explained(runs)}", fontsize="small")
     return figure
 
@@ -252,14 +254,6 @@ RECIPES = [
         "Router entropy over training, and how fast it changes.",
     ),
 ]
-
-
-def temperature_section(inputs: ReportInputs) -> Iterator[ReportBlock]:
-    """Yield the study's figures if there are several temperatures, or schedules of a temperature."""
-    runs = inputs.runs
-    temperatures = set(runs[TEMPERATURE].dropna()) - {ABSENT} if TEMPERATURE in runs else set()
-    if len(temperatures) > 1 or (temperatures and isinstance(scheduled(runs), pd.DataFrame)):
-        yield from figure_section("Temperature", temperature_drawings(runs, inputs.past.evals, inputs.past.trains))
 
 
 def temperature_drawings(runs: pd.DataFrame, evals: pd.DataFrame, trains: pd.DataFrame) -> Iterator[Drawing]:

@@ -1,4 +1,4 @@
-"""Draw panels of the temperature study's figures: curves, values against temperature, and heatmaps.
+"""Draw panels of the temperature study's figures: curves, values against temperature, heatmaps and tables.
 
 Each function draws a table on axes. A `Style` maps each level of a factor to the color, dash and label of its lines.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from moe.analysis.figures.curves import draw_runs
 from moe.analysis.figures.marks import with_hover
@@ -138,6 +139,19 @@ def draw_heatmap(axes: Axes, values: np.ndarray, rows: list[str], label: str, *,
     axes.set_xticks(range(values.shape[1]))
     axes.grid(visible=False)
     axes.set_xlabel(label)
+
+
+def draw_table(axes: Axes, table: pd.DataFrame, *, widths: list[float]) -> None:
+    """Draw a table of text that fills the axes; `widths` are the columns' shares of the width."""
+    axes.axis("off")
+    cells = axes.table(
+        table.to_numpy().tolist(), colLabels=table.columns.tolist(), colWidths=widths, cellLoc="left", bbox=Bbox.unit()
+    )
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(9)
+    for (row, _), cell in cells.get_celld().items():
+        cell.set(edgecolor="#cccccc", facecolor="#f2f2f2" if row == 0 else "white")
+        cell.PAD = 0.03
 
 
 def draw_legend(figure: Figure, axes: Axes, runs: pd.DataFrame) -> None:

@@ -1,4 +1,4 @@
-"""Tests of experiments A and C: their grids, the Pareto front, and the figures."""
+"""Tests of experiments A and C: the table in the routing bench's format, the Pareto front, and the figures."""
 
 import json
 import math
@@ -11,9 +11,11 @@ import pytest
 from run_folders import write_metrics, write_record
 
 from moe.analysis.report.report import write_report
-from moe.analysis.studies.routing_bench import frontier, overlay, pareto_front, with_speed
+from moe.analysis.studies.routing_bench import frontier, overlay
 from moe.launch.command_line import read_cells
-from moe.results.table import load_runs
+from moe.results.frontier import LATE, bench_table, pareto_front, with_training_means
+from moe.results.sweep_tables import write_sweep_tables
+from moe.results.table import load_runs, read_event_tables
 
 # router -> (final loss, tokens per second). Expert choice has no k and is not causal.
 ROUTERS = {
@@ -26,7 +28,9 @@ ROUTERS = {
 FLOPS_PER_TOKEN = 2_000_000
 
 
-def write_run(folder: Path, router: str, capacity: float, seed: int, *, status: str = "finished") -> Path:
+def write_run(
+    folder: Path, router: str, capacity: float, seed: int, *, status: str = "finished", ranks: int = 1
+) -> Path:
     """Write a run of 40 steps that is evaluated every 10 steps. Its validation loss is lowest at step 30."""
     folder.mkdir(parents=True)
     loss, speed = ROUTERS[router]
@@ -47,6 +51,7 @@ def write_run(folder: Path, router: str, capacity: float, seed: int, *, status: 
         choices={"router": router},
         config=config,
         flops_per_token=FLOPS_PER_TOKEN,
+        ranks={"number": ranks, "layout": "replicated"},
     )
     final = {"val/loss": loss, "val/perplexity": math.exp(loss), "time/tokens_per_s": speed}
     write_metrics(folder, final)
@@ -54,7 +59,9 @@ def write_run(folder: Path, router: str, capacity: float, seed: int, *, status: 
     for step in range(41):
         training_loss = loss + 4 * math.exp(-step / 4)
         if step:
-            events.append({"kind": "train", "step": step, "train/loss": training_loss + 0.02 * rng.normal()})
+            routing = {"train/routing/drop_rate": 1 / step, "train/routing/load_cv": 2 / step}
+            train = {"train/loss": training_loss + 0.02 * rng.normal()} | routing
+            events.append({"kind": "train", "step": step} | train)
         if step % 10 == 0:
             value = {10: loss + 0.3, 20: loss + 0.1, 30: loss - 0.01, 40: loss}.get(step, training_loss)
             evaluation = {"val/loss": value, "val/perplexity": math.exp(value)}
@@ -69,6 +76,11 @@ def write_sweep(folder: Path, routers: list[str], capacities: list[float]) -> Pa
             for seed in (42, 43, 44):
                 write_run(folder / f"capacity={capacity},router={router},seed={seed}", router, capacity, seed)
     return folder
+
+
+def load_with_training_means(folders: list[Path]) -> pd.DataFrame:
+    runs = load_runs(folders)
+    return with_training_means(runs, read_event_tables(runs["folder"], training=list(LATE)))
 
 
 @pytest.fixture
@@ -95,12 +107,47 @@ def test_the_experiments_have_the_grids_of_the_routing_bench() -> None:
     assert len(limited) == 9  # expert_choice only once
 
 
-def test_flops_are_of_forward_and_backward(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "experiment_a" / "seed=42", "softk", 1.0, 42)
+def test_a_sweep_writes_the_table_of_the_routing_bench(sweep_a: Path, sweep_c: Path) -> None:
+    write_run(sweep_a / "broken", "softk", 1.0, 45, status="failed")
+    write_sweep_tables(sweep_a)
+    write_sweep_tables(sweep_c)
+    assert not (sweep_a / "expC_summary.csv").exists()
+    a, c = pd.read_csv(sweep_a / "experiment_a_summary.csv"), pd.read_csv(sweep_c / "expC_summary.csv")
+    for table in (a, c):
+        assert ",".join(table.columns) == (
+            "run,router,top_k,capacity_factor,num_experts,dim,world_size,final_val_ppl,final_val_loss,best_val_ppl,"
+            "best_val_loss,best_step,median_tokens_per_s,median_eff_tflops,mean_drop_rate,mean_load_cv,log_path,"
+            "seed,causal"
+        )
+    assert (len(a), len(c)) == (18, 15), "finished runs only"
+    assert a.groupby("router")["top_k"].first().to_dict() == {"softk": 2, "switch": 1, "topk_hard": 2}
+    expert_choice = c[c["router"] == "expert_choice"]
+    assert expert_choice["top_k"].isna().all()
+    assert not expert_choice["causal"].any()
+    assert set(a["capacity_factor"]) == {1.0, 1.25}
+    assert (a[["num_experts", "dim", "world_size"]] == [8, 128, 1]).all(axis=None)
+    assert (a["best_step"] == 30).all()
+    assert a["best_val_loss"].tolist() == pytest.approx((a["final_val_loss"] - 0.01).tolist())
+    assert a["best_val_ppl"].tolist() == pytest.approx(a["best_val_loss"].map(math.exp).tolist())
+    assert all(Path(path).is_file() for path in a["log_path"])
+
+
+def test_flops_are_of_forward_and_backward_and_rates_of_the_second_half_of_training(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "experiment_a" / "seed=42", "softk", 1.0, 42, ranks=2)
+    rates = dict.fromkeys(range(1, 5), 0.9) | {5: 0.1, 6: 0.2, 7: 0.3, 8: 0.4}
+    events = [
+        {"kind": "train", "step": step, "train/routing/drop_rate": rate, "train/routing/load_cv": 2 * rate}
+        for step, rate in rates.items()
+    ]
+    events += [{"kind": "eval", "step": step, "val/loss": 1.0} for step in range(9)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_metrics(folder, {"time/tokens_per_s": 250.0})
-    [row] = with_speed(load_runs([folder])).to_dict("records")
-    assert row["tokens_per_s"] == 250.0
-    assert row["tflops"] == pytest.approx(3 * FLOPS_PER_TOKEN * 250.0 / 1e12, rel=1e-12)
+    row = bench_table(load_with_training_means([folder])).iloc[0]
+    assert row["world_size"] == 2
+    assert row["median_tokens_per_s"] == 250.0
+    assert row["median_eff_tflops"] == pytest.approx(3 * FLOPS_PER_TOKEN * 250.0 / 1e12, rel=1e-12)
+    assert row["mean_drop_rate"] == pytest.approx(0.25), "steps 5 to 8"
+    assert row["mean_load_cv"] == pytest.approx(0.5)
 
 
 def test_the_pareto_front_has_the_points_that_no_other_point_beats() -> None:
@@ -120,7 +167,7 @@ def test_the_pareto_front_has_the_points_that_no_other_point_beats() -> None:
 
 
 def test_the_frontier_shows_every_seed_the_means_and_a_pareto_front_for_causal_routers_alone(sweep_c: Path) -> None:
-    runs = with_speed(load_runs([sweep_c]))
+    runs = load_with_training_means([sweep_c])
     axes = frontier(runs, "tokens_per_s").axes[0]
     seeds = [line for line in axes.lines if line.get_markersize() == 4]
     assert sorted(x for line in seeds for x in line.get_xdata()) == sorted(runs["tokens_per_s"])
@@ -168,8 +215,10 @@ def test_the_report_names_the_figures_as_the_routing_bench_does(
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["default", "capacity_factorial"])
-def test_any_sweep_over_routers_or_capacity_has_the_figures(name: str, tmp_path: Path) -> None:
+def test_any_sweep_over_routers_or_capacity_has_the_table_and_the_figures(name: str, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / name, ["softk"], [1.0, 1.25])
+    write_sweep_tables(sweep)
+    assert len(pd.read_csv(sweep / f"{name}_summary.csv")) == 6
     text = write_report(load_runs([sweep]), tmp_path / "out").read_text()
     assert all(f"![{name}_{kind}]" in text for kind in ("frontier", "frontier_tflops", "overlay"))
     seeds_alone = write_sweep(tmp_path / "noise_floor", ["softk"], [1.0])
@@ -198,5 +247,6 @@ def test_the_frontier_is_not_drawn_with_another_factor_or_without_finished_runs(
     text = write_report(load_runs([sweep_a]), tmp_path / "out").read_text()
     assert "- experiment_a_frontier: not drawn, lb varies in addition to router and capacity" in text
     write_run(tmp_path / "none" / "experiment_c" / "seed=1", "hash", 1.25, 1, status="failed")
-    runs = load_runs([tmp_path / "none" / "experiment_c"])
+    runs = write_sweep_tables(tmp_path / "none" / "experiment_c")
+    assert pd.read_csv(tmp_path / "none" / "experiment_c" / "expC_summary.csv").empty
     assert "expC_frontier: not drawn, no finished run" in write_report(runs, tmp_path / "out").read_text()
