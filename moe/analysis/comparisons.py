@@ -338,11 +338,13 @@ def _judged(counts: pd.Series, unit: str, pairs: pd.DataFrame, alone: list[str])
     more, because one seed alone tells no spread. pairs, alone: as in `_of_pairs`.
     """
     kept = counts.index[counts >= max(1, min(2, counts.max()))]
+    if kept.empty:
+        return kept, _lost(pairs)
     left_out = [f"{cell}: a level has no run" for cell in alone]
     left_out += [
         f"{cell}: {'one' if counts[cell] else 'no'} {unit}" for cell in counts.index.difference(kept, sort=False)
     ]
-    notes = f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs[kept] if len(kept) else pairs)
+    notes = f"left out: {'; '.join(left_out)}" if left_out else "", _lost(pairs[kept])
     return kept, "; ".join(filter(None, notes))
 
 
