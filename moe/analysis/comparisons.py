@@ -282,7 +282,7 @@ def _of_pairs(
     pairs = treated - reference
     kept, note = _judged(pairs.count(), "pair", pairs, alone)
     if kept.empty:
-        return Comparison(0, note=note, doubt="no seed is left")
+        return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
     pairs = pairs[kept]
     reference, base = (table[kept].where(pairs.notna()) for table in (reference, base))
     scale = float(np.nanmax(np.abs(reference.to_numpy(dtype=float))))
@@ -315,7 +315,7 @@ def _in_all_runs(
     table = pd.concat([*sides, *rest], axis=1)
     note = "; ".join(filter(None, (f"mixed model of {table.count().sum()} runs", note)))
     if kept.empty:
-        return Comparison(0, note=note, doubt="no seed is left")
+        return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
     values = table.to_numpy(dtype=float)
     weights, of_reference = np.zeros(table.shape[1]), np.zeros(table.shape[1])
     weights[: len(kept)], weights[len(kept) : 2 * len(kept)] = 1 / len(kept), -1 / len(kept)
@@ -326,7 +326,7 @@ def _in_all_runs(
         return contrast(values, weights, levels=-share * of_reference if share else None)
 
     try:
-        return _estimated(claim, estimate, reference[kept].reindex(table.index), base[kept], note)
+        return _estimated(claim, estimate, *(each[kept].reindex(table.index) for each in (reference, base)), note)
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
 
@@ -360,6 +360,12 @@ def _estimated(
         note = "; ".join(filter(None, (note, f"{found.estimator.freedom:.2g} degrees of freedom")))
     comparison = Comparison(n, mean + found.effect, mean, freedom=freedom, note=note)
     return _tested(claim, comparison, of_base, estimate)
+
+
+def _without_pair(claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame) -> str:
+    """Return why two levels have no pair of values: no run has the metric, or no seed has it on both sides."""
+    anywhere = treated.notna().any(axis=None) or reference.notna().any(axis=None)
+    return "no seed is left" if anywhere else f"no run of these levels has {claim.metric}"
 
 
 def _lost(differences: pd.DataFrame) -> str:

@@ -238,10 +238,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from textwrap.wrap(LEFT_OUT.format(seeds=numbers_in_words(plan.left_out)), WIDTH)
     if plan.elsewhere and plan.command:
         yield from textwrap.wrap(ELSEWHERE, WIDTH)
-    seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}; {NO_NUMBER}"
+    seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
+    if not plan.seeds:
+        yield f"{NO_NUMBER}, so these are the runs and tokens of one seed"
     if plan.seconds is not None:
-        about = f"time: about {duration(plan.seconds)} of one run after another on this machine"
+        about = f"time: about {duration(plan.seconds)} on this machine if one run is trained at a time"
         yield from textwrap.wrap(f"{about}, from {plan.seconds_from}", WIDTH)
         yield from textwrap.wrap(NOTES, WIDTH)
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"

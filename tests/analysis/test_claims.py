@@ -407,6 +407,16 @@ def test_a_claim_about_missing_levels_or_metrics_is_not_tested(untestable: Claim
     )
 
 
+@pytest.mark.parametrize("kind", ["higher", "mixed"])
+def test_a_metric_that_all_runs_lack_is_the_reason(kind: str) -> None:
+    runs = runs_with_means({0.0: 100, 0.5: 105}).assign(**{"time/tokens_per_second": float("nan")})
+    about = replace(claim("higher", [0.5], [0.0]), metric="time/tokens_per_second", kind=kind)
+    row = judge_first(runs, about)
+    assert row["verdict"] == "not tested"
+    assert row["reason"] != "no seed is left"
+    assert "has time/tokens_per_second" in row["reason"]
+
+
 def test_a_claim_is_not_tested_if_another_factor_always_changes_too() -> None:
     runs = runs_with_means({0.0: 100, 0.1: 103}).assign(
         model=lambda table: table["noise"].map({0.0: "tiny", 0.1: "small"})

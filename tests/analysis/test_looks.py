@@ -1,6 +1,7 @@
 """Tests of looks: their shares, the error of adding seeds, and what a report says of earlier looks and of plans."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,16 +22,19 @@ from moe.analysis.looks import (
     spent,
     study_of,
 )
-from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.inputs import OF_CLAIMS, ReportOptions, collect_inputs
+from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
+from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.planned import (
+    error_of_more,
     margin_facts,
     planned_facts,
     price_of_more,
     warnings_of_looks,
     warnings_of_margins,
 )
-from moe.analysis.report.sections.verdicts import how_it_decides
+from moe.analysis.report.sections.verdicts import claim_verdicts, how_it_decides
 from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
@@ -148,7 +152,13 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
     """Seeds cost nothing up to the plan. Each look after it has a fifth of the level of the one before."""
     early = [Look("2026-01-01", [0, 1, 2], {})]
-    assert price_of_more(Study(8, [0, 1, 2])) == price_of_more(Study(8, [0])) == ""
+    assert price_of_more(Study(8, [0])) == ""
+    assert price_of_more(Study(8, [0, 1, 2])).startswith("5 of the 8 planned seeds are left. Reports up to the planned")
+    assert price_of_more(Study(4, [0, 1, 2])).startswith("1 of the 4 planned seeds is left.")
+    assert error_of_more(Study(4, [0, 1, 2]), 4) == error_of_more(Study(4, [0, 1, 2]), float("nan")) == ""
+    assert "beyond the 4 planned seeds no longer keep the 5 %: chance may decide something in up to 6.25 %" in (
+        error_of_more(Study(4, [0, 1, 2]), 16)
+    )
     planned = price_of_more(Study(8, list(range(8)), early))
     assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
     second = price_of_more(Study(None, list(range(5)), early))
@@ -271,6 +281,31 @@ def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
     assert study.share(seen, "a claim that was added later") == 1
     [warning] = warnings_of_looks(study)
     assert "look 2 at these runs, of 5 planned seeds" in warning
+
+
+def test_an_early_look_has_one_level_everywhere(runs: pd.DataFrame) -> None:
+    """The number by which 5 % are divided is no whole number at an early look, and nothing rounds it."""
+    early = collect_inputs(runs.assign(planned_seeds=8))[0]
+    claims = early.claims[early.claims["tests"] > 0]
+    divided = [each.tests / each.share / each.looks[0] for each in early.families if each.name in OF_CLAIMS]
+    assert all(each % 1 > 0.01 for each in divided)
+    assert sorted({*claims["tests"]}) == pytest.approx(sorted({*divided}))
+    text = "\n".join(map(block_as_markdown, claim_verdicts(early)))
+    assert f"is multiplied by up to {' or '.join(f'{each:.3g}' for each in sorted({*divided}))}." in text.replace(
+        "\n", " "
+    )
+    for each in divided:
+        assert f"its level in this look is {level_text(each)}" in text
+    notes = {*re.findall(r"at the level ([\d.]+ %)", text)}
+    assert notes
+    assert notes <= {*map(level_text, divided)}
+
+
+def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -> None:
+    [inputs] = collect_inputs(runs.assign(planned_seeds=6))
+    text = "\n".join(map(block_as_markdown, answer(inputs)))
+    assert "1 of the 6 planned seeds is left." in text
+    assert "Looks beyond the 6 planned seeds no longer keep the 5 %" in text
 
 
 def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path: Path) -> None:

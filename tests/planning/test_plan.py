@@ -225,7 +225,7 @@ def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> No
     assert [written[key] for key in ("runs", "tokens", "seconds", "command")] == [None] * 4
     assert "unknown  a\n" in printed
     assert "an effect of 0.5% can be compared only with a spread" in printed
-    assert "runs: 1 settings x 1 seed; no claim has a number of seeds" in printed
+    assert "\nno claim has a number of seeds, so these are the runs and tokens of one seed\n" in printed
     assert "command: none" in printed
     assert "time:" not in printed
     in_sd = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))

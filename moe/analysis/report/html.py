@@ -270,10 +270,13 @@ def file_name(path: str) -> str:
 
 
 def inline_markup(text: str) -> Markup:
-    """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, everything else is escaped."""
+    """Return text as HTML on one line: `**bold**` and `` `code` `` become elements, everything else is escaped.
+
+    Code may break into lines after a comma, so that a long list of seeds is not broken inside a number.
+    """
     html = re.sub(r"\\([*`\\])", lambda found: f"&#{ord(found[1])};", str(escape(one_line(text))))
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
-    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html))
+    return Markup(re.sub(r"`(.+?)`", lambda found: f"<code>{found[1].replace(',', ',<wbr>')}</code>", html))
 
 
 def interval_picture(interval: Interval) -> Markup:

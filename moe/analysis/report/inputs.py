@@ -292,8 +292,8 @@ def _with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
     tests = pd.concat([_tests(inputs).assign(part=number) for number, inputs in enumerate(parts)], ignore_index=True)
     p, family = tests["p"], tests["family"].to_numpy()
     of_look = (p / tests["share"]).clip(upper=1)
-    divided = (divisors(p, family) / tests["share"]).round().clip(upper=MOST_TESTS).astype(int)
-    later = (divisors(p, family) / tests["next share"]).round().clip(upper=MOST_TESTS).astype(int)
+    divided = (divisors(p, family) / tests["share"]).clip(upper=MOST_TESTS)
+    later = (divisors(p, family) / tests["next share"]).clip(upper=MOST_TESTS)
     tests = tests.assign(
         holm=corrected(of_look, family),
         tests=divided,

@@ -188,7 +188,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
 def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
     """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
     known, (up, down) = standing(row), directions(row["metric"])
-    predicted = Prediction(0.0, math.inf, abs(row["d_z"]), max(int(row["tests"]), 1) * later)
+    predicted = Prediction(0.0, math.inf, abs(row["d_z"]), max(row["tests"], 1) * later)
     needed = seeds_for(predicted) if known == UNDECIDED else None
     margin, within, beyond = row.get("margin", math.nan), False, False
     if known == DETERMINISTIC:

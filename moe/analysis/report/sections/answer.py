@@ -9,6 +9,7 @@ import pandas as pd
 from moe.analysis.learned import learned_little
 from moe.analysis.report.blocks import (
     BulletList,
+    Card,
     Cards,
     Details,
     Facts,
@@ -27,7 +28,13 @@ from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
-from moe.analysis.report.sections.planned import price_of_more, warnings_of_looks, warnings_of_margins
+from moe.analysis.report.sections.planned import (
+    error_of_more,
+    price_of_more,
+    seeds_left,
+    warnings_of_looks,
+    warnings_of_margins,
+)
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
 from moe.config.question import text_of
@@ -66,20 +73,30 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield from search_result(inputs)
         yield Facts(setup(inputs))
         return
-    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row))
+    shown = _cards(inputs)
     if shown and (inputs.judgments[0].planned or not found):  # a league or a law says more than its comparisons
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
         price = price_of_more(inputs.study)
         if price and any(each.advice and math.isfinite(each.needed) for each in inputs.judgments):
-            yield Paragraph(f"**More seeds:** {price}")
+            left = command_for_more(inputs, number) if (number := seeds_left(inputs.study)) else ""
+            yield Paragraph(f"**More seeds:** {price}" + (f" `{left}`" if left else ""))
     yield from map(Paragraph, asked(inputs))
     yield from map(Paragraph, best_setting(inputs))
     yield Facts(setup(inputs))
     if warnings := list(_warnings(inputs)):
         yield BulletList(warnings)
     yield from levels_from_a_search(inputs)
+
+
+def _cards(inputs: ReportInputs) -> list[Card]:
+    """Return the cards; one that advises more seeds than planned says that they no longer keep the 5 %."""
+    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row))
+    notes = [error_of_more(inputs.study, each.needed) if each.advice else "" for each in inputs.judgments]
+    return [
+        card._replace(advice=f"{card.advice} {note}") if note else card for card, note in zip(shown, notes, strict=True)
+    ]
 
 
 def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBlock]:

@@ -7,7 +7,7 @@ from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.sections.headline import LATER_TOKENS, compares_causal_with_others, effect
 from moe.analysis.report.sections.league import order_of_routers
 from moe.analysis.report.sections.scaling import laws_in_words
-from moe.analysis.sentences import UNTESTED, enumerated
+from moe.analysis.sentences import UNDECIDED, UNTESTED, enumerated
 from moe.checks import plain
 from moe.config.question import Part
 
@@ -40,8 +40,12 @@ def _of_claims(inputs: ReportInputs, part: Part) -> str:
     """Return what the claims of a part say, the decided ones first; an empty text if the runs have none of them."""
     judged = [each for text in part.claims for each in inputs.judgments if each.planned and each.text == text]
     decided = [_decided(each, inputs) for each in judged if each.decided]
-    waiting = [f"{each.quoted} ({_open(each, inputs)})" for each in judged if not each.decided]
-    return " ".join([*decided, *([f"The runs do not decide {enumerated(waiting)}."] if waiting else [])])
+    waiting, untested = (
+        [f"{each.quoted} ({_open(each, inputs)})" for each in judged if each.verdict == verdict]
+        for verdict in (UNDECIDED, UNTESTED)
+    )
+    open_ = [f"The runs do not decide {enumerated(waiting)}."] if waiting else []
+    return " ".join([*decided, *open_, *([f"Not tested: {enumerated(untested)}."] if untested else [])])
 
 
 def _decided(judged: Judgment, inputs: ReportInputs) -> str:

@@ -215,7 +215,8 @@ def _cost(inputs: ReportInputs, found: Ranking, best: pd.DataFrame) -> Iterator[
         total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
         yield (
             f"**Its cost:** {_duration(seconds)} of training a run, {seconds / min(everything):.2f} times as long as "
-            f"the fastest setting; all runs together: {total}. Times hold for this machine and what else it did."
+            f"the fastest setting; training of all runs together: {total}, without evaluation and start. "
+            "Times hold for this machine and what else it did."
         )
 
 

@@ -42,6 +42,10 @@ ones, do."""
 USED_UP = """\
 {which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. The numbers of seeds above are
 right for that."""
+LEFT = """\
+{left} of the {planned} planned seeds {are} left. Reports up to the planned number keep the 5 %, all together."""
+BEYOND_PLAN = """\
+Looks beyond the {planned} planned seeds no longer keep the 5 %: chance may decide something in up to {total:.3g} %."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
@@ -71,7 +75,7 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     if not study.plans:
         records = NO_PLAN if study.earlier else NO_RECORD
         return [("Planned", records)] if study.here and study.everything.n > 1 else []
-    until = f"decided after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
+    until = f"the study decides after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
     first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
     return [("Planned", literal(f"{first}{newest}; {until}"))]
@@ -152,14 +156,28 @@ def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
 
 
 def price_of_more(study: Study) -> str:
-    """Return what a report about more seeds costs, as a share of the 5 %; "" if planned seeds are missing."""
+    """Return what a report about more seeds costs, as a share of the 5 %; if planned seeds are left, how many."""
     seen = study.everything
     looks, _ = study.looks_of(seen)
     planned = study.planned or looks[0]
-    if seen.n < 2 or looks[-1] < planned:
+    if seen.n < 2:
         return ""
+    if left := seeds_left(study):
+        return LEFT.format(left=left, planned=planned, are="is" if left == 1 else "are")
     which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
     return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(seen))
+
+
+def seeds_left(study: Study) -> int:
+    """Return how many of the planned seeds no look has seen."""
+    looks, _ = study.looks_of(study.everything)
+    return max(0, (study.planned or looks[0]) - looks[-1])
+
+
+def error_of_more(study: Study, seeds: int | float) -> str:
+    """Return that looks at so many seeds no longer keep the 5 %; "" up to the planned number, and for NaN."""
+    planned = study.planned or study.looks_of(study.everything)[0][0]
+    return BEYOND_PLAN.format(planned=planned, total=100 * SIGNIFICANCE / (1 - FURTHER)) if seeds > planned else ""
 
 
 def _claims(number: int) -> str:
