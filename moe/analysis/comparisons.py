@@ -325,8 +325,9 @@ def _in_all_runs(
     def estimate(share: float) -> Contrast:
         return contrast(values, weights, levels=-share * of_reference if share else None)
 
+    reference, base = (each[kept].reindex(table.index) for each in (reference, base))
     try:
-        return _estimated(claim, estimate, *(each[kept].reindex(table.index) for each in (reference, base)), note)
+        return _estimated(claim, estimate, reference, base, note)
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
 

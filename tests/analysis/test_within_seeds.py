@@ -240,3 +240,18 @@ def test_a_combination_that_cannot_be_judged_is_left_out_and_named() -> None:
     assert one["verdict"] == none["verdict"] != "not tested"
     assert one["reason"].startswith("left out: lb=0.1: one pair")
     assert none["reason"].startswith("left out: lb=0.1: a level has no run")
+
+
+def test_what_a_mixed_claim_leaves_out_is_named_and_still_tells_how_the_seeds_differ() -> None:
+    """One run of a level is left out as a pair is; another setting may have seeds of its own."""
+    table = drawn(np.random.default_rng(7), seeds=5, cells=4)
+    table[1:, 3] = math.nan
+    runs = pd.concat([at_two_weights(table), made_up(table + 1)[lambda t: t["noise"] == 2.0].assign(lb=0.0, seed=9)])
+    runs = runs.drop_duplicates(["noise", "lb", "seed"])
+    for claim in (rises("mixed"), sized("mixed", margin="90%")):
+        row = judge(runs, [claim]).iloc[0]
+        assert row["n"] == 5
+        assert row["difference"] == pytest.approx((table[:, 1] - table[:, 0]).mean())
+        assert f"mixed model of {len(runs)} runs; left out: lb=0.1: one run of a level" in row["reason"]
+    gone = judge(runs[(runs["lb"] == 0.0) | (runs["noise"] != 1.0)], [rises("mixed")]).iloc[0]
+    assert "left out: lb=0.1: a level has no run" in gone["reason"]

@@ -228,7 +228,10 @@ def test_a_claim_about_a_speed_is_judged_only_if_the_runs_took_turns(
         folder.mkdir(parents=True)
         config = {"noise": float(setting % 3), "lb": setting // 3 / 100, "seed": seed}
         write_record(folder, config=config, started=when["started"], seconds=when["seconds"])
-        write_metrics(folder, {"time/tokens_per_s": 1000 - 9 * setting**2 + seed**2 * (setting + 1) % 7, "val/loss": 1 + seed / 10})
+        write_metrics(
+            folder,
+            {"time/tokens_per_s": 1000 - 9 * setting**2 + seed**2 * (setting + 1) % 7, "val/loss": 1 + seed / 10},
+        )
     names = {"direction": "higher"} if kind != "higher" else {}
     within = {"lb": [0.0, 0.01]} if kind == "interaction" else {}
     claim = ClaimConfig("", "time/tokens_per_s", "noise", [0.0], kind, than=[1.0], within=within, **names)
