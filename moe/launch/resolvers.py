@@ -1,7 +1,9 @@
 """The functions that files in conf/ can call, as ${NAME:ARGUMENTS}, and the types that Hydra checks values by."""
 
 import csv
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from moe.config.schema import Config
 from moe.files import open_file
 from moe.launch.flops import equal_flops, steps_of
 
+SHIPPED = "runs.csv.gz"  # as `moe.results.shipped.RUNS`, which imports pandas
 MISSING = "run that experiment first, or name the folder above its own by results=DIR"
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
@@ -42,9 +45,13 @@ def run_name(overrides: str) -> str:
 
 
 def results_of(experiment: str, config: Any) -> str:
-    """Return the path of results.csv of another experiment, below `results`, or else below `out`."""
-    folder = config.results or config.out or "multirun"
-    return os.path.join(os.path.expanduser(folder), experiment, "results.csv")
+    """Return the path of results.csv of another experiment, below `results`, or else below `out`.
+
+    A folder of shipped tables, such as docs/studies, has `SHIPPED` in its place.
+    """
+    folder = os.path.join(os.path.expanduser(config.results or config.out or "multirun"), experiment)
+    found, shipped = (os.path.join(folder, name) for name in ("results.csv", SHIPPED))
+    return shipped if os.path.exists(shipped) and not os.path.exists(found) else found
 
 
 def best_level(results: str, factor: str, other: Any = None) -> Any:
@@ -87,8 +94,10 @@ def _rows(results: str, key: str, *, column: str) -> list[dict[str, str]]:
     """
     if not Path(results).exists():
         raise ConfigError(f"{key} comes from {results}, which does not exist: {MISSING}")
-    with open_file(Path(results), newline="") as file:
-        rows = list(csv.DictReader(file))
+    with open_file(Path(results), "rb") as file:
+        content = file.read()
+    text = (gzip.decompress(content) if results.endswith(".gz") else content).decode()
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     for needed in ("experiment", "status", "val/loss", column):
         if not rows or needed not in rows[0]:
             raise ConfigError(f"{key} comes from {results}, which has no column {needed} or no rows")

@@ -1,6 +1,7 @@
 """Tests that a wrong command is refused in one line before anything happens, and that a right one becomes cells."""
 
 import csv
+import gzip
 import importlib.util
 import inspect
 import json
@@ -37,10 +38,11 @@ from moe.launch.groups import FilesReadOnce
 from moe.launch.hints import HINTS
 from moe.launch.option_files import default_of
 from moe.launch.overrides import parse_override
-from moe.launch.resolvers import run_name, seeds_in
+from moe.launch.resolvers import SHIPPED, run_name, seeds_in
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
 from moe.planning.seeds import Effect
+from moe.results.shipped import RUNS
 from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts
 
@@ -833,6 +835,16 @@ def test_results_from_which_no_temperature_can_be_chosen(
     results.write_text(results.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
         read_cells(["experiment=temperature_best_long", f"out={finished_ablation}"])
+
+
+def test_a_shipped_table_tells_the_best_temperature_too(finished_ablation: Path, tmp_path: Path) -> None:
+    results = finished_ablation / "temperature_ablation" / "results.csv"
+    words = ["experiment=temperature_best_long", f"out={tmp_path}"]
+    chosen = [cell.config.router["temp"] for cell in read_cells([*words, f"results={finished_ablation}"])]
+    assert SHIPPED == RUNS
+    (results.parent / SHIPPED).write_bytes(gzip.compress(results.read_bytes()))
+    results.unlink()
+    assert [cell.config.router["temp"] for cell in read_cells([*words, f"results={finished_ablation}"])] == chosen
 
 
 def test_without_a_finished_ablation_there_is_no_best_temperature(tmp_path: Path, finished_ablation: Path) -> None:
