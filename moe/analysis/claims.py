@@ -187,7 +187,7 @@ def evidence_sentence(judged: pd.Series) -> str:
         text += f"{j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
         text += f" ({j['difference'] / j['reference mean']:+.1%})"
-    if j["deterministic"]:
+    if j["deterministic"] and math.isnan(j["p"]):
         text += f", {deterministic_verdict(j['difference']).replace('**', '')}"
     elif not math.isnan(j["p"]):
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"

@@ -185,7 +185,7 @@ def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estima
         spread=tests[nearest].error * math.sqrt(found.n),
         freedom=freedom[nearest],
         deterministic=difference.error == 0,
-        doubt=f"the interval is neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
+        doubt=f"the difference is shown neither inside nor outside {low:.3g} ... {high:.3g}" if two_ends else "",
     )
 
 
