@@ -79,7 +79,8 @@ Neither has a router that the study leaves out or does not have yet."""
 TWO_MODELS = """
 *Speed* and *league* are about different models, so one column does not explain the other: for the speed, the experts of
 all routers have the same width; in the league, a token costs about the same FLOPs with nearly all of them, so the
-widths differ. The league is one of small models with default settings; [its page](studies/router_league.md) says more."""
+widths differ. The league is one of small models with default settings; [its page](studies/router_league.md) says
+more."""
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED = DOCS / "router_speed.json"  # what `moe.bench routers` wrote; without it, the table has no speeds
 STUDY = STUDIES / "router_league"  # its shipped tables; without them, the table has no league
