@@ -178,7 +178,7 @@ def test_the_router_of_an_adapter_may_be_any_option_and_is_swept_by_its_class() 
     [one] = read_cells(["adapter=perft_r", "adapter.router=top_p"]) or []
     assert one.config.adapter["router"]["_target_"] == "moe.routers.top_p.TopP"
     assert one.identity()["adapter.router._target_"] == "moe.routers.top_p.TopP"
-    assert "adapter=perft_r" in one.folder.name
+    assert "adapter.router._target_=moe.routers.top_p.TopP" in one.folder.name
 
 
 LOSS_KEYS = ("lb", "z", "simbal", "erc", "output_orthogonality")

@@ -106,6 +106,8 @@ STRONG: dict[str, dict[str, Any]] = {
 }
 # Settings that choose how something is computed. They change the rounding alone.
 ROUNDING = {("spectra", "log_sinkhorn_enabled")}
+# Settings with which costs count, see tests/model/test_decoder.py.
+COSTS = {("top_p", "mean_k")}
 # Of these, only the settings that are declared are turned, because the others take long and are those of "spectra".
 DECLARED_ONLY = [
     *(f"spectra_no_{part}" for part in ("expression", "gru", "ortho", "quota", "repulsion")),
@@ -273,7 +275,7 @@ def test_every_setting_of_a_router_changes_something_or_is_declared(spec: Spec) 
             tried.append(changes(settings | {key: value}))
             if tried[-1]:
                 break
-        told = (name, key) in ROUNDING or (key in same_as and not any(tried))
+        told = (name, key) in ROUNDING | COSTS or (key in same_as and not any(tried))
         if tried and not told:  # without any, no other value is allowed
             assert any(tried) != (f"router.{key}" in unused), key
 

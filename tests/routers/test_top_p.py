@@ -101,7 +101,7 @@ def test_the_mean_is_ignored_where_the_number_is_fixed() -> None:
         ({"p": float("nan")}, r"router\.p=nan: must be more than 0"),
         ({"k_max": 7}, r"router\.k_max=7: must be between 1 and model\.num_experts=6"),
         ({"mean_k": 0.5}, r"router\.mean_k=0\.5: must be between 1 and router\.k_max=4"),
-        ({"mean_k": 3, "k_max": 2}, r"router\.mean_k=3: must be between 1 and router\.k_max=2"),
+        ({"mean_k": 3.0, "k_max": 2}, r"router\.mean_k=3\.0: must be between 1 and router\.k_max=2"),
         ({"entropy": -0.1}, r"router\.entropy=-0\.1: must be a finite number >= 0"),
     ],
 )
