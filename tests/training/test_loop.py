@@ -223,7 +223,7 @@ def test_a_run_with_a_capacity_is_evaluated_with_and_without_it(cell: Any) -> No
 
 
 def test_recorded_flops_count_the_experts_that_validation_tokens_asked_for(cell: Any) -> None:
-    one = cell("router=top_p", "steps=1", "eval_every=1")
+    one = cell("router=top_p", "router.mean_k=4", "steps=1", "eval_every=1")
     facts = run(one)
     last = untimed(one.folder)[-1]
     active = [last[f"routing/active_experts/layer{layer:02d}"] for layer in range(2)]
