@@ -102,6 +102,10 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         The file may be a stranger's. So its sizes are compared before memory is allocated for them. Only safetensors
         are read. Raises ConfigError.
 
+        The weights are copied to memory of their own. A file that is mapped into memory has them at addresses that no
+        allocator would choose, and some processors then add in another order: the loaded model would differ in its last
+        bits from the model that was saved.
+
         trust_remote_code: trust the saved model, see the class; `trusted=True` means the same.
         """
         name = pretrained_model_name_or_path
@@ -113,7 +117,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if not isinstance(config, MoEConfig):
             config = MoEConfig.from_pretrained(name if config is None else config, **source)
         check_weights(config, str(name), file_finder(name, source), trusted=trusted)
-        return super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
+        loaded = super().from_pretrained(name, *model_args, trusted=trusted, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+        return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the model as transformers does, with the names that its weights have here.

@@ -46,7 +46,10 @@ def test_auto_tries_the_other_architectures_if_its_own_one_does_not_follow_the_r
 def test_a_temperature_divides_the_matrix_of_the_architecture_that_it_was() -> None:
     router = {"_target_": "moe.routers.topk.Temperature", "k": 3, "temp": 0.5}
     model = around(tiny("minimax"), router)
-    torch.testing.assert_close(to_transformers(model)(IDS).logits, model(IDS).logits)
+    found, expected = to_transformers(model)(IDS).logits, model(IDS).logits
+    # Linear attention amplifies rounding: embeddings that differ by 1e-7 move these logits by 5e-5.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (around(tiny("minimax"), router | {"temp": 0.51})(IDS).logits - expected).abs().max() > 1e-3
 
 
 def test_an_architecture_with_parts_of_its_own_says_how_far_its_nearest_rule_is_off() -> None:

@@ -222,6 +222,7 @@ def test_a_saved_and_loaded_model_has_equal_outputs(router: dict[str, Any], ids:
     assert (tmp_path / "model.safetensors").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, MoEForCausalLM)
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())  # otherwise some processors add in another order
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
