@@ -30,7 +30,7 @@ def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m k"], wrong: bool = Fals
 
 
 @check
-def both(a: Float[Tensor, "n"], b: Float[Tensor, "m"]) -> Float[Tensor, ""]:
+def both(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> Float[Tensor, ""]:
     product(torch.ones(5, 2), torch.ones(2, 7))  # its n is not this n
     return a.sum() + b.sum()
 

@@ -10,9 +10,9 @@ RESAMPLES = 2000
 
 def bootstrap(
     values: Float[np.ndarray, "*X B"],
-    document: Int[np.ndarray, "B"],
+    document: Int[np.ndarray, " B"],
     *,
-    weight: Float[np.ndarray, "B"] | None = None,
+    weight: Float[np.ndarray, " B"] | None = None,
 ) -> dict[str, Any]:
     """Return the (weighted) mean over blocks and its 95 % bootstrap-t interval over documents.
 
@@ -48,7 +48,7 @@ def bootstrap(
 def _mean_and_error(
     draws: Float[np.ndarray, "R N"] | Int[np.ndarray, "R N"],
     sums: Float[np.ndarray, "N X"],
-    sizes: Float[np.ndarray, "N"],
+    sizes: Float[np.ndarray, " N"],
 ) -> tuple[Float[np.ndarray, "R X"], Float[np.ndarray, "R X"]]:
     """Return the mean over blocks and its standard error, if document n occurs `draws[r, n]` times.
 

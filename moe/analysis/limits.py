@@ -21,7 +21,7 @@ class Share(NamedTuple):
     clear: bool  # whether the distance itself is clear from zero
 
 
-def covered(arm: Float[np.ndarray, "N"], random: Float[np.ndarray, "N"], oracle: Float[np.ndarray, "N"]) -> Share:
+def covered(arm: Float[np.ndarray, " N"], random: Float[np.ndarray, " N"], oracle: Float[np.ndarray, " N"]) -> Share:
     """Return (random - arm) / (random - oracle) of losses by seed, with Fieller's interval (1954).
 
     The interval holds every share s at which random - arm - s (random - oracle) is not different from zero in a paired

@@ -153,7 +153,7 @@ def _first(holds: Callable[[int], bool], least: int, most: int) -> int | None:
 
 
 @lru_cache(maxsize=256)
-def _spreads(df: int | float, number: int = GRID) -> tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+def _spreads(df: int | float, number: int = GRID) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Return values of an estimated standard deviation whose true value is 1, and their probabilities.
 
     The values are evenly spaced in the log, where the density is v^df exp(-df v^2 / 2) up to a factor. (scipy's

@@ -65,20 +65,20 @@ class Fit(NamedTuple):
     doubts: list[str]
     sure: bool  # whether the runs determine the law, so that there are intervals
 
-    def estimate(self, values: Float[np.ndarray, "R"]) -> "Estimate":
+    def estimate(self, values: Float[np.ndarray, " R"]) -> "Estimate":
         """Return the first of these values of all rows, with its interval over seeds if the fit is sure."""
         return over_seeds(values, self.seeds if self.sure else 1)
 
     @property
-    def floor(self) -> Float[np.ndarray, "R"]:
+    def floor(self) -> Float[np.ndarray, " R"]:
         return np.exp(self.theta[:, 0])
 
-    def exponent(self, name: str) -> Float[np.ndarray, "R"]:
+    def exponent(self, name: str) -> Float[np.ndarray, " R"]:
         """Return the exponent of a variable, which must occur in one term."""
         [place] = [number for number, (_, each) in enumerate(self.law.exponents) if each == name]
         return self.theta[:, 1 + len(self.law.terms) + place]
 
-    def predict(self, **x: float) -> Float[np.ndarray, "R"]:
+    def predict(self, **x: float) -> Float[np.ndarray, " R"]:
         """Return the loss at one point for each row of `theta`."""
         logs = _logs(self.law, {name: np.array([value]) for name, value in x.items()}, self.center)
         return _predict(self.law, self.theta, logs)[:, 0]
@@ -101,7 +101,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-def over_seeds(values: Float[np.ndarray, "R"], seeds: int) -> Estimate:
+def over_seeds(values: Float[np.ndarray, " R"], seeds: int) -> Estimate:
     """Return the first value, with a t interval whose standard error is the spread of the others, the resamples.
 
     The spread of resampled means is too small by sqrt((n - 1) / n), which is corrected, and t with n - 1 degrees of
@@ -157,7 +157,7 @@ def fit(runs: pd.DataFrame, law: Law, *, resamples: int = RESAMPLES) -> Fit:
 
 
 def _reasons(
-    law: Law, theta: Float[np.ndarray, "P"], logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, "N"], points: int
+    law: Law, theta: Float[np.ndarray, " P"], logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, " N"], points: int
 ) -> list[str]:
     """Return why the runs do not determine the law, if they do not."""
     low, high = _bounds(law, loss)
@@ -185,7 +185,7 @@ def _reasons(
 def _too_narrow(
     law: Law,
     resampled: Float[np.ndarray, "R P"],
-    loss: Float[np.ndarray, "N"],
+    loss: Float[np.ndarray, " N"],
     points: int,
     ranges: dict[str, tuple[float, float]],
 ) -> list[str]:
@@ -201,14 +201,14 @@ def _too_narrow(
     return found
 
 
-def _at_bound(law: Law, theta: Float[np.ndarray, "*R P"], loss: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "*R P"]:
+def _at_bound(law: Law, theta: Float[np.ndarray, "*R P"], loss: Float[np.ndarray, " N"]) -> Bool[np.ndarray, "*R P"]:
     """Return which parameters are within a thousandth of their range of a bound."""
     low, high = _bounds(law, loss)
     near = 1e-3 * (high - low)
     return (theta <= low + near) | (theta >= high - near)
 
 
-def _bounds(law: Law, loss: Float[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(law: Law, loss: Float[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
     """Return the smallest and largest value of each parameter."""
     scale = math.log(loss.max())
     ends = [(scale - 7, math.log(loss.min())), *[(scale - 14, scale + 7)] * len(law.terms)]
@@ -233,7 +233,7 @@ def _predict(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray, 
     return np.exp(theta[:, :1]) + _terms(law, theta, logs).sum(axis=1)
 
 
-def _starts(law: Law, logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "R P"]:
+def _starts(law: Law, logs: Float[np.ndarray, "V N"], loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, "R P"]:
     """Return starting points: a grid of exponents, each with the floor and factors that linear least squares gives."""
     found = []
     grids = [EXPERT_STARTS if name == EXPERTS else STARTS for _, name in law.exponents]
@@ -252,9 +252,9 @@ def _least_squares(
     law: Law,
     theta: Float[np.ndarray, "R P"],
     logs: Float[np.ndarray, "V N"],
-    loss: Float[np.ndarray, "N"],
+    loss: Float[np.ndarray, " N"],
     weights: Float[np.ndarray, "R N"],
-) -> tuple[Float[np.ndarray, "R P"], Float[np.ndarray, "R"]]:
+) -> tuple[Float[np.ndarray, "R P"], Float[np.ndarray, " R"]]:
     """Return the parameters of least weighted squares within bounds, and the sums of squares, for each row at once.
 
     This is Levenberg and Marquardt's method. A parameter at a bound that wants to go on does not move.
@@ -284,7 +284,7 @@ def _step(
     weights: Float[np.ndarray, "R N"],
     gradient: Float[np.ndarray, "R P"],
     stuck: Bool[np.ndarray, "R P"],
-    damping: Float[np.ndarray, "R"],
+    damping: Float[np.ndarray, " R"],
 ) -> Float[np.ndarray, "R P"]:
     free = ~stuck
     hessian = np.einsum("rnp,rn,rnq->rpq", jacobian, weights, jacobian) * (free[:, :, None] & free[:, None, :])

@@ -17,7 +17,7 @@ from moe.analysis.statistics import CONFIDENCE, has_no_spread
 DRAWS = 2000
 
 
-def interval(values: Float[np.ndarray, "N"], factor: float | None = None) -> tuple[float, float]:
+def interval(values: Float[np.ndarray, " N"], factor: float | None = None) -> tuple[float, float]:
     """Return mean -/+ factor times its standard error; the factor is by default that of a 95 % t interval.
 
     The ends are NaN if there are fewer than two values, or if they do not differ.
@@ -76,7 +76,7 @@ def ranks(values: pd.DataFrame, level: float = SIGNIFICANCE) -> pd.DataFrame:
     return pd.DataFrame({"rank": rank, "best rank": low, "worst rank": high}, index=values.columns)
 
 
-def _reach(differences: Float[np.ndarray, "N *M"], comparisons: int, level: float) -> Float[np.ndarray, "*M"]:
+def _reach(differences: Float[np.ndarray, " N *M"], comparisons: int, level: float) -> Float[np.ndarray, "*M"]:
     """Return how far the intervals of so many comparisons reach, each by its spread; NaN for one seed or level 0."""
     seeds = len(differences)
     if seeds < 2 or not level:

@@ -66,7 +66,7 @@ def _misfit(curve: Fit, baseline: pd.DataFrame) -> float:
     return _exp(max(logs))
 
 
-def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, "R"], misfit: float) -> SpeedUp:
+def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, " R"], misfit: float) -> SpeedUp:
     needed = _needed(curve, loss)
     times = curve.estimate(np.log(needed / budget))
     doubts = list(curve.doubts)
@@ -82,7 +82,7 @@ def _exp(log: float) -> float:
     return math.exp(log) if not log > MOST_LOG else math.inf
 
 
-def _needed(curve: Fit, loss: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+def _needed(curve: Fit, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Return the compute at which the curve has these losses, each by its own row; infinite below its floor."""
     factor, alpha = curve.theta[: len(loss), 1:].T
     gap = loss - curve.floor[: len(loss)]

@@ -16,12 +16,12 @@ class Estimator(NamedTuple):
     telling: whether the estimate depends on the runs of a seed.
     """
 
-    of_runs: Float[np.ndarray, "R"]
+    of_runs: Float[np.ndarray, " R"]
     changes: Float[np.ndarray, "n R"]
     freedom: float
-    telling: Bool[np.ndarray, "N"]
+    telling: Bool[np.ndarray, " N"]
 
-    def errors(self, runs: Float[np.ndarray, "S R"]) -> Float[np.ndarray, "S"]:
+    def errors(self, runs: Float[np.ndarray, "S R"]) -> Float[np.ndarray, " S"]:
         """Return the standard error of the estimate from each set of runs."""
         n = len(self.changes)
         return np.sqrt((n - 1) / n * ((runs @ self.changes.T) ** 2).sum(axis=-1))
@@ -37,10 +37,10 @@ class Contrast(NamedTuple):
 
 def estimator(
     known: Bool[np.ndarray, "N C"],
-    weights: Float[np.ndarray, "C"],
+    weights: Float[np.ndarray, " C"],
     *,
     seed_effects: bool = True,
-    levels: Float[np.ndarray, "C"] | None = None,
+    levels: Float[np.ndarray, " C"] | None = None,
 ) -> Estimator:
     """Return the estimator of a weighted sum of settings, in which each seed has an effect of its own on all its runs.
 
@@ -61,7 +61,7 @@ def estimator(
     if seed_effects:
         within = of_cell - of_seed @ (of_seed.T @ of_cell / np.maximum(known.sum(axis=1), 1)[:, None])
 
-    def without(gone: int | None = None) -> Float[np.ndarray, "R"]:
+    def without(gone: int | None = None) -> Float[np.ndarray, " R"]:
         left = (seed != gone)[:, None]
         plain = 0.0 if levels is None else _least_squares(of_cell * left, levels)
         return _least_squares(within * left, weights) + plain
@@ -78,10 +78,10 @@ def estimator(
 
 def contrast(
     values: Float[np.ndarray, "N C"],
-    weights: Float[np.ndarray, "C"],
+    weights: Float[np.ndarray, " C"],
     *,
     seed_effects: bool = True,
-    levels: Float[np.ndarray, "C"] | None = None,
+    levels: Float[np.ndarray, " C"] | None = None,
     scale: float | None = None,
 ) -> Contrast:
     """Return the estimate of a weighted sum of settings from a row for each seed and a column for each setting.
@@ -98,7 +98,7 @@ def contrast(
     return Contrast(0.0 if abs(effect) <= 1e-12 * scale else effect, error, by)
 
 
-def _least_squares(within: Float[np.ndarray, "R C"], weights: Float[np.ndarray, "C"]) -> Float[np.ndarray, "R"]:
+def _least_squares(within: Float[np.ndarray, "R C"], weights: Float[np.ndarray, " C"]) -> Float[np.ndarray, " R"]:
     """Return the weights of runs in the estimate of a weighted sum of settings; NaN if the runs cannot tell it.
 
     within: 1 for the setting of a run and 0 elsewhere, without the mean over the runs of its seed.

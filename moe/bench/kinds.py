@@ -46,15 +46,15 @@ def t_values(
 
 def _two_sided(
     weights: list[float], *, of_differences: bool = False, without: int | None = None
-) -> Callable[[Values], Bool[np.ndarray, "S"]]:
-    def errs(values: Values) -> Bool[np.ndarray, "S"]:
+) -> Callable[[Values], Bool[np.ndarray, " S"]]:
+    def errs(values: Values) -> Bool[np.ndarray, " S"]:
         t, freedom = t_values(values, weights, of_differences=of_differences, without=without)
         return 2 * stats.t.sf(np.abs(t), freedom) <= SIGNIFICANCE
 
     return errs
 
 
-def _lowest(values: Values) -> Bool[np.ndarray, "S"]:
+def _lowest(values: Values) -> Bool[np.ndarray, " S"]:
     """Return whether the last level is wrongly called the lowest, or wrongly not the lowest."""
     pairs = values[:, :, -1:] - values[:, :, :-1]
     p_lower = stats.ttest_1samp(pairs, 0, axis=1, alternative="less").pvalue
@@ -62,7 +62,7 @@ def _lowest(values: Values) -> Bool[np.ndarray, "S"]:
     return np.minimum(holds, fails) <= SIGNIFICANCE
 
 
-def _equivalent(values: Values) -> Bool[np.ndarray, "S"]:
+def _equivalent(values: Values) -> Bool[np.ndarray, " S"]:
     """Return whether two levels are wrongly called equivalent that differ by exactly the margin."""
     pairs = values[:, :, -1] - values[:, :, 0] + MARGIN
     above = stats.ttest_1samp(pairs, -MARGIN, axis=1, alternative="greater").pvalue
@@ -70,12 +70,12 @@ def _equivalent(values: Values) -> Bool[np.ndarray, "S"]:
     return np.maximum(above, below) <= SIGNIFICANCE
 
 
-def _together(first: int) -> Callable[[Values], Bool[np.ndarray, "S"]]:
+def _together(first: int) -> Callable[[Values], Bool[np.ndarray, " S"]]:
     """Return whether any difference is found of the first levels, so many of them, to all that follow them."""
     one, other = np.triu_indices(LEVELS, 1)
     one, other = one[one < first], other[one < first]
 
-    def errs(values: Values) -> Bool[np.ndarray, "S"]:
+    def errs(values: Values) -> Bool[np.ndarray, " S"]:
         pairs = values[:, :, other] - values[:, :, one]
         t = stats.ttest_1samp(pairs, 0, axis=1).statistic
         return np.abs(t).max(1) > bonferroni(len(one), values.shape[1])
@@ -83,13 +83,13 @@ def _together(first: int) -> Callable[[Values], Bool[np.ndarray, "S"]]:
     return errs
 
 
-def _variance(values: Values) -> Bool[np.ndarray, "S"]:
+def _variance(values: Values) -> Bool[np.ndarray, " S"]:
     found = [next(tests_of_terms(study, [LEVELS]))[1]["p GG"] for study in values[::SLOWER]]
     return np.array(found) <= SIGNIFICANCE
 
 
 REST = [0.0] * (LEVELS - 2)
-KINDS: dict[str, Callable[[Values], Bool[np.ndarray, "S"]]] = {
+KINDS: dict[str, Callable[[Values], Bool[np.ndarray, " S"]]] = {
     "higher": _two_sided([-1.0, *REST, 1.0]),
     "lowest": _lowest,
     "equivalent": _equivalent,

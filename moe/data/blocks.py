@@ -176,7 +176,7 @@ class Batch(NamedTuple):
     """
 
     ids: Int[torch.Tensor, "B S"]
-    domain: Int[torch.Tensor, "B"]
+    domain: Int[torch.Tensor, " B"]
     labels: Int[torch.Tensor, "B S"]
     position_ids: Int[torch.Tensor, "B S"] | None
     told: Int[torch.Tensor, "B 2"] | None = None

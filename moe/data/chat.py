@@ -23,8 +23,8 @@ CHATML = (
 class LabeledTokens(NamedTuple):
     """One conversation: its token ids, and the same ids as labels, with IGNORED where nothing is to be predicted."""
 
-    ids: Int[np.ndarray, "N"]
-    labels: Int[np.ndarray, "N"]
+    ids: Int[np.ndarray, " N"]
+    labels: Int[np.ndarray, " N"]
 
 
 def set_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -122,7 +122,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 def tokenize_texts(
     documents: list[Document], tokenizer: PreTrainedTokenizerFast, progress: str
-) -> list[Int[np.ndarray, "_"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Return the token ids of each document, followed by the end-of-text token.
 
     Text that spells a special token stays text. `progress` names the progress bar.

@@ -13,7 +13,7 @@ RunExperts = Callable[[Tensor, Tensor], Tensor]
 
 
 def run_distributed_experts(
-    rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"], run_local: RunExperts
+    rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"], run_local: RunExperts
 ) -> Float[Tensor, "R D"]:
     """Run E experts that are divided over N ranks: send each row to the rank of its expert, and the output back.
 

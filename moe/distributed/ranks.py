@@ -112,7 +112,7 @@ def all_reduce_sum(tensors: "Sequence[Tensor]") -> "list[Tensor]":
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def sum_of_lower_ranks(counts: "Int[Tensor, 'E']") -> "Int[Tensor, 'E']":
+def sum_of_lower_ranks(counts: "Int[Tensor, ' E']") -> "Int[Tensor, ' E']":
     """Return the sum of `counts` over all ranks below this one. On rank 0 it is 0."""
     if world_size() == 1:
         return counts.new_zeros(counts.shape)

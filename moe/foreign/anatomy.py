@@ -69,9 +69,9 @@ class Layer(NamedTuple):
     the names that transformers' Llama has for them. window: how many tokens a token sees, itself included; None: all.
     """
 
-    attention_norm: Float[Tensor, "D"]
+    attention_norm: Float[Tensor, " D"]
     attention: Weights
-    feed_forward_norm: Float[Tensor, "D"]
+    feed_forward_norm: Float[Tensor, " D"]
     feed_forward: Networks | Routed
     window: int | None = None
 
@@ -89,7 +89,7 @@ class Anatomy:
     config: MoEConfig
     rule: Rule | None
     embedding: Tensor
-    norm: Float[Tensor, "D"]
+    norm: Float[Tensor, " D"]
     head: Tensor
     layers: tuple[Layer, ...]
 

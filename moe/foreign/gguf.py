@@ -140,7 +140,7 @@ def _attention(attention: Weights, heads: Heads, *, interleaved: bool) -> Weight
     return found
 
 
-def _interleave(rows: Shaped[Tensor, "N *D"], heads: int) -> Shaped[Tensor, "N *D"]:
+def _interleave(rows: Shaped[Tensor, " N *D"], heads: int) -> Shaped[Tensor, " N *D"]:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

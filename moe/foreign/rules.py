@@ -65,7 +65,7 @@ class Rule:
         parts += [f"the best {self.top_groups} of {self.groups} groups"] if self.groups > 1 else []
         return ", ".join(parts)
 
-    def gates(self, logits: Float[Tensor, "T E"], bias: Float[Tensor, "E"] | None = None) -> Float[Tensor, "T E"]:
+    def gates(self, logits: Float[Tensor, "T E"], bias: Float[Tensor, " E"] | None = None) -> Float[Tensor, "T E"]:
         """Return the weight of every expert for every token, 0 where it is not chosen, in fp64.
 
         This is the reference that tests compare routers with. It is written to be read, not to be fast.
@@ -106,7 +106,7 @@ def matrix_of(router: Router) -> Float[Tensor, "E D"] | None:
     return weight.detach()[: router.num_experts]  # what follows are null experts
 
 
-def bias_of(router: Router) -> Float[Tensor, "E"] | None:
+def bias_of(router: Router) -> Float[Tensor, " E"] | None:
     """Return the bias that moves the selection, or None."""
     return router.bias if isinstance(router, BiasedSigmoid) else None
 

@@ -124,7 +124,7 @@ def _latent_attention(layer: Layer, anatomy: Anatomy, target: Target, scale: flo
     }
 
 
-def router_matrix(router: Router, norm: Float[Tensor, "D"], rule: Rule) -> Float[Tensor, "E D"]:
+def router_matrix(router: Router, norm: Float[Tensor, " D"], rule: Rule) -> Float[Tensor, "E D"]:
     """Return the matrix with which a router without a temperature follows `rule`.
 
     norm: the weight of the norm before the router, whose output is at most sqrt(D) times as long.
@@ -145,11 +145,11 @@ class Selected(NamedTuple):
     """The experts of a layer and what selects them: the k largest scores of W x plus a bias."""
 
     matrix: Float[Tensor, "E D"]
-    bias: Float[Tensor, "E"]
+    bias: Float[Tensor, " E"]
     experts: Networks
 
 
-def selected(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy) -> Selected:
+def selected(routed: Routed, norm: Float[Tensor, " D"], anatomy: Anatomy) -> Selected:
     """Return the experts of a layer, as many as in the layer with the most of them.
 
     Experts that are added consist of zeros, and their bias is so low that no token takes them. norm: the weight of the
@@ -164,11 +164,11 @@ def selected(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy) -> Sele
     return Selected(_longer(matrix, added), _longer(bias, added, LOWEST), experts)
 
 
-def _longer(rows: Float[Tensor, "E *N"], added: int, value: float = 0.0) -> Float[Tensor, "M *N"]:
+def _longer(rows: Float[Tensor, " E *N"], added: int, value: float = 0.0) -> Float[Tensor, " M *N"]:
     return torch.cat((rows, rows.new_full((added, *rows.shape[1:]), value))) if added else rows
 
 
-def _routed(routed: Routed, norm: Float[Tensor, "D"], anatomy: Anatomy, target: Target, scale: float) -> Weights:
+def _routed(routed: Routed, norm: Float[Tensor, " D"], anatomy: Anatomy, target: Target, scale: float) -> Weights:
     """Return a Mixture of Experts. `norm`: the weight of the norm before it."""
     matrix, bias, experts = selected(routed, norm, anatomy)
     found = {f"{target.router}.weight": matrix}

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 Choices = Bool[np.ndarray, "L N E"] | list[Bool[np.ndarray, "N _"]]  # by layer; a list if layers may differ in E
 
 
-def overlap(a: Choices, b: Choices) -> dict[str, Float[np.ndarray, "L"]]:
+def overlap(a: Choices, b: Choices) -> dict[str, Float[np.ndarray, " L"]]:
     """Compute the overlap o = Σ_t |A_t ∩ B_t| / Σ_t k of two choices, by layer.
 
     Also corrects it for chance c, as (o - c) / (1 - c):
@@ -89,7 +89,7 @@ def drift(
     return {name: value for end, layers in moved.items() for name, value in by_layer(f"routing/{end}", layers).items()}
 
 
-def by_layer(name: str, layers: Float[np.ndarray, "L"]) -> dict[str, float | None]:
+def by_layer(name: str, layers: Float[np.ndarray, " L"]) -> dict[str, float | None]:
     """Return the mean over layers as `name`, and the value of each layer as `name/layerNN`; None for NaN."""
     numbers = {"": layers.mean(), **{f"/layer{number:02d}": value for number, value in enumerate(layers)}}
     return {name + end: float(value) if math.isfinite(value) else None for end, value in numbers.items()}

@@ -57,7 +57,7 @@ class Sums:
         """Add all layers into one. Opposite imbalances of two layers cancel. All have equally many experts."""
         return Sums({name: field.sum(0, keepdims=True) for name, field in vars(self).items()})
 
-    def experts(self) -> Int[np.ndarray, "L"]:
+    def experts(self) -> Int[np.ndarray, " L"]:
         """Return the number of experts of each layer. NaN follows the loads of one that has fewer than another."""
         return (~np.isnan(self.offered)).sum(-1)
 
@@ -77,7 +77,7 @@ class Sums:
 class Group(NamedTuple):
     """Layers of equally many experts: their numbers in the model, and their sums without experts that they lack."""
 
-    layers: Int[np.ndarray, "N"]
+    layers: Int[np.ndarray, " N"]
     sums: Sums
 
 

@@ -53,7 +53,7 @@ class Experts(nn.Module):
         """Return which kernel multiplies in `dtype` on the device of the weights: see `choose_kernel`."""
         return choose_kernel(self.up.device.type, dtype, local_part(self.up).shape)
 
-    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """Return the outputs for rows that are sorted by expert, `counts` rows for each expert."""
         return run_experts(x, counts, (self.gate, self.up, self.down), self._expert)
 
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
 @torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
 def run_experts(
-    x: Float[Tensor, "R D"], counts: Int[Tensor, "E"], stacks: Stacks, expert: Callable[..., Tensor]
+    x: Float[Tensor, "R D"], counts: Int[Tensor, " E"], stacks: Stacks, expert: Callable[..., Tensor]
 ) -> Float[Tensor, "R D"]:
     """Return the outputs of E experts for rows that are sorted by expert, `counts` rows for each expert.
 

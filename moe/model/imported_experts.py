@@ -40,7 +40,7 @@ class ImportedExperts(Experts):
         return choose_kernel(matrices.device.type, dtype, local_part(matrices).shape)  # type: ignore[arg-type]
 
     @torch.compiler.disable
-    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+    def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
         if _asks_registry(_inner(self.module)):
             outputs: Tensor = self.module(x, counts=counts)
             return outputs
@@ -67,7 +67,7 @@ def _asks_registry(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and getattr(config, "_experts_implementation", None) == IMPLEMENTATION
 
 
-def run_imported_experts(module: Any, x: Float[Tensor, "R D"], *, counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+def run_imported_experts(module: Any, x: Float[Tensor, "R D"], *, counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
     """Return the outputs of a module's experts for rows that are sorted by expert, `counts` rows for each expert.
 
     The other implementations get the experts of each token and their weights instead. Those have been dealt with

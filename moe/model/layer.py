@@ -48,7 +48,7 @@ class _Pass(NamedTuple):
     aux: dict[str, Float[Tensor, ""]]
     stats: RoutingStats
     routing: Routing
-    load: Int[Tensor, "E"]
+    load: Int[Tensor, " E"]
 
 
 class Latent(nn.Module):
@@ -129,7 +129,7 @@ class MoELayer(nn.Module):
         x: Float[Tensor, "T D"],
         read: Float[Tensor, "T D"],
         context: Context,
-        load: Shaped[Tensor, "E"] | None,
+        load: Shaped[Tensor, " E"] | None,
     ) -> _Pass:
         """Run one router of the chain on `read`, and the experts that it chooses on x.
 
@@ -203,12 +203,12 @@ class MoELayer(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return losses.expert_router_coupling(rows, first.to(rows.dtype), noisy=self.training)
 
-    def _run_experts(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+    def _run_experts(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """Return the outputs of the experts, and of what is beside each. See `Experts.forward`."""
         return self.with_beside(self.experts(rows, counts), rows, counts)
 
     def with_beside(
-        self, outputs: Float[Tensor, "R D"], rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]
+        self, outputs: Float[Tensor, "R D"], rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"]
     ) -> Float[Tensor, "R D"]:
         """Return outputs of the experts plus those of what is beside each. See `Experts.forward`."""
         return outputs if self.beside_experts is None else outputs + self.beside_experts(rows, counts)
@@ -242,5 +242,5 @@ class MoELayer(nn.Module):
 
 
 @torch.compiler.disable
-def _load_of_earlier_ranks(offered: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
+def _load_of_earlier_ranks(offered: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
     return ranks.sum_of_lower_ranks(offered)

@@ -125,7 +125,7 @@ class Wanted(NamedTuple):
 
     states: bool
     attentions: bool
-    logits: int | Int[Tensor, "N"]
+    logits: int | Int[Tensor, " N"]
 
 
 class Seen(NamedTuple):
@@ -222,14 +222,14 @@ class RoutedModel(MoEPreTrainedModel):
         told: Int[Tensor, "B 2"] | None = None,
         load: Shaped[Tensor, "L C E"] | None = None,
         costly: frozenset[str] = frozenset(),
-        compared: Int[Tensor, "N"] | None = None,
+        compared: Int[Tensor, " N"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         inputs_embeds: Float[Tensor, "B S D"] | None = None,
-        logits_to_keep: int | Int[Tensor, "N"] = 0,
+        logits_to_keep: int | Int[Tensor, " N"] = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,

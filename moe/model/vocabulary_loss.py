@@ -40,7 +40,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "T"]) -> Tensor:
+    def forward(ctx: Any, x: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " T"]) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 Differentiated = tuple[Float[Tensor, ""], Float[Tensor, "R V"], Float[Tensor, "R 1"] | float]
 
 
-def _on_cpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Differentiated:
+def _on_cpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, " R"]) -> Differentiated:
     """Return the summed loss of some rows, and the gradient of their logits as a product of two factors.
 
     With e = exp(logits - their maximum) and z = sum of e, the gradient of a row's logits is (e - z [target]) / z. The
@@ -90,14 +90,14 @@ def _on_cpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Differen
     return loss, e.scatter_add_(1, index, -z).to(logits.dtype), counts / z
 
 
-def _on_gpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Differentiated:
+def _on_gpu(logits: Float[Tensor, "R V"], targets: Int[Tensor, " R"]) -> Differentiated:
     """Return the same. The gradient takes the place of the logits, so that they are read twice and written once."""
     losses = _to_gradient(logits, targets)
     return losses.sum(), logits, 1.0
 
 
 @fused(least=2**22)
-def _to_gradient(logits: Float[Tensor, "R V"], targets: Int[Tensor, "R"]) -> Float[Tensor, "R"]:
+def _to_gradient(logits: Float[Tensor, "R V"], targets: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
     """Return the loss of each row, and replace its logits by their gradient."""
     target = targets[:, None]
     counts = target != IGNORED

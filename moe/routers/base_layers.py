@@ -43,7 +43,7 @@ class BaseLayers(LinearRouter):
 
 
 @torch.compiler.disable
-def balanced_assignment(scores: Float[Tensor, "T E"]) -> Int[Tensor, "T"]:
+def balanced_assignment(scores: Float[Tensor, "T E"]) -> Int[Tensor, " T"]:
     """Return the expert of each token, so that the sum of scores is the largest and none has over ceil(T / E) tokens.
 
     Every token begins with its best expert. Then tokens leave experts that have too many, one at a time. Each time the
@@ -77,7 +77,7 @@ def balanced_assignment(scores: Float[Tensor, "T E"]) -> Int[Tensor, "T"]:
 
 
 def _cheapest_chain(
-    cost: Float[np.ndarray, "E E"], sources: Bool[np.ndarray, "E"], targets: Bool[np.ndarray, "E"]
+    cost: Float[np.ndarray, "E E"], sources: Bool[np.ndarray, " E"], targets: Bool[np.ndarray, " E"]
 ) -> list[int]:
     """Return the experts on the shortest path from any source to any target (Bellman-Ford: costs may be negative)."""
     distance = np.where(sources, 0.0, np.inf)

@@ -57,7 +57,7 @@ class Hash(Router):
         return Routing.token_choice(expert, torch.full(expert.shape, 1 / self.k, device=x.device))
 
 
-def spread(weights: Int[np.ndarray, "N"], bins: int, k: int) -> Int[np.ndarray, "N k"]:
+def spread(weights: Int[np.ndarray, " N"], bins: int, k: int) -> Int[np.ndarray, "N k"]:
     """For each weight in turn, choose k distinct bins and add the weight to each. Return the bins.
 
     The first one is the lightest bin. Each further one is, among those that are less than one weight heavier than the

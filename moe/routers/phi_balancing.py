@@ -69,11 +69,11 @@ class PhiBalancing(TopK):
         own = {"phi_balance": (mean * self.price(self.moved(mean.detach()))).sum()}
         return routing._replace(aux=routing.aux | own)
 
-    def moved(self, mean: Float[Tensor, "E"]) -> Float[Tensor, "E"]:
+    def moved(self, mean: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
         """Return the moving average after a step whose mean probabilities are `mean`."""
         return torch.lerp(mean, self.average.to(mean), self.decay)
 
-    def price(self, average: Float[Tensor, "E"]) -> Float[Tensor, "E"]:
+    def price(self, average: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
         """Return the gradient of the potential at `average`, minus that at 1/E."""
         if self.potential == "euclidean":
             return average - 1 / self.num_experts

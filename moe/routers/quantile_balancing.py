@@ -31,7 +31,7 @@ class QuantileBalancing(BiasedSigmoid):
         require(0 <= decay < 1, "router.decay", decay, "at least 0, below 1")
         self.decay = decay
 
-    def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"]:
+    def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, " E"]:
         return len(scores) * balanced_bias(scores, self.bias, self.k).to(self.bias)
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class QuantileBalancing(BiasedSigmoid):
         self.bias -= self.bias.mean()
 
 
-def balanced_bias(scores: Float[Tensor, "T E"], bias: Float[Tensor, "E"], k: int) -> Float[Tensor, "E"]:
+def balanced_bias(scores: Float[Tensor, "T E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, " E"]:
     """Return the biases that minimize the dual, given the cutoffs of the tokens under the previous `bias`."""
     q = 1 - k / scores.shape[1]
     cutoff = (scores + bias).quantile(q, dim=1, keepdim=True)

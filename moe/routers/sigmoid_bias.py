@@ -106,7 +106,7 @@ class BiasedSigmoid(LinearRouter):
         is_kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, True)
         return is_kept.repeat_interleave(grouped.shape[-1], -1)
 
-    def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "E"] | None:
+    def feedback(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, " E"] | None:
         """Return sums over tokens from which `after_step` learns in addition to the loads, or None.
 
         scores: s in fp64.

@@ -27,7 +27,7 @@ class TrainingText(NamedTuple):
     counts: how often each token id occurs. domains: the names of the domains of all data, in order.
     """
 
-    counts: Int[Tensor, "V"]
+    counts: Int[Tensor, " V"]
     domains: tuple[str, ...]
 
 
@@ -83,9 +83,9 @@ class Context(NamedTuple):
     load: Shaped[Tensor, "C E"] | None = None
     state: Float[Tensor, "T H"] | None = None
     costly: frozenset[str] = frozenset()
-    compared: Int[Tensor, "N"] | None = None
+    compared: Int[Tensor, " N"] | None = None
     document_position: Int[Tensor, "B S"] | None = None
-    place: Int[Tensor, "T"] | None = None
+    place: Int[Tensor, " T"] | None = None
     given: "Routing | None" = None
     alone: bool = False
 
@@ -118,17 +118,17 @@ class Context(NamedTuple):
             raise ValueError("attention_mask is 0 for all tokens: at least one must not be padding")
         return self._replace(place=place, document_position=(real.cumsum(1) - 1).clamp(min=0))
 
-    def routed(self, rows: Shaped[Tensor, "BS *N"]) -> Shaped[Tensor, "T *N"]:
+    def routed(self, rows: Shaped[Tensor, " BS *N"]) -> Shaped[Tensor, " T *N"]:
         """Return the rows of the tokens that are routed, given a row for each token of the flattened sequences."""
         return rows if self.place is None else rows[self.place]
 
-    def label(self, name: str) -> Int[Tensor, "T"]:
+    def label(self, name: str) -> Int[Tensor, " T"]:
         """Return the label `name` of each routed token, from `told`, which must be given."""
         assert self.told is not None
         return self.routed(self.told[:, LABELS.index(name)].repeat_interleave(self.ids.shape[1]))
 
     @property
-    def document(self) -> Int[Tensor, "T"] | None:
+    def document(self) -> Int[Tensor, " T"] | None:
         """The number of each token's document in the micro-batch, ascending. None if positions do not mark documents.
 
         It is also None with padding, which leaves no room for several documents in a sequence.
@@ -138,7 +138,7 @@ class Context(NamedTuple):
         return (self.document_position.flatten() == 0).cumsum(0) - 1
 
     @property
-    def sequence(self) -> Int[Tensor, "T"] | None:
+    def sequence(self) -> Int[Tensor, " T"] | None:
         """The index of each routed token's sequence, without sequences that are padding alone.
 
         None if all tokens are routed, so that token t belongs to sequence t // S.
@@ -149,7 +149,7 @@ class Context(NamedTuple):
 
 
 def fill_places(
-    rows: Float[Tensor, "T N"], place: Int[Tensor, "T"] | None, places: int, *, value: float = 0.0
+    rows: Float[Tensor, "T N"], place: Int[Tensor, " T"] | None, places: int, *, value: float = 0.0
 ) -> Float[Tensor, "BS N"]:
     """Return a row for each of B * S `places`: those of the routed tokens, and `value` for padding.
 
@@ -180,7 +180,7 @@ class Slots(NamedTuple):
 
     dispatch: Float[Tensor, "B M S"]
     combine: Float[Tensor, "B S M"]
-    place: Int[Tensor, "T"] | None = None
+    place: Int[Tensor, " T"] | None = None
 
     def gather(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "BM D"]:
         """Return the inputs of the slots of all sequences, one sequence after another."""
@@ -219,15 +219,15 @@ class Routing(NamedTuple):
         gradient reaches these weights too. The output of the layer stays as it is.
     """
 
-    token: Int[Tensor, "A"]
-    expert: Int[Tensor, "A"]
-    weight: Float[Tensor, "A"]
+    token: Int[Tensor, " A"]
+    expert: Int[Tensor, " A"]
+    weight: Float[Tensor, " A"]
     probs: Float[Tensor, "T E"] | None
     logits: Float[Tensor, "T E"] | None
     aux: dict[str, Float[Tensor, ""]] = {}
-    feedback: Float[Tensor, "N"] | None = None
+    feedback: Float[Tensor, " N"] | None = None
     state: Float[Tensor, "T H"] | None = None
-    log_weight: Float[Tensor, "A"] | None = None
+    log_weight: Float[Tensor, " A"] | None = None
     slots: Slots | None = None
     added: Float[Tensor, "T D"] | None = None
     dense_weight: Float[Tensor, "T E"] | None = None
@@ -247,7 +247,7 @@ class Routing(NamedTuple):
         token, expert = chosen.nonzero(as_tuple=True)
         return Routing(token, expert, weight[token, expert], **{"probs": None, "logits": None, **fields})
 
-    def take(self, selected: Bool[Tensor, "A"]) -> "Routing":
+    def take(self, selected: Bool[Tensor, " A"]) -> "Routing":
         """Return the routing with the selected assignments alone."""
         return self._replace(
             token=self.token[selected],
@@ -258,7 +258,7 @@ class Routing(NamedTuple):
         )
 
 
-def count(index: Int[Tensor, "N"], bins: int) -> Int[Tensor, "bins"]:
+def count(index: Int[Tensor, " N"], bins: int) -> Int[Tensor, " bins"]:
     """Return how often each of 0 ... bins-1 occurs. Unlike `bincount`, it does not wait for the device on CUDA."""
     return index.new_zeros(bins).index_add_(0, index, torch.ones_like(index))
 

@@ -30,11 +30,11 @@ class Dispatch(NamedTuple):
         otherwise, and on a CPU.
     """
 
-    token: Int[Tensor, "R"]
-    weight: Float[Tensor, "R"]
-    offered: Int[Tensor, "E"]
-    kept: Int[Tensor, "E"]
-    by_token: Int[Tensor, "R"]
+    token: Int[Tensor, " R"]
+    weight: Float[Tensor, " R"]
+    offered: Int[Tensor, " E"]
+    kept: Int[Tensor, " E"]
+    by_token: Int[Tensor, " R"]
     places: Int[Tensor, ""] | None = None
     each: int | None = None
 
@@ -47,7 +47,7 @@ def capacity_per_expert(assignments: int, num_experts: int, capacity: float) -> 
     return max(1, math.ceil(capacity * assignments / num_experts))
 
 
-def order_by_position(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+def order_by_position(routing: Routing, position: Int[Tensor, " A"]) -> Int[Tensor, " A"]:
     """Sort assignments by the position of their tokens, earliest first.
 
     Whether a token is dropped then never depends on tokens at later positions. It can depend on tokens of other
@@ -58,7 +58,7 @@ def order_by_position(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tenso
     return torch.argsort(position, stable=True)
 
 
-def order_by_score(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+def order_by_score(routing: Routing, position: Int[Tensor, " A"]) -> Int[Tensor, " A"]:
     """Sort assignments by gate weight, largest first (as in GShard).
 
     Not causal, because a later token can displace an earlier one.
@@ -66,7 +66,7 @@ def order_by_score(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, 
     return torch.argsort(routing.weight.detach(), descending=True, stable=True)
 
 
-def order_at_random(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor, "A"]:
+def order_at_random(routing: Routing, position: Int[Tensor, " A"]) -> Int[Tensor, " A"]:
     """Shuffle assignments.
 
     Not causal, because the chance that a token is dropped depends on how many later tokens compete with it.
@@ -77,7 +77,7 @@ def order_at_random(routing: Routing, position: Int[Tensor, "A"]) -> Int[Tensor,
 # The order in which an expert accepts assignments until it is full, given the routing and the position of each
 # assignment's token in its document. Only `position` keeps a causal router causal: a
 # drop then never depends on later tokens. See `Router.is_causal`.
-DROP_POLICIES: dict[str, Callable[[Routing, Int[Tensor, "A"]], Int[Tensor, "A"]]] = {
+DROP_POLICIES: dict[str, Callable[[Routing, Int[Tensor, " A"]], Int[Tensor, " A"]]] = {
     "position": order_by_position,
     "score": order_by_score,
     "random": order_at_random,
@@ -91,8 +91,8 @@ def dispatch(
     capacity: float | None,
     seq_len: int,
     drop: str = "position",
-    position: Int[Tensor, "T"] | None = None,
-    document: Int[Tensor, "T"] | None = None,
+    position: Int[Tensor, " T"] | None = None,
+    document: Int[Tensor, " T"] | None = None,
 ) -> Dispatch:
     """Return the assignments that are carried out, sorted by expert.
 
@@ -130,7 +130,7 @@ def dispatch(
     return Dispatch(token, weight, offered, kept, by_token, places)
 
 
-def _dispatch_each(routing: Routing, each: int, offered: Int[Tensor, "E"]) -> Dispatch:
+def _dispatch_each(routing: Routing, each: int, offered: Int[Tensor, " E"]) -> Dispatch:
     """Return all assignments sorted by expert, if every token has as many of them.
 
     A token's assignments stay in the order in which the router listed them, so nothing has to be sorted by token. A GPU
@@ -144,14 +144,14 @@ def _dispatch_each(routing: Routing, each: int, offered: Int[Tensor, "E"]) -> Di
 
 
 def _fit_documents(
-    expert: Int[Tensor, "A"],
-    document: Int[Tensor, "A"],
-    queue: Int[Tensor, "A"],
+    expert: Int[Tensor, " A"],
+    document: Int[Tensor, " A"],
+    queue: Int[Tensor, " A"],
     num_experts: int,
     capacity: float,
     *,
     bound: int,
-) -> tuple[Int[Tensor, "R"], Int[Tensor, ""]]:
+) -> tuple[Int[Tensor, " R"], Int[Tensor, ""]]:
     """Return the assignments that fit, sorted by expert, if each document has `capacity_per_expert` of its own.
 
     expert, document: of each assignment. queue: the order in which experts accept assignments. The second result is the
@@ -168,8 +168,8 @@ def _fit_documents(
 
 
 def _softmax_by_token(
-    scores: Float[Tensor, "R"], token: Int[Tensor, "R"], by_token: Int[Tensor, "R"]
-) -> Float[Tensor, "R"]:
+    scores: Float[Tensor, " R"], token: Int[Tensor, " R"], by_token: Int[Tensor, " R"]
+) -> Float[Tensor, " R"]:
     """Return the softmax of the scores over the assignments of each token. It is finite for all scores."""
     sorted_token = token[by_token]
     begins = F.pad(sorted_token[1:] != sorted_token[:-1], (1, 0))[: len(token)]
@@ -195,13 +195,13 @@ def combine(outputs: Float[Tensor, "R D"], dispatched: Dispatch, tokens: int) ->
 
 
 @torch.no_grad()
-def sum_by_expert(rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "E D"]:
+def sum_by_expert(rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "E D"]:
     """Return the sum of the rows of each expert in fp32, for rows sorted by expert. Always adds in the same order."""
     index = torch.arange(len(rows), device=rows.device)
     return F.embedding_bag(index, rows.float(), counts.cumsum(0) - counts, mode="sum")
 
 
-def sum_by_group(rows: Float[Tensor, "T N"], group: Int[Tensor, "T"]) -> Float[Tensor, "T N"]:
+def sum_by_group(rows: Float[Tensor, "T N"], group: Int[Tensor, " T"]) -> Float[Tensor, "T N"]:
     """Return the sum of the rows of each group, for rows sorted by group. Groups that do not occur get zeros.
 
     group: numbers from 0 to T - 1. The gradient and the sums have a fixed order, unlike those of `index_add` on CUDA.

@@ -56,7 +56,7 @@ def stay_probability(
     return torch.where(within, probability, (bar < 0).to(probability.dtype))
 
 
-def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+def cv_squared(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:
     """Return variance (ddof 0) / mean^2. It is 0 if all values are equal, also for a single expert."""
     return values.var(correction=0) / values.mean().square()
 

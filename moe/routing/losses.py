@@ -14,7 +14,7 @@ from moe.routing.decision import Routing, count
 from moe.routing.dispatch import sum_by_group
 
 
-def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> Float[Tensor, ""]:
+def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, " E"]) -> Float[Tensor, ""]:
     """Compute E * sum_e f_e P_e.
 
     f_e is the expert's share of all assignments, before drops. P_e is its mean probability. The loss is 1 when f or P
@@ -26,7 +26,7 @@ def load_balance(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> F
 
 
 def load_balance_sequence(
-    probs: Float[Tensor, "T E"], token: Int[Tensor, "A"], expert: Int[Tensor, "A"], seq_len: int
+    probs: Float[Tensor, "T E"], token: Int[Tensor, " A"], expert: Int[Tensor, " A"], seq_len: int
 ) -> Float[Tensor, ""]:
     """Compute the load-balance loss of each sequence by itself and average: 1 when every sequence is balanced.
 
@@ -42,9 +42,9 @@ def load_balance_sequence(
 
 def load_balance_group(
     probs: Float[Tensor, "T E"],
-    token: Int[Tensor, "A"],
-    expert: Int[Tensor, "A"],
-    group: Int[Tensor, "T"],
+    token: Int[Tensor, " A"],
+    expert: Int[Tensor, " A"],
+    group: Int[Tensor, " T"],
     *,
     by_token: bool,
 ) -> Float[Tensor, ""]:
@@ -133,7 +133,7 @@ def add_row_noise(rows: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:
     return rows * (1 + eps[:, None] * (2 * torch.rand_like(rows) - 1))
 
 
-def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, "R"]) -> Float[Tensor, ""]:
+def output_orthogonality(rows: Float[Tensor, "R D"], token: Int[Tensor, " R"]) -> Float[Tensor, ""]:
     """Compute the mean squared cosine of the outputs that two experts give for the same token; 0 without any pair.
 
     rows: expert outputs before they are weighted.
@@ -163,12 +163,12 @@ def router_z(logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
 def auxiliary(
     routing: Routing,
-    offered: Int[Tensor, "E"],
+    offered: Int[Tensor, " E"],
     *,
     seq_len: int,
-    load: Shaped[Tensor, "E"] | None = None,
-    sequence: Int[Tensor, "T"] | None = None,
-    document_position: Int[Tensor, "T"] | None = None,
+    load: Shaped[Tensor, " E"] | None = None,
+    sequence: Int[Tensor, " T"] | None = None,
+    document_position: Int[Tensor, " T"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Return every auxiliary loss that this routing has, by name.
 
@@ -202,7 +202,7 @@ def auxiliary(
 
 
 @fused(least=2**16)
-def _of_probabilities(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, "E"]) -> dict[str, Float[Tensor, ""]]:
+def _of_probabilities(probs: Float[Tensor, "T E"], offered: Shaped[Tensor, " E"]) -> dict[str, Float[Tensor, ""]]:
     """Return the losses that depend on probabilities, and on the load of the optimizer step so far."""
     return {
         "importance_cv": importance_cv(probs),

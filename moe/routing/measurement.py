@@ -21,9 +21,9 @@ def collect_stats(
     tokens: int,
     *,
     seq_len: int | None = None,
-    document_position: Int[Tensor, "T"] | None = None,
-    sequence: Int[Tensor, "T"] | None = None,
-    similarity: Float[Tensor, "N"] | None = None,
+    document_position: Int[Tensor, " T"] | None = None,
+    sequence: Int[Tensor, " T"] | None = None,
+    similarity: Float[Tensor, " N"] | None = None,
     flipped: Int[Tensor, "2"] | None = None,
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
@@ -68,8 +68,8 @@ def _choices(
     dispatched: Dispatch,
     tokens: int,
     seq_len: int,
-    document_position: Int[Tensor, "T"] | None,
-    sequence: Int[Tensor, "T"] | None,
+    document_position: Int[Tensor, " T"] | None,
+    sequence: Int[Tensor, " T"] | None,
 ) -> dict[str, Tensor]:
     """Compute the sums that depend on which tokens chose which experts. NaN for Soft MoE, whose experts take slots.
 
@@ -122,7 +122,7 @@ def _choices(
     }
 
 
-def _probabilities(routing: Routing, nan: Float[Tensor, "E"]) -> dict[str, Tensor]:
+def _probabilities(routing: Routing, nan: Float[Tensor, " E"]) -> dict[str, Tensor]:
     """Compute the sums over the router's probabilities. NaN for a router without probabilities."""
     probs = routing.probs
     if probs is None:
@@ -166,7 +166,7 @@ def _of_logits(logits: Float[Tensor, "T E"]) -> dict[str, Tensor]:
     }
 
 
-def mean_cosine(outputs: Float[Tensor, "E N D"]) -> Float[Tensor, "N"]:
+def mean_cosine(outputs: Float[Tensor, "E N D"]) -> Float[Tensor, " N"]:
     """For each of N tokens, compute the mean cosine of two experts' outputs, over all pairs. 0 for one expert."""
     experts = len(outputs)
     unit = F.normalize(outputs.float(), dim=-1)

@@ -18,8 +18,8 @@ class DocumentLosses(NamedTuple):
     A document is a source file, or a conversation. nats: summed cross-entropy. tokens: number of tokens.
     """
 
-    nats: Float[np.ndarray, "N"]
-    tokens: Float[np.ndarray, "N"]
+    nats: Float[np.ndarray, " N"]
+    tokens: Float[np.ndarray, " N"]
 
 
 def write_documents(folder: Path, losses: DocumentLosses) -> None:

@@ -26,7 +26,7 @@ MOST = 9  # numbers of experts per token that are tried
 
 
 def loss_by_k(
-    model: MoEForCausalLM, blocks: Batch, knobs: Knobs, *, document: Int[np.ndarray, "B"]
+    model: MoEForCausalLM, blocks: Batch, knobs: Knobs, *, document: Int[np.ndarray, " B"]
 ) -> list[dict[str, Any]]:
     """Return the loss (nats per token) for several numbers k of experts per token, with its interval over documents.
 
@@ -97,7 +97,7 @@ def _with_weight(weight: float, router: Router, inputs: Any, routing: Routing) -
     return routing._replace(weight=torch.full_like(routing.weight, weight), log_weight=None)
 
 
-def _constant(values: Float[Tensor, "N"]) -> float | None:
+def _constant(values: Float[Tensor, " N"]) -> float | None:
     """Return the number that all values are, up to rounding, or None."""
     mean = values.mean()
     return mean.item() if torch.allclose(values, mean, rtol=1e-4) else None

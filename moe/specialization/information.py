@@ -29,7 +29,7 @@ def expert_shares(chosen: Bool[np.ndarray, "*N E"]) -> Float[np.ndarray, "*N E"]
     return chosen / chosen.sum(-1, keepdims=True).clip(min=1)
 
 
-def sum_by_label(labels: Int[np.ndarray, "N"], values: np.ndarray, *, size: int) -> Float[np.ndarray, "size E"]:
+def sum_by_label(labels: Int[np.ndarray, " N"], values: np.ndarray, *, size: int) -> Float[np.ndarray, "size E"]:
     """Return the sums of `values` (N, E) over the tokens of each label 0 ... size-1."""
     tokens = len(labels)
     return sparse.csr_array((np.ones(tokens), (labels, np.arange(tokens))), shape=(size, tokens)) @ values
@@ -48,15 +48,15 @@ def information_from_counts(table: Float[np.ndarray, "*P V E"]) -> Float[np.ndar
     return np.asarray(entr(joint.sum(-1)).sum(-1) + entr(joint.sum(-2)).sum(-1) - entr(joint).sum((-2, -1)))
 
 
-def expert_set_labels(chosen: Bool[np.ndarray, "N E"]) -> Int[np.ndarray, "N"]:
+def expert_set_labels(chosen: Bool[np.ndarray, "N E"]) -> Int[np.ndarray, " N"]:
     """Return a number for each distinct set of experts. For k > 1 these sets are the clusters of tokens."""
     return np.unique(np.packbits(chosen, axis=-1), axis=0, return_inverse=True)[1].ravel()
 
 
 def domain_dependence(
     chosen: Bool[np.ndarray, "N E"],
-    domain: Int[np.ndarray, "B"],
-    document: Int[np.ndarray, "B"],
+    domain: Int[np.ndarray, " B"],
+    document: Int[np.ndarray, " B"],
     *,
     rng: np.random.Generator,
 ) -> dict[str, Any] | None:
@@ -99,7 +99,7 @@ def domain_dependence(
     }
 
 
-def smallest_p(labels: Int[np.ndarray, "N"]) -> float:
+def smallest_p(labels: Int[np.ndarray, " N"]) -> float:
     """Return the smallest p that a permutation test over units with these labels can give, whatever is observed.
 
     It is the share of all labelings that divide the units into the same groups, and at least 1 / (`PERMUTATIONS` + 1).
@@ -114,7 +114,7 @@ def smallest_p(labels: Int[np.ndarray, "N"]) -> float:
 
 
 def vocabulary_dependence(
-    chosen: Bool[np.ndarray, "N E"], labels: Int[np.ndarray, "N"], *, rng: np.random.Generator, permutations: int = 99
+    chosen: Bool[np.ndarray, "N E"], labels: Int[np.ndarray, " N"], *, rng: np.random.Generator, permutations: int = 99
 ) -> dict[str, Any] | None:
     """Return two measures of how far a token's id determines its experts, over ids with `MIN_OCCURRENCES` or more.
 
@@ -135,10 +135,10 @@ def vocabulary_dependence(
     shuffled = [rng.permutation(label) for _ in range(permutations)]
     share = expert_shares(chosen)
 
-    def information(order: Int[np.ndarray, "N"]) -> float:
+    def information(order: Int[np.ndarray, " N"]) -> float:
         return float(information_from_counts(sum_by_label(order, share, size=size)))
 
-    def largest_share(order: Int[np.ndarray, "N"]) -> float:
+    def largest_share(order: Int[np.ndarray, " N"]) -> float:
         table = sum_by_label(order, chosen.astype(float), size=size)
         return float((table.max(-1) / np.bincount(order, minlength=size)).mean())
 
@@ -182,14 +182,14 @@ def probabilities_by_position(chosen: Bool[np.ndarray, "N E"], seq_len: int) -> 
     return conditional_probabilities(sum_by_label(deciles, expert_shares(chosen), size=DECILES))
 
 
-def _explainable_entropy(chosen: Bool[np.ndarray, "N E"], weight: Float[np.ndarray, "N"]) -> float:
+def _explainable_entropy(chosen: Bool[np.ndarray, "N E"], weight: Float[np.ndarray, " N"]) -> float:
     """Return H(expert) - mean ln k of tokens with an expert: the most nats that a label can tell about experts."""
     share = expert_shares(chosen)
     ceiling = entr(np.average(share, axis=0, weights=weight)).sum() - np.average(entr(share).sum(-1), weights=weight)
     return float(ceiling) if ceiling > TINY else 0.0
 
 
-def _compare_with_null(observed: float, ceiling: float, null: Float[np.ndarray, "P"]) -> dict[str, float]:
+def _compare_with_null(observed: float, ceiling: float, null: Float[np.ndarray, " P"]) -> dict[str, float]:
     """Compare an observed statistic with its null. `ceiling` is the largest value that the statistic can take.
 
     `normalized`, `null` and `null_high` are shares of the ceiling. `adjusted` is 0 for chance and 1 for the ceiling. If

@@ -51,12 +51,12 @@ def intervene(layer: MoELayer, intervention: Intervention) -> Iterator[None]:
         layer.router = router
 
 
-def remove(routing: Routing, selected: Bool[Tensor, "A"]) -> Routing:
+def remove(routing: Routing, selected: Bool[Tensor, " A"]) -> Routing:
     """Return the routing without the selected assignments. Their experts add nothing; the others keep their weights."""
     return routing.take(~selected)
 
 
-def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) -> Routing:
+def reroute(routing: Routing, selected: Bool[Tensor, " A"], *, num_experts: int) -> Routing:
     """Send the selected assignments to the best experts, by logits, that their token has not chosen. Weights stay.
 
     A router without logits (hash) has no next-best expert, so a random one is taken, the same at every call. If a token
@@ -77,7 +77,7 @@ def reroute(routing: Routing, selected: Bool[Tensor, "A"], *, num_experts: int) 
     return routing._replace(expert=expert).take(remaining)
 
 
-def swap_experts(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
+def swap_experts(routing: Routing, token: Int[Tensor, " B"], order: Int[Tensor, "B E"]) -> Routing:
     """Replace the k experts of token[b] by the first k experts of order[b]. The weights of the token stay.
 
     The expert with the largest logit gets the largest weight, as it would from a router.
@@ -93,7 +93,7 @@ def swap_experts(routing: Routing, token: Int[Tensor, "B"], order: Int[Tensor, "
     return routing._replace(expert=expert)
 
 
-def _earlier_occurrences(token: Int[Tensor, "H"]) -> Int[Tensor, "H"]:
+def _earlier_occurrences(token: Int[Tensor, " H"]) -> Int[Tensor, " H"]:
     """Return, for each entry, how many earlier entries are the same token."""
     ordered, original = token.sort(stable=True)
     earlier = torch.empty_like(token)

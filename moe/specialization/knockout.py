@@ -18,11 +18,11 @@ from moe.specialization.interventions import Intervention, intervene, remove, re
 from moe.specialization.observation import Observation, next_token_nats
 from moe.training.progress import counted
 
-Removal = Callable[[Routing, Bool[Tensor, "A"]], Routing]  # (decision, selected assignments) -> decision without them
+Removal = Callable[[Routing, Bool[Tensor, " A"]], Routing]  # (decision, selected assignments) -> decision without them
 
 
 def knockouts(
-    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"]
+    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, " B"]
 ) -> dict[str, dict[str, Any]]:
     """For each expert of each layer, return how much the loss rises (nats per token) when it is removed, in two ways.
 
@@ -49,9 +49,9 @@ def _summary(
     rise: Float[np.ndarray, "E B"],
     null: Float[np.ndarray, "E B"],
     *,
-    load: list[Float[np.ndarray, "_"]],
-    domain: Int[np.ndarray, "B"],
-    document: Int[np.ndarray, "B"],
+    load: list[Float[np.ndarray, " _"]],
+    domain: Int[np.ndarray, " B"],
+    document: Int[np.ndarray, " B"],
 ) -> dict[str, Any]:
     """Return the results of one kind of removal. rise, null: of the experts of all layers, one layer after another.
 
@@ -78,7 +78,7 @@ def _summary(
     }
 
 
-def rank_correlation(a: Float[np.ndarray, "E"], b: Float[np.ndarray, "E"]) -> float:
+def rank_correlation(a: Float[np.ndarray, " E"], b: Float[np.ndarray, " E"]) -> float:
     """Return Spearman's rho; NaN if one side is constant or there are fewer than three pairs."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")

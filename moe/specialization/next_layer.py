@@ -21,7 +21,7 @@ from moe.training.probe import assignment_mask
 
 
 def next_layer(
-    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"]
+    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, " B"]
 ) -> list[dict[str, Any]]:
     """Return for each MoE layer but the last what it tells about the next one.
 
@@ -56,7 +56,7 @@ def transitions(before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N F"])
 
 
 def predicted_by_choice(
-    before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N F"], half: Bool[np.ndarray, "N"]
+    before: Bool[np.ndarray, "N E"], after: Bool[np.ndarray, "N F"], half: Bool[np.ndarray, " N"]
 ) -> Bool[np.ndarray, "N F"]:
     """Predict the next experts of each token from its experts here: those that tokens with these experts took most.
 

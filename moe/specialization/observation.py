@@ -36,7 +36,7 @@ class Observation(NamedTuple):
     """
 
     ids: Int[np.ndarray, "B S"]
-    domain: Int[np.ndarray, "B"]
+    domain: Int[np.ndarray, " B"]
     chosen: list[Bool[np.ndarray, "N E"]]
     weight: list[Float[np.ndarray, "N E"]]
     predicted: Int[np.ndarray, "B S"]
@@ -68,7 +68,7 @@ def text_blocks(model: Any, tokenizer: Any, text: str) -> list[Batch]:
     return [Batch(part, torch.zeros(1, dtype=torch.long), part, None) for part in parts]
 
 
-def documents_of_blocks(data: Prepared, count: int) -> Int[np.ndarray, "B"]:
+def documents_of_blocks(data: Prepared, count: int) -> Int[np.ndarray, " B"]:
     """Return the document in which each of the `validation_blocks` begins."""
     return np.asarray(data.val[evenly_spaced(len(data.val), count)]["document"])
 

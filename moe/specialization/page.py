@@ -36,7 +36,7 @@ class Passage(NamedTuple):
     """A text of S tokens under its heading, and by layer the experts of each token with their gate weights."""
 
     heading: str
-    ids: Int[np.ndarray, "S"]
+    ids: Int[np.ndarray, " S"]
     chosen: list[Bool[np.ndarray, "S E"]]
     weight: list[Float[np.ndarray, "S E"]]
 

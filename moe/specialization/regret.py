@@ -22,7 +22,7 @@ MAX_ROUTES = 8  # Sets of experts that are tried for a token.
 
 
 def route_regret(
-    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, "B"], samples: int
+    model: MoEForCausalLM, observed: Observation, knobs: Knobs, *, document: Int[np.ndarray, " B"], samples: int
 ) -> list[dict[str, Any]]:
     """Return, by layer, the regret of about `samples` tokens: next-token loss as routed minus the smallest loss of the
     routes tried, in nats.
@@ -70,7 +70,7 @@ def route_regret(
     return results
 
 
-def _block_means(values: Float[np.ndarray, "R B"], included: np.ndarray) -> Float[np.ndarray, "B"]:
+def _block_means(values: Float[np.ndarray, "R B"], included: np.ndarray) -> Float[np.ndarray, " B"]:
     """Return the mean of the included values of each block."""
     return np.where(included, values, 0).sum(0) / included.sum(0).clip(min=1)
 
@@ -81,7 +81,7 @@ def _losses(
     layer: MoELayer,
     blocks: Batch,
     knobs: Knobs,
-    position: Int[Tensor, "B"],
+    position: Int[Tensor, " B"],
     order: Int[Tensor, "B E"],
 ) -> Float[np.ndarray, "B M"]:
     """Return the loss at one position of each block, for each route that is tried (a window of `order`)."""
@@ -102,5 +102,5 @@ def _losses(
     return torch.cat(losses).double().numpy()
 
 
-def _swap(routing: Routing, x: Float[Tensor, "T D"], *, token: Int[Tensor, "B"], order: Int[Tensor, "B E"]) -> Routing:
+def _swap(routing: Routing, x: Float[Tensor, "T D"], *, token: Int[Tensor, " B"], order: Int[Tensor, "B E"]) -> Routing:
     return swap_experts(routing, token, order)

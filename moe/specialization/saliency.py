@@ -22,7 +22,7 @@ NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @torch.no_grad()
-def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> list[Float[np.ndarray, "_"]]:
+def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> list[Float[np.ndarray, " _"]]:
     """Return, by layer, the saliency of each expert (REAP 2510.13999).
 
     It is the mean of gate x ‖output‖₂ over the tokens that take the expert. The gate is the weight with which the layer
@@ -55,7 +55,7 @@ def saliency(model: MoEForCausalLM, blocks: Batch, knobs: Knobs) -> list[Float[n
 
 
 def against_knockouts(
-    values: list[Float[np.ndarray, "_"]], knockouts: dict[str, dict[str, Any]] | None
+    values: list[Float[np.ndarray, " _"]], knockouts: dict[str, dict[str, Any]] | None
 ) -> dict[str, Any]:
     """Return the saliency, and how it ranks experts compared with the rise of the loss without each of them.
 

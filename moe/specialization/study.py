@@ -141,7 +141,7 @@ def validation_loss(model: MoEForCausalLM, data: Prepared, knobs: Knobs) -> dict
 
 
 def routing_statistics(
-    observed: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, "B"]
+    observed: Observation, domains: tuple[str, ...], *, document: Int[np.ndarray, " B"]
 ) -> dict[str, Any]:
     """Return, by layer, the statistics of the choices alone: by domain, token id and position, and pairs of experts."""
     rng = np.random.default_rng(0)

@@ -154,7 +154,7 @@ def _micro_batches(blocks: int, batch_size: int) -> Iterator[tuple[range, int]]:
 
 def _run(
     model: MoEForCausalLM, data: BlockTable, blocks: range, context: dict[str, Any], *, domains: int
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "3 B"], list[RoutingStats], Float[Tensor, "L N E"]]:
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "3 B"], list[RoutingStats], Float[Tensor, "L N E"]]:
     """Run the model on a micro-batch of these blocks.
 
     Return the domain of each block, its sums over tokens with a label (the loss, the number of these tokens, and how
@@ -177,7 +177,7 @@ def _run(
 
 
 def _loads(
-    decisions: tuple[Routing, ...], domain: Int[Tensor, "T"], domains: int, experts: int
+    decisions: tuple[Routing, ...], domain: Int[Tensor, " T"], domains: int, experts: int
 ) -> Float[Tensor, "N E"]:
     """Return how many assignments to each expert the tokens of each domain ask for; NaN if experts process slots."""
     if any(decision.slots is not None for decision in decisions):
@@ -231,7 +231,7 @@ def _write_documents(folder: Path, data: BlockTable, by_block: Float[Tensor, "2 
         write_documents(folder, DocumentLosses(*(np.bincount(documents, row) for row in sums.cpu().numpy())))
 
 
-def compared_tokens(blocks: range, seq_len: int) -> Int[Tensor, "N"]:
+def compared_tokens(blocks: range, seq_len: int) -> Int[Tensor, " N"]:
     """Return on which tokens of a micro-batch of these validation blocks the outputs of all experts are compared.
 
     They are one token in 251 of the validation set (or in slightly more, see `distance`), and the same ones for every

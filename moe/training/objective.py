@@ -75,7 +75,7 @@ def merged_stats(parts: Sequence[RoutingStats | None]) -> RoutingStats | None:
     return RoutingStats(*ranks.all_reduce_sum(local))
 
 
-def mean_losses(outcomes: list[Outcome]) -> Float[Tensor, "N"]:
+def mean_losses(outcomes: list[Outcome]) -> Float[Tensor, " N"]:
     """Return the mean losses of an optimizer step in double precision: the cross-entropy, then each auxiliary loss.
 
     outcomes: one for each of this rank's micro-batches. Every rank has the same number of them.

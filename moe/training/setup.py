@@ -229,7 +229,7 @@ def observed(config: Config) -> bool:
     return config.steps == 0 and config.model.checkpoint is not None
 
 
-def token_counts(data: Prepared) -> Int[Tensor, "V"]:
+def token_counts(data: Prepared) -> Int[Tensor, " V"]:
     """Count how often each token id occurs in the training blocks."""
     counts = torch.zeros(len(data.tokenizer), dtype=torch.long)
     for ids in data.train.parts("input_ids", 4096):

@@ -92,7 +92,7 @@ def _curve(
         axes.plot(size[inside], mean[inside], color=color, linewidth=2, label=label)
 
 
-def tokens_along(members: pd.DataFrame, size: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+def tokens_along(members: pd.DataFrame, size: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Return the tokens of runs of these sizes that cost as much as the members of a budget.
 
     What a token costs is known at their sizes. Between and beyond them, log tokens is a line or a parabola in log size.

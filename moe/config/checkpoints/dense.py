@@ -5,10 +5,13 @@ libraries of the hub and of tokenizers only where a checkpoint is read.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe.checks import ConfigError, first_line, require
 from moe.config.checkpoints import files, transformers_config
+
+if TYPE_CHECKING:  # importing transformers' configurations imports torch
+    from transformers import PretrainedConfig
 
 # The architecture of our decoder. Other ones run with the code of transformers, except for their MLPs.
 OURS = "llama"
