@@ -136,15 +136,15 @@ def test_sigterm_checkpoints_and_exits_with_143(step: int, job: Any, undisturbed
 
 def slow_source() -> None:
     """Make the reading of documents take a minute."""
-    from moe.data import documents
+    from moe.data import sources
 
     def sleeping(documents: Any, **settings: Any) -> Any:
         print("READING", flush=True)
         time.sleep(60)
         return documents
 
-    assert documents.without_duplicates
-    documents.without_duplicates = sleeping
+    assert sources.without_duplicates
+    sources.without_duplicates = sleeping
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
