@@ -121,21 +121,29 @@ def seeds_for(prediction: Prediction, *, power_wanted: float = POWER, most: int 
 
 @lru_cache
 def detectable_effect(
-    n: int, *, tests: int | float = 1, named: int = 1, rivals: int = 1, freedom: Freedom = PAIRED
+    n: int,
+    *,
+    tests: int | float = 1,
+    named: int = 1,
+    rivals: int = 1,
+    freedom: Freedom = PAIRED,
+    known_by: float = math.inf,
+    power_wanted: float = POWER,
 ) -> float:
-    """Return the smallest true difference that n seeds find with power 0.8; NaN if they have no spread.
+    """Return the smallest true difference that n seeds find with this power; NaN if they have no spread.
 
     It is in units of the spread; of a paired test, that of the paired differences (d_z). If each of `named` levels is
     compared with each of `rivals`, it is the true difference of every comparison, and all must find it. A test that is
     one of a family of `tests` must be significant after Holm's correction even if no other is: at 5 % / tests.
+    known_by: see `Prediction`.
     """
     if freedom.at(n) <= 0:
         return math.nan
     highest = 10 * float(stats.t.isf(SIGNIFICANCE / tests / 2, freedom.at(n)))
-    claim = Prediction(0.0, math.inf, 0.0, tests, named, rivals, freedom)
+    claim = Prediction(0.0, math.inf, 0.0, tests, named, rivals, freedom, known_by=known_by)
 
     def excess(effect: float) -> float:
-        return power(claim._replace(true=effect), n) - POWER
+        return power(claim._replace(true=effect), n) - power_wanted
 
     while excess(highest) < 0:
         highest *= 2

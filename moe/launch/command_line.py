@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -77,10 +77,12 @@ def read_cells(arguments: list[str]) -> list[Cell] | None:
     return read_command(arguments).cells
 
 
-def read_command(arguments: list[str]) -> Command:
+def read_command(arguments: list[str], *, check: Callable[[Start], None] = lambda start: None) -> Command:
     """Read and check a command line.
 
-    Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
+    check: raises ConfigError for a start that the caller cannot use. It is called before the cells are composed, which
+    takes long. Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one
+    line.
     """
     args = _parse_flags(arguments)
     left_out = (*args.overrides, "--", "--config-dir", "-cd", args.config_dir, f"--config-dir={args.config_dir}")
@@ -105,7 +107,9 @@ def read_command(arguments: list[str]) -> Command:
             return Command(None, [*lines_of(overrides), *flags])
         if searching:
             return Command([], [], read_search(overrides, multirun=args.multirun))
-        return Command(*expand_tuned(Start.of(overrides, multirun=args.multirun)))
+        start = Start.of(overrides, multirun=args.multirun)
+        check(start)
+        return Command(*expand_tuned(start))
 
 
 def _parse_flags(arguments: list[str]) -> argparse.Namespace:

@@ -28,6 +28,7 @@ from moe.config.claim import ClaimConfig, amount_of
 from moe.config.options import named_folders
 from moe.config.words import SEARCHED, as_word, with_words
 from moe.files import read_text, shown, write_json
+from moe.launch.cells import Start
 from moe.launch.command_line import read_command
 from moe.launch.listing import number_text
 from moe.launch.tuning import SEEDS
@@ -51,7 +52,7 @@ UNKNOWN = """\
 No runs tell how much runs differ by chance{why}. So only an effect in standard deviations of the differences between \
 runs of one seed, such as 1.5{unit}, has a number of seeds."""
 NO_TABLES = ", and an installed package has no tables of finished studies, as docs/studies of a checkout"
-GUIDE = "This is only a guide, because these runs differ from the plan:"
+GUIDE = "This is only a guide, because"
 LEFT_OUT = """\
 Seeds {seeds} told the spread, so they judge nothing. To judge by them too would be a look at the study that no report \
 counts."""
@@ -61,9 +62,15 @@ the present folder says how many seeds it lacks, and counts as a look."""
 WITHOUT_CLAIMS = """\
 experiment={}: has no claims, and a plan counts the seeds that claims need; write claims first (docs/reports.md), or \
 see its runs, tokens and FLOPs with `python train.py --list`"""
+LEGEND = """\
+In parentheses: the number of seeds for each end of the 95 % interval of the spread.
+distance to the bound: from the true difference that is assumed to what the claim does not allow; this is the effect,
+  or half of the range of a claim that has one.
+spread: the standard deviation of the difference between two settings, from seed to seed.
+level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
-A claim that needs over {most} seeds is out of reach. Fewer do for a larger effect (such as --effect {metric}=10%, for \
-its metric alone), or for longer runs, which differ less."""
+A claim that needs over {most} seeds is out of reach. Fewer do for longer runs, which differ less."""
+LARGER = " {most} seeds are also enough for an effect of this size or more:"
 NO_NUMBER = "no claim has a number of seeds"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
@@ -144,15 +151,13 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     The cells have the usual values of the tuned keys, because the best ones are not known yet.
     """
     with redirect_stdout(StringIO()):  # the next stage of a command that tunes is no news here
-        cells = read_command(["-m", *request.words]).cells
+        cells = read_command(["-m", *request.words], check=_check_start).cells
     trials, tune = [], cells[0].config.tune if cells else None
     if cells and tune:
         trials = cells if cells[0].grid and cells[0].grid.search else []
         cells = read_command(["-m", *with_words(request.words, "tune=null")]).cells
     require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
     assert cells is not None
-    if not cells[0].config.claims:
-        raise ConfigError(WITHOUT_CLAIMS.format(cells[0].experiment))
     for key in SEEDS[1:]:
         values = list(dict.fromkeys(getattr(cell.config, key) for cell in cells))
         swept = cells[0].grid and key in cells[0].grid.factors
@@ -168,6 +173,13 @@ def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
     if planned := cells[0].config.planned_seeds:
         print(f"planned_seeds={planned} plays no part in a plan: its command has the number that the claims need")
     return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
+
+
+def _check_start(start: Start) -> None:
+    """Raise ConfigError for an experiment without claims."""
+    given = [o.value() for o in start.own if o.key_or_group == "claims"]
+    if not (given[-1] if given else start.base.claims):
+        raise ConfigError(WITHOUT_CLAIMS.format(start.base.hydra.runtime.choices["experiment"]))
 
 
 def _check_fall(request: Request, claim: ClaimConfig) -> None:
@@ -211,6 +223,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.replaced:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)
+    if plan.passed_over:
+        yield from textwrap.wrap(f"passed over: {plan.passed_over}", WIDTH)
     for source in plan.sources.values():
         yield from _about(source)
     yield ""
@@ -220,9 +234,12 @@ def _lines(plan: Plan) -> Iterator[str]:
         indent = (width + 2) * " "
         yield f"{number:>{width}}  {each.claim.text}"
         yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=indent, subsequent_indent=indent)
-    far = [each.claim for each in plan.needs if each.seeds is None and not each.reason]
-    if by_effect := [claim for claim in far if claim.margin is None and not claim.size]:
-        yield from ("", *textwrap.wrap(OUT_OF_REACH.format(most=request.most, metric=by_effect[0].metric), WIDTH))
+    if not all(each.reason for each in plan.needs):
+        yield from ("", *LEGEND.splitlines())
+    if any(each.seeds is None and not each.reason for each in plan.needs):
+        larger = _within_reach(plan)
+        advice = OUT_OF_REACH + (LARGER if larger else "")
+        yield from ("", *textwrap.wrap(advice.format(most=request.most), WIDTH), *(f"  {each}" for each in larger))
     if plan.table:
         why = "" if STUDIES.is_dir() else NO_TABLES
         yield from ("", *textwrap.wrap(UNKNOWN.format(why=why, unit=UNIT), WIDTH))
@@ -249,9 +266,35 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
 
 
+def _within_reach(plan: Plan) -> list[str]:
+    """Return for each metric, as an option of the command, the effect from which all its claims are within reach."""
+    largest: dict[str, Need] = {}
+    for each in plan.needs:
+        metric = each.claim.metric
+        if each.within_reach > (largest[metric].within_reach if metric in largest else 0):
+            largest[metric] = each
+    sizes = {metric: _at_least(each, plan.request) for metric, each in largest.items()}
+    return [f"--effect {metric}={size}" for metric, size in sizes.items() if size]
+
+
+def _at_least(each: Need, request: Request) -> str:
+    """Return the effect that is within reach, rounded up to two digits, in the unit of the effect that was asked for.
+
+    Returns "" for all of the mean or more.
+    """
+    text, spread = request.effects.get(each.claim.metric, request.effect).text, each.spread
+    unit = UNIT if text.endswith(UNIT) else "%" if text.endswith("%") else ""
+    if unit == "%" and each.within_reach >= 0.95 * abs(spread.mean):
+        return ""
+    size = each.within_reach / {UNIT: spread.value, "%": abs(spread.mean) / 100, "": 1.0}[unit]
+    digit = 10 ** (math.floor(math.log10(size)) - 1)
+    return f"{math.ceil(size / digit) * digit:.2g}{unit}"
+
+
 def _about(source: Source) -> Iterator[str]:
     """Yield which runs tell a spread, and in what they differ from the planned ones."""
-    yield f"spread: of {source.name} ({len(source.runs)} runs, seeds {numbers_in_words(sorted(source.seeds))})"
+    seeds = numbers_in_words(sorted(source.seeds))
+    yield f"the spread is that of {source.name} ({len(source.runs)} runs, seeds {seeds})"
     if source.differs:
         yield GUIDE
         yield from (f"  {each}" for each in source.differs[:DIFFERENCES])

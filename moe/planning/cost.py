@@ -14,7 +14,6 @@ import pandas as pd
 
 from moe.checks import ConfigError, first_line
 from moe.config.schema import Config
-from moe.data.tokenizer import pretrained_tokenizer
 from moe.launch.flops import forward_flops
 
 MEASURED_STEPS = 9  # at most; the first one does not count
@@ -57,6 +56,8 @@ def flops_of_token(config: Config) -> int:
 
 @cache
 def _vocab_size(tokenizer: str, revision: str | None) -> int:
+    from moe.data.tokenizer import pretrained_tokenizer  # imports transformers
+
     try:
         return len(pretrained_tokenizer(tokenizer, revision))
     except ValueError as error:

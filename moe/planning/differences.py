@@ -14,13 +14,14 @@ from moe.results.table import ABSENT, level
 IGNORED = ("seed", "init_seed", "data_seed", "trainable")
 
 
-def differences(cells: list[Cell], runs: pd.DataFrame) -> list[str]:
+def differences(cells: list[Cell], runs: pd.DataFrame, *, of_factors: bool = True) -> list[str]:
     """Return in words the settings that planned runs have and the other runs lack, such as the number of steps.
 
     Options of groups come first, and what only follows from another option is left out. The factors of the plan come
     next. Runs with further levels tell about the planned ones too, so these are no difference. Neither is a key with
     its default that the runs' version of this project did not have yet. A run to which a key does not apply says
-    nothing about it. A key that only one of the two tunes is a difference.
+    nothing about it. A key that only one of the two tunes is a difference. of_factors: also name the levels of factors
+    that the other runs lack.
     """
     here, there = [*(cells[0].config.tune or {})], tuned_keys(runs)
     planned = {key: used for key, used in _planned(cells).items() if key not in (*here, *there)}
@@ -29,6 +30,8 @@ def differences(cells: list[Cell], runs: pd.DataFrame) -> list[str]:
     causes = [key for key in differing if not _follows(key, differing, planned)]
     found = [f"{key} is tuned in the plan, and not there" for key in here if key not in there]
     found += [f"{key} is tuned there, and not in the plan" for key in there if key not in here]
+    if not of_factors:
+        causes = [key for key in causes if len(planned[key].levels) < 2]
     for key in sorted(causes, key=lambda key: (key not in cells[0].choices, len(planned[key].levels) < 2)):
         texts = (", ".join(map(str, levels)) for levels in (known[key], planned[key].levels))
         found.append("{} is {} there, and {} in the plan".format(key, *texts))

@@ -46,9 +46,9 @@ class Plan(NamedTuple):
     seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
     elsewhere: whether the command has a folder of its own, because runs that tell the spread are in the usual one.
     trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, in
-    words. sources: the runs that tell a spread, by their names. left_out: their seeds, which judge nothing. pilot: the
-    command of a pilot; None if the plan has one. table: for each level of a test, the seeds that effects of several
-    sizes need; empty if all spreads are known.
+    words. sources: the runs that tell a spread, by their names. passed_over: see `Sources`. left_out: the seeds of the
+    sources, which judge nothing. pilot: the command of a pilot; None if the plan has one. table: for each level of a
+    test, the seeds that effects of several sizes need; empty if all spreads are known.
     """
 
     request: Request
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     elsewhere: bool
     replaced: list[str]
     sources: dict[str, Source]
+    passed_over: str
     left_out: list[int]
     pilot: str | None
     table: dict[int, dict[float, int | None]]
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
             "seconds_from": self.seconds_from,
             "replaced": self.replaced,
             "sources": [source.as_json() for source in self.sources.values()],
+            "passed_over": self.passed_over,
             "seeds_left_out": self.left_out,
             "pilot": self.pilot,
             "power": self.request.power,
@@ -167,6 +169,7 @@ def make_plan(
         elsewhere=elsewhere,
         replaced=cells[0].grid.replacements() if cells[0].grid else [],
         sources=known,
+        passed_over=sources.passed_over if sources else "",
         left_out=sorted(told),
         pilot=None if sources and sources.pilot else pilot_command(request, cells),
         table=table,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, timed
-from moe.analysis.power import Prediction, seeds_for
+from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.checks import require
 from moe.config.claim import ClaimConfig, absolute
@@ -67,6 +67,8 @@ class Need(NamedTuple):
     metric. The bound of a claim without a range is 0; of a claim with a range, this is half its width. seeds: None if
     it is out of reach, or if that is unknown. low, high: for the ends of the interval of the spread; None is more than
     the most seeds that were allowed. tests: the number by which 5 % are divided. reason: why the number is unknown.
+    within_reach: the smallest effect that the most seeds support, in units of the metric; NaN unless an effect of this
+    size or more would bring the claim within reach.
     """
 
     claim: ClaimConfig
@@ -77,6 +79,7 @@ class Need(NamedTuple):
     low: int | None
     high: int | None
     reason: str = ""
+    within_reach: float = math.nan
 
 
 NOT_TOLD = Spread(1.0, math.nan, math.nan, math.nan, "no runs tell the spread")
@@ -143,6 +146,8 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
     comparable = not math.isnan(spread.mean) or (effect.text.endswith(UNIT) and not ranged)
     compared_with = "its range" if ranged else f"an effect of {effect.text}"
     unknown = "" if comparable else f"{compared_with} can be compared only with a spread"
+    if not math.isnan(spread.mean) and math.isnan(spread.low):
+        unknown = NO_SPREAD
     if absent := "; ".join(ahead.absent):
         spread = NOT_TOLD._replace(source=NOT_IN_PLAN.format(absent=absent))
     if reason := absent or unknown:
@@ -158,5 +163,12 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
 
     least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (spread.low, spread.high))
     scales = effect.text.endswith(UNIT) and not ranged  # an effect in units of the true spread, whatever that is
-    wanted = seeds(spread.value, math.inf if scales else spread.freedom)
-    return Need(claim, ahead.tests, spread, effect_size, wanted, least, most_seeds)
+    known_by = math.inf if scales else spread.freedom
+    wanted = seeds(spread.value, known_by)
+    reach = math.nan
+    if wanted is None and not ranged:
+        compared_levels = {"named": len(claim.levels), "rivals": ahead.rivals}
+        reach = spread.value * detectable_effect(
+            most, tests=ahead.tests, **compared_levels, known_by=known_by, power_wanted=power
+        )
+    return Need(claim, ahead.tests, spread, effect_size, wanted, least, most_seeds, within_reach=reach)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.tuned import tuned_keys
 from moe.checks import ConfigError, first_line, require
 from moe.config.cell import Cell
@@ -63,28 +64,55 @@ class Source(NamedTuple):
 class Sources:
     """The runs that may tell the spreads of the claims of planned cells.
 
-    Those of a pilot if there is one. Otherwise, in this order: the finished runs in the folder of these cells, the
-    shipped runs of their experiment, and those of the other experiment with the most seeds that have the metric.
-    Without a pilot, only runs with two seeds of two settings at least tell a spread.
+    Those of a pilot if there is one. Otherwise, in this order: the finished runs in the folder of these cells unless
+    they are `passed_over`, the shipped runs of their experiment, and those of the other experiment with the most seeds
+    that have the metric. Without a pilot, only runs with two seeds of two settings at least tell a spread.
     """
 
     def __init__(self, cells: list[Cell], pilot: Path | None = None, studies: Path = STUDIES) -> None:
         """Raises ConfigError for a pilot that cannot be used. studies: the folder that has those of shipped tables."""
         self.cells, self.studies = cells, studies
-        self.pilot = (
-            None if pilot is None else Source("the pilot", runs := runs_of_pilot(pilot), differences(cells, runs))
-        )
+        self.pilot = None
+        if pilot is not None:
+            runs = runs_of_pilot(pilot)
+            little = [TOO_LITTLE] if learned_little(runs) else []
+            self.pilot = Source("the pilot", runs, [*little, *differences(cells, runs)])
         self._read: dict[str, Source | None] = {}
 
-    @cached_property
+    @property
     def own(self) -> Source | None:
-        """The finished runs in the folder of the planned cells: of several grids, the one that differs least."""
+        """The finished runs in the folder of the planned cells, unless they are passed over."""
+        source, why_not = self._in_folder
+        return None if why_not else source
+
+    @property
+    def passed_over(self) -> str:
+        """Which finished runs in the folder of the planned cells tell nothing, and why; "" if there are none."""
+        source, why_not = (None, "") if self.pilot else self._in_folder
+        return f"{source.name}, because {why_not}" if source and why_not else ""
+
+    @cached_property
+    def _in_folder(self) -> tuple[Source | None, str]:
+        """The finished runs in the folder of the planned cells, and why they are passed over, if they are.
+
+        Of several grids, it is the one that differs least.
+        """
         folder = self.cells[0].folder.parent
         try:
             runs = load_runs([folder])
         except ValueError:  # no folder, or no run there
-            return None
-        return self._nearest(f"the finished runs in {shown(folder)}", runs, None)
+            return None, ""
+        source = self._nearest(f"the finished runs in {shown(folder)}", runs, None)
+        if source is None:
+            return None, ""
+        of_grid = runs[runs["experiment"].isin(source.runs["experiment"])]
+        if "running" in {*of_grid["status"]}:
+            return source, "other runs of this sweep are still training"
+        if learned_little(source.runs):
+            return source, TOO_LITTLE
+        found = differences(self.cells, source.runs, of_factors=False)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return source, f"{found[0]}{more}" if found else ""
 
     def spread(self, claim: ClaimConfig) -> tuple[Spread, Source | None]:
         """Return the spread of a claim, and the runs that tell it; `NOT_TOLD` and None if none do."""

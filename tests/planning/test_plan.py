@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
@@ -41,6 +43,7 @@ from moe.planning.sources import Sources, runs_of_pilot
 from moe.program import Stopped
 from moe.results.shipped import ship
 from moe.results.table import ABSENT, level, load_runs
+from moe.runs.folder import LOCK, locked
 from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
 
 
@@ -134,8 +137,9 @@ def test_a_plan_with_a_pilot(
     assert claim["seeds_low"] < claim["seeds"] <= 32
     assert claim["seeds_high"] is None
     cv = plan["claims"][3]
-    assert cv["seeds"] is None
+    assert (cv["seeds"], cv["reachable"]) == (None, None)  # no chance is known, so no number of seeds is
     assert "the same in every seed" in cv["spread_from"]
+    assert re.search(r"\n +unknown  Balance weight 0.01 lowers the load CV\n +the difference is the same", printed)
     seeds = max(each["seeds"] or 0 for each in plan["claims"])
     assert plan["seeds"] == list(range(42, 42 + seeds))
     [source] = plan["sources"]
@@ -144,7 +148,7 @@ def test_a_plan_with_a_pilot(
     assert "  steps is 10 there, and 300 in the plan\n" in printed
     assert claim["spread_from"] == "the pilot, only a guide: paired differences of 3 seeds"
     assert plan["pilot"] is None
-    assert {each["reachable"] for each in plan["claims"]} <= {True, False}
+    assert {each["reachable"] for each in plan["claims"] if each is not cv} <= {True, False}
     assert (plan["runs"], plan["seconds_from"]) == (6 * seeds, "the seconds for each FLOP of the pilot")
     tokens_of_a_run = 300 * 16 * 128
     assert plan["tokens"] == plan["runs"] * tokens_of_a_run
@@ -407,9 +411,35 @@ def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, 
     assert command.endswith("seed=7,8,9")
     ship(load_runs([pilot]), tmp_path / "studies" / "x")
     assert plan()[0] == "the shipped runs of x, only a guide: paired differences of 3 seeds"
-    shutil.copytree(pilot, tmp_path / "x" / "x")
+    own = shutil.copytree(pilot, tmp_path / "x" / "x")
+    paths = [folder / RunRecord.FILE for folder in own.iterdir()]
+
+    def passed_over(because: str) -> bool:
+        found, _, text = plan()
+        words = f"passed over: the finished runs in {own}, because {because}"
+        return found.startswith("the shipped runs of x, ") and words in " ".join(text.split())
+
+    def learn(unigram: float) -> None:
+        for path in paths:
+            each = RunRecord.read(path)
+            settings = {key: each.config[key] for key in ("seed", "noise", "lb")}
+            same = {"config": asdict(cells[0].config) | settings, "identity": cells[0].identity() | settings}
+            assert each.facts
+            facts = each.facts._replace(unigram_perplexity=unigram)
+            replace(each, **same, choices=cells[0].choices, facts=facts).write(path)
+
+    assert passed_over("steps is 10 there, and 4 in the plan (and ")
+    learn(90)
+    assert passed_over("no model is better than a unigram model")
+    learn(900)
+    training = own / "training"
+    training.mkdir()
+    replace(RunRecord.read(paths[0]), status="running", name="training").write(training / RunRecord.FILE)
+    with locked(training / LOCK):
+        assert passed_over("other runs of this sweep are still training")
     found, command, text = plan()
-    assert found == f"the finished runs in {tmp_path / 'x' / 'x'}, only a guide: paired differences of 3 seeds"
+    assert "passed over" not in text
+    assert found == f"the finished runs in {own}: paired differences of 3 seeds"
     assert command.endswith("seed=7,8,9 out=multirun_study")
     assert "The command has a folder of its own" in text
 
@@ -586,8 +616,31 @@ def test_a_plan_says_what_brings_a_claim_within_reach_in_lines_that_a_terminal_s
     text = " ".join(lines)
     assert [each.seeds is None for each in plan.needs] == [True, False]
     assert "A claim that needs over 32 seeds is out of reach." in text
-    assert "--effect val/perplexity=10%" in text
+    [advice] = [line.split()[-1] for line in lines if line.startswith("  --effect val/perplexity=")]
+    size = advice.partition("=")[2]
+    assert size.endswith("%")
+    enough, less = (request._replace(effect=Effect(f"{share * float(size[:-1])}%")) for share in (1, 0.8))
+    found = [make_plan(each, cells, Sources(cells, pilot), lambda: Speed(1e-9, 0.0, source)) for each in (enough, less)]
+    assert [plan.needs[0].seeds is None for plan in found] == [False, True]
+    for word in ("distance to the bound", "spread", "level"):
+        assert sum(line.startswith(f"{word}: ") for line in lines) == 1
     assert len({line.index(claim.text) for line in lines for claim in (far, near) if line.endswith(claim.text)}) == 1
     assert max(len(line) for line in lines if not line.startswith("command: ")) <= 110
     plan = plan._replace(needs=plan.needs[1:])
     assert "out of reach" not in " ".join(_lines(plan))
+
+
+@pytest.mark.parametrize("words", ["--help", "experiment=scaling effect=1%"])
+def test_help_and_an_experiment_without_claims_are_answered_before_pytorch_is_imported(words: str) -> None:
+    """The experiment has 54 runs, and none of them is composed."""
+    code = """
+import sys
+from moe.planning.__main__ import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert ("experiment=scaling: has no claims" in done.stderr) == (words != "--help")
