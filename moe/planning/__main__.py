@@ -64,8 +64,8 @@ experiment={}: has no claims, and a plan counts the seeds that claims need; writ
 see its runs, tokens and FLOPs with `python train.py --list`"""
 LEGEND = """\
 In parentheses: the number of seeds for each end of the 95 % interval of the spread.
-distance to the bound: from the true difference that is assumed to what the claim does not allow; this is the effect,
-  or half of the range of a claim that has one.
+distance to the bound: from the true difference that is assumed to what the claim does not allow. It is the
+  effect; or half of the range, if the claim has one.
 spread: the standard deviation of the difference between two settings, from seed to seed.
 level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
