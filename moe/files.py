@@ -149,7 +149,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the hexadecimal sha256 digest of a file's content."""
+    """Return the checksum of a file's content: its sha256, in hexadecimal digits."""
     with open(path, "rb", opener=_regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -294,7 +294,7 @@ def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
     against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
     subject = f"each of {enumerated(named)}" if named[1:] else named[0]
     text = f"one of {number} comparisons that must all hold: {subject} with {against}"
-    return f"{text}; shown is the one on which its p depends"
+    return f"{text}; shown is the comparison on which p depends"
 
 
 def _where(claim: ClaimConfig) -> str:

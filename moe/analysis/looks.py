@@ -201,7 +201,7 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
 
 
 def name_of_test(claim: ClaimConfig) -> str:
-    """Return a digest of what a claim tests, which does not depend on its words."""
+    """Return the fingerprint of what a claim tests, which does not depend on its words."""
     return digest_of({key: value for key, value in asdict(claim).items() if key not in ("text", "source")})
 
 
@@ -255,8 +255,8 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
     """Return earlier plans that changed claims of the newest of `here`, for runs that compute the same.
 
     here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
-    A damaged file there is passed over, because this report is not about its runs. Digests of an earlier form are read
-    with the records of the runs beside them.
+    A damaged file there is passed over, because this report is not about its runs. Fingerprints of an earlier form are
+    read with the records of the runs beside them.
     """
     places = [(sweep.parent, "*") for sweep in sweeps] + [(sweep.parent.parent, "*/*") for sweep in sweeps]
     folders = {path.parent for place, depth in places for path in place.glob(f"{depth}/{PlansRecord.FILE}")}

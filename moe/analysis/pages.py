@@ -7,8 +7,8 @@
 comparisons at equal cost and the table of conditions of each such folder NAME between the two marks in NAME.md beside
 it. It also writes the verdict of each claim that `docs/findings.md`, the page above, names in a mark such as `<!--
 noise_lb_seed: Noise 0.5 raises perplexity -->`, and of each speed-up, as in `<!-- spectra_ablation: At equal cost,
-variant dense vs top2 -->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its digest,
-and what it planned. A test compares.
+variant dense vs top2 -->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its
+fingerprint, and what it planned. A test compares.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from moe.files import read_text, shown, write_text
 from moe.metrics.catalog import lookup
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
-from moe.runs.planned import digest_of_plan, is_plan
+from moe.runs.planned import digest_of_plan, is_plan, short
 
 BEGIN = "<!-- What follows is written by `python -m moe.analysis.pages write docs/studies`. -->"
 END = "<!-- Here it ends. -->"
@@ -52,8 +52,8 @@ CURVE = (
 )
 PLAN = "plan.json"
 MADE = """\
-The plan was made on {time}, {order} the first run started (on {started}). Its digest is {digest}. The smallest effect
-that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
+The plan was made on {time}, {order} the first run started (on {started}). The fingerprint of the plan is
+{fingerprint}. The smallest effect that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
 WANTED = "It names the seeds {seeds} and {runs} runs: {settings} settings with each seed{tuning}."
 NOT_WANTED = "It names no seeds, because no claim has a number of them."
 PLANNED = """\
@@ -174,14 +174,14 @@ def shown_by(folder: Path, experiments: list[ReportInputs], costs: list[CostInSh
 def _runs_of_plan(plan: Any, experiments: list[ReportInputs]) -> pd.DataFrame:
     """Return the runs of the experiment whose claims a plan has; of several, those of the most finished seeds.
 
-    Raises ConfigError for what is no plan, and for a plan of other claims, without a digest, or with another one.
+    Raises ConfigError for what is no plan, and for a plan of other claims, without a fingerprint, or with another one.
     """
     if not is_plan(plan):
         raise ConfigError("is no plan of `moe plan`")
     if "digest" not in plan:
-        raise ConfigError("this plan is older than digests and must be made again with `moe plan`")
+        raise ConfigError("this plan is older than fingerprints of plans and must be made again with `moe plan`")
     if plan["digest"] != digest_of_plan(plan):
-        raise ConfigError(f"its digest is {digest_of_plan(plan)} and not {plan['digest']}: it was changed")
+        raise ConfigError(f"its fingerprint is {digest_of_plan(plan)} and not {plan['digest']}: it was changed")
     claims = {(claim["text"], claim["metric"], claim["kind"]) for claim in plan["claims"]}
     recorded = [_recorded_claims(part) for part in experiments]
     same = [part.runs for part, found in zip(experiments, recorded, strict=True) if found == claims]
@@ -238,7 +238,7 @@ def planned(plan: dict[str, Any], runs: pd.DataFrame) -> Iterator[ReportBlock]:
 
 
 def _made(plan: dict[str, Any], made: datetime, started: datetime, trained: list[int]) -> str:
-    """Return when a plan was made, its digest, and its seeds and runs, beside the seeds that were trained.
+    """Return when a plan was made, its fingerprint, and its seeds and runs, beside the seeds that were trained.
 
     started: when the first run did.
     """
@@ -248,7 +248,7 @@ def _made(plan: dict[str, Any], made: datetime, started: datetime, trained: list
         time=_moment(made),
         order="before" if made < started else "after",
         started=_moment(started),
-        digest=plan["digest"],
+        fingerprint=short(plan["digest"]),
         wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] else NOT_WANTED,
         effect=_effects_in_words(plan),
         trained=numbers_in_words(trained),

@@ -36,13 +36,13 @@ class ModelConfig:
     neftune_noise_alpha: float = 0.0  # uniform noise on embeddings in training, before that factor (2310.05914: 5)
     attention: str = "sdpa"  # implementation of the attention: eager | sdpa | flash_attention_2
     dense: str | None = None  # dense checkpoint to start from, a folder or hub name (`moe.model.upcycle`)
-    dense_digest: str | None = None  # digest of dense + those of upcycle_parents; filled in; a given one must match
+    dense_digest: str | None = None  # checksum of dense + those of upcycle_parents; filled in; a given one must match
     upcycle_noise: float = 0.0  # noise on each copied expert, as a share of the std of each matrix (2212.05055)
     upcycle_reset: float = 0.0  # share of each copied expert's hidden units that is drawn anew (2502.19261: 0.5)
     upcycle_split: int = 1  # parts into which each copied MLP is cut, one expert each (2410.07524)
     upcycle_parents: list[str] = field(default_factory=list)  # other checkpoints; experts copy all in turn (2403.07816)
     checkpoint: str | None = None  # Mixture of Experts to start from: of transformers, or a saved model of ours
-    checkpoint_digest: str | None = None  # digest of that model; filled in automatically; a given one must match
+    checkpoint_digest: str | None = None  # checksum of that model; filled in automatically; a given one must match
     offload: str | None = None  # folder from which experts are read when they run: for large models; steps=0 only
 
     def check(self) -> None:

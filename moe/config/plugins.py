@@ -1,4 +1,4 @@
-"""Code from outside of this project that a run uses: which source files it consists of, and their digest."""
+"""Code from outside of this project that a run uses: which source files it consists of, and their checksum."""
 
 import ast
 import hashlib

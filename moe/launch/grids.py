@@ -91,6 +91,6 @@ def with_part(grid: Grid, text: str, settings: dict[str, Any]) -> Grid:
 
 
 def _cut(name: str, factors: list[str], fixed: dict[str, Any]) -> str:
-    """Return the start of a name that is too long, and a digest of what it says."""
+    """Return the start of a name that is too long, and a checksum of what it says."""
     digest = hashlib.sha256(json.dumps([factors, fixed]).encode()).hexdigest()[:8]
     return f"{name[: LONGEST_NAME - 10]}… {digest}"

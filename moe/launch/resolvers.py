@@ -30,7 +30,7 @@ LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 def run_name(overrides: str) -> str:
     """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
 
-    A name that had to be changed or cut ends in a digest. It is cut at a comma, so that every value in it is whole. Of
+    A name that had to be changed or cut ends in a checksum. It is cut at a comma, so every value in it is whole. Of
     the path of a checkpoint, it has the last two parts.
     """
     overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys

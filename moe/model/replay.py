@@ -18,7 +18,7 @@ from moe.routing.decision import Context, Routing
 
 
 def replays(layers: list[MoELayer]) -> tuple[str, str | None] | None:
-    """Return the run whose model decides for some of these layers, and its digest; None if there is none."""
+    """Return the run whose model decides for some of these layers, and its checksum; None if there is none."""
     return next((layer.router.replays for layer in layers if layer.router.replays is not None), None)
 
 

@@ -76,7 +76,7 @@ def _of_runs(runs: pd.DataFrame, choices: dict[str, str | None], key: str) -> li
 def _follows(key: str, differing: list[str], planned: dict[str, _Used]) -> bool:
     """Return whether a key differs only because its group has another option, whose values the plan leaves as they are.
 
-    A digest differs because that of which it is the digest does.
+    A checksum differs because that of which it is the checksum does.
     """
     group = key.partition(".")[0]
     used = planned[key]

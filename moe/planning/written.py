@@ -1,4 +1,4 @@
-"""plan.json: a plan with its time and digest, and without paths of the machine on which it was made."""
+"""plan.json: a plan with its time and fingerprint, and without paths of the machine on which it was made."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ ABSOLUTE = re.compile(r"(?<![\w.~}$/])/+(?=[^/\s])[^\s,\]\"'}]*")
 
 
 def as_written(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return what plan.json holds: the plan, the present time, such as 2026-11-27T09:30:00+00:00, and its digest.
+    """Return what plan.json holds: the plan, the present time, such as 2026-11-27T09:30:00+00:00, and its fingerprint.
 
     A command leaves out where the runs lie, if that is an absolute path. Of any other absolute path, only the last
     part stays, as in ".../lab"; one below the working folder becomes relative.

@@ -212,7 +212,7 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     If two factors change together, one of them counts as varied and the other as tied. An arm (`variant`) counts before
     the keys that it sets, and a group such as `router` before a key below it, such as `router._target_`. What the grids
     of the runs did not vary counts last. Several factors may determine it together: a budget of FLOPs gives each size
-    of the model a number of steps of its own. The digest of the text is a factor if runs with equal settings read
+    of the model a number of steps of its own. The checksum of the text is a factor if runs with equal settings read
     different text, because files changed. A condition then has runs with one text only. The same holds for the code of
     a package from outside of this project.
     """

@@ -33,8 +33,8 @@ FACTS = (
     *("seconds", "train_seconds", "peak_memory_gb", "parameters.total", "parameters.active", "parameters.trainable"),
     *("flops_per_token", "ranks.number", "unigram_perplexity", "claims"),
 )
-PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the digest of a package's code, if a run used it
-# Factors: the start of the digests of what a run read.
+PLUGINS = "plugins"  # factors such as plugins.mylab: the start of the checksum of a package's code, if a run used it
+# Factors: the start of the checksums of what a run read.
 DIGESTS = ("data.corpus_sha256", "data.tokenizer_sha256", "data.test_sha256")
 # The level of a factor that does not apply to a run: its config lacks the key, such as router.temp with a top-k router,
 # or its router ignores it, such as noise with a hash router.
@@ -264,7 +264,7 @@ def _tuned(grid: Grid) -> str | None:
 def _named_row(folder: Path, status: str, error: str | None) -> dict[str, Any]:
     """Return the row of a run if only the name of its folder is known.
 
-    `lb=0.0,noise=0.1,seed=42` holds three factors. A name that was changed for the file system ends in a digest and
+    `lb=0.0,noise=0.1,seed=42` holds three factors. A name that was changed for the file system ends in a checksum and
     holds none.
     """
     row: dict[str, Any] = {}

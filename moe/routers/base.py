@@ -49,7 +49,7 @@ class Router(nn.Module):
     - `learns_from_outputs = True`: the layer sets `Routing.feedback` to the sum of the outputs of each expert (E * D).
       `after_step` then finds it in the sums of the step.
     - `adds_output = True`: `Routing.added` is not zero before anything is learned, such as a share of the input.
-    - `replays`: the folder of the run whose model decides, and the digest of that model. The decoder then sets
+    - `replays`: the folder of the run whose model decides, and the checksum of that model. The decoder then sets
       `Context.given`.
     - `uses_ids = True`: the router reads the token ids in `Context.ids`, and not only their shape.
     - `told`: the labels of `moe.routing.decision.LABELS` that it reads in `Context.told`, such as the domain of a text.

@@ -20,7 +20,7 @@ class Replay(Router):
 
     run: the folder of the finished run. Its saved model must have the same tokenizer, the same MoE layers and the same
         number of experts.
-    digest: of that model. It is filled in, and a given one must match.
+    digest: the checksum of that model. It is filled in, and a given one must match.
     """
 
     uses_ids = True
@@ -32,7 +32,7 @@ class Replay(Router):
         super().__init__(dim, num_experts, fixed_k=None)
         self.replays = (run, digest)
         if digest is not None:
-            self.same_as = {"run": None}  # the digest says which model it is, whatever the name of the folder
+            self.same_as = {"run": None}  # the checksum says which model it is, whatever the name of the folder
 
     def forward(self, x: Float[Tensor, "T D"], context: Context) -> Routing:
         require(context.given is not None, "router", "replay", "used in our decoder alone")

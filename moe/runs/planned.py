@@ -17,7 +17,7 @@ class PlannedStudy(NamedTuple):
     """What a command planned before the first step of its runs.
 
     time: such as 2026-11-27T09:30:00+00:00. experiment: the name of the grid. planned_seeds: the number of seeds after
-    which the report decides; null if nobody said. runs: a digest of the settings of each run that had not begun.
+    which the report decides; null if nobody said. runs: the fingerprint of the settings of each run that had not begun.
     """
 
     time: str
@@ -128,13 +128,18 @@ def _check_numbers(place: str, numbers: Iterable[int]) -> None:
             raise ValueError(f"{place} has {number}: must be at least 0")
 
 
+def short(fingerprint_or_checksum: str) -> str:
+    """Return the start of a fingerprint or checksum, as texts show it. The JSON files have all of it."""
+    return fingerprint_or_checksum[:8]
+
+
 def digest_of(content: Any) -> str:
-    """Return the start of the SHA-256 of something that JSON can hold."""
+    """Return the fingerprint of something that JSON can hold: the first 12 characters of its SHA-256."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def digest_of_run(identity: dict[str, Any]) -> str:
-    """Return a digest of everything that decides what a run computes. A new key with its default does not change it.
+    """Return the fingerprint of all that decides what a run computes. A new key with its default does not change it.
 
     identity: see `RunRecord`.
     """
@@ -142,9 +147,9 @@ def digest_of_run(identity: dict[str, Any]) -> str:
 
 
 def digests_by_earlier_ones(folder: Path) -> dict[str, str]:
-    """Return the digest of each run in a sweep folder, by the one that it had when keys with their defaults counted.
+    """Return the fingerprint of each run in a sweep folder, by that of the time when keys with their defaults counted.
 
-    Plans of that time have the earlier digests, and the records of their runs tell which run each of them is. A record
+    Plans of that time have the earlier ones, and the records of their runs tell which run each of them is. A record
     that cannot be read tells nothing.
     """
     found = {}
@@ -160,10 +165,10 @@ def digests_by_earlier_ones(folder: Path) -> dict[str, str]:
 
 
 def digest_of_plan(plan: dict[str, Any]) -> str:
-    """Return the digest of everything in a plan.json but its time and its digest."""
+    """Return the fingerprint of a plan.json: of all but its time and its key "digest", which holds the fingerprint."""
     return digest_of({key: value for key, value in plan.items() if key not in ("time", "digest")})
 
 
 def is_plan(content: Any) -> bool:
-    """Return whether the content of a JSON file is a plan of `moe plan`, also one from before plans had a digest."""
+    """Return whether the content of a JSON file is a plan of `moe plan`, also an old one without a fingerprint."""
     return isinstance(content, dict) and {"claims", "runs", "command"} <= content.keys()

@@ -35,11 +35,11 @@ CONDITION = "condition"  # the config key by which dashboards group runs
 def condition(cell: Cell) -> str:
     """Return a name that is the same for all cells that differ only in their seed, and different for all others.
 
-    It consists of the folder's name without the seed, for people, and a digest of the configuration without the seed.
+    It consists of the folder's name without the seed, for people, and a checksum of the configuration without the seed.
     """
     seedless = {key: value for key, value in cell.identity().items() if key != "seed"}
     digest = hashlib.sha256(json.dumps(seedless, sort_keys=True).encode()).hexdigest()[:6]
-    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a digest, which includes the seed
+    overrides = re.sub("-[0-9a-f]{8}$", "", cell.folder.name).split(",")  # cut off a checksum, which includes the seed
     readable = ",".join(override for override in overrides if not override.startswith("seed="))
     return f"{readable[:100] or 'base'} {digest}"
 

@@ -12,6 +12,7 @@ import pytest
 from run_folders import write_metrics, write_record
 
 from moe.analysis.claims import judge_planned
+from moe.analysis.league import League
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
@@ -153,29 +154,44 @@ def test_runs_that_recorded_the_question_as_a_text_have_the_parts_of_its_file(
     assert len(question_of(same)) == 1
 
 
-def ranked(**places: tuple[int, int]) -> pd.DataFrame:
-    """Return the table of a league of routers, each with its best and its worst rank. No router has a verdict."""
-    rows = [(3 + number / 10, number + 1, *ends) for number, ends in enumerate(places.values())]
-    table = pd.DataFrame(rows, index=list(places), columns=["mean", "rank", "best rank", "worst rank"])
-    return table.assign(low=math.nan, high=math.nan)
+def ranked(level: float = 0.05, /, **places: tuple[int, int]) -> League:
+    """Return a league of routers, each with its best and its worst rank, over two seeds; "a" is the reference."""
+    rows = [(3 + n / 10, n + 1, *ends, n / 10, -0.1, 0.3) for n, ends in enumerate(places.values())]
+    columns = ["mean", "rank", "best rank", "worst rank", "difference", "low", "high"]
+    table = pd.DataFrame(rows, index=list(places), columns=columns)
+    table.loc["a", ["difference", "low", "high"]] = math.nan
+    return League(table, pd.DataFrame({"a": [3.0, 3.0]}), level)
 
 
-def test_the_first_of_a_league_is_named_with_those_that_may_be_as_good() -> None:
-    assert league._first(ranked(a=(1, 1), b=(2, 3), c=(2, 3)), "test loss", "a") == (
-        "a has the lowest test loss, 3, and is certainly the best of 3 routers"
+def test_the_best_of_a_league_is_named_with_its_lead_and_those_that_may_be_as_good() -> None:
+    """Two sentences have the effect, its interval and the number of seeds; "c" is worse than "a" by its interval."""
+    lead = "a has the lowest test loss: 3 nats per token in the mean of 2 seeds; that of b differs by "
+    lead += "+0.100 [-0.100, 0.300]."
+    together = "By intervals for all routers together, of differences and of ranks"
+    certain = league._first(ranked(a=(1, 1), b=(2, 3), c=(2, 3)), "test loss", "a")
+    assert certain == f"{lead} {together}, a is certainly the best of 3 routers."
+    found = ranked(a=(1, 3), b=(1, 3), c=(1, 3))
+    assert league._first(found, "test loss", "a") == f"{lead} {together}, b and c may be as good."
+    found.table.loc["c", ["low", "high"]] = 0.1, 0.2
+    assert league._first(found, "test loss", "a") == (
+        f"{lead} {together}, b may be as good; the other one is worse than some router."
     )
-    text = "a has the lowest test loss, 3; of 3 routers, b may be as good, by the intervals of their ranks, which "
-    text += "compare all pairs"
-    table = ranked(a=(1, 2), b=(1, 3), c=(2, 3))
-    assert league._first(table, "test loss", "a") == text
-    table.loc[["b", "c"], ["low", "high"]] = 0.1, 0.2
-    assert league._first(table, "test loss", "a") == (
-        f"{text}; compared with a alone, which tells more, b of these is worse than it"
+    four = ranked(a=(1, 3), b=(1, 3), c=(2, 4), d=(2, 4))
+    assert league._first(four, "test loss", "a").endswith("as good; each of the other 2 is worse than some router.")
+    best = ranked(b=(1, 2), a=(1, 2))
+    best.table.loc["b", "difference"] = -0.1
+    assert "2 seeds; it differs from that of a by -0.100 [-0.100, 0.300]. By" in league._first(best, "test loss", "a")
+    assert league._first(ranked(0.0, a=(1, 2), b=(1, 2)), "test loss", "a").endswith(
+        "No router is shown to be better than another one, because there are no intervals."
     )
+    of_one_seed = ranked(a=(1, 2), b=(1, 2))._replace(values=pd.DataFrame({"a": [3.0]}))
+    alone = league._first(of_one_seed, "test loss", "a")
+    assert "nats per token with one seed; " in alone
+    assert alone.endswith("because there are no intervals.")
 
 
 def test_routers_change_places_only_if_both_leagues_are_certain() -> None:
-    one, turned = ranked(a=(1, 1), b=(2, 3), c=(2, 3)), ranked(c=(1, 1), b=(2, 2), a=(3, 3))
+    one, turned = ranked(a=(1, 1), b=(2, 3), c=(2, 3)).table, ranked(c=(1, 1), b=(2, 2), a=(3, 3)).table
     assert league._changed_places({"x=1": one, "x=2": turned}) == "a is better than b at x=1, and worse at x=2"
-    unsure = ranked(b=(1, 2), a=(1, 2), c=(3, 3))
+    unsure = ranked(b=(1, 2), a=(1, 2), c=(3, 3)).table
     assert league._changed_places({"x=1": one, "x=2": unsure}) == ""

@@ -218,7 +218,7 @@ def test_a_claim_about_several_levels_is_as_strong_as_its_weakest_comparison() -
     assert row["verdict"] == "undecided"
     assert row["compared"] == "noise 0.1 vs 0.0"
     words = "one of 2 comparisons that must all hold: each of 0.1 and 0.5 with 0.0; "
-    words += "shown is the one on which its p depends"
+    words += "shown is the comparison on which p depends"
     assert row["choice"] == words
     assert f", n=5; {words}; " in evidence_sentence(row)
     assert judge_first(runs_with_means({0.0: 100, 0.5: 103}), claim("higher", [0.5], [0.0]))["choice"] == ""
@@ -239,7 +239,7 @@ def test_lowest_is_contradicted_only_by_a_level_that_beats_all_claimed_levels() 
     assert beaten["compared"] == "noise 1.5 vs 1.0", "the level of the claim that is surest to be the best of them"
     assert beaten["choice"] == (
         "one of 4 comparisons that must all hold: each of 1.5 and 2.0 with each of the 2 other levels; "
-        "shown is the one on which its p depends"
+        "shown is the comparison on which p depends"
     )
 
 

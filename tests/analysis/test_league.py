@@ -101,9 +101,9 @@ def test_the_league_ranks_causal_routers_with_intervals_that_hold_together(tmp_p
 def test_a_later_look_at_a_league_has_less_of_its_level(tmp_path: Path) -> None:
     """The third seed was added after a report about two, so that look gets a fifth of the level."""
     inputs = inputs_of(tmp_path, {"topk": 3.0, "hash": 3.08, "random": 3.09})
-    assert "and is certainly the best of 3 routers" in order_of_routers(inputs)
+    assert "is certainly the best of 3 routers" in order_of_routers(inputs)
     later = inputs._replace(study=inputs.study._replace(earlier=[Look("2026-01-01", [1, 2], {})]))
-    assert "random may be as good, by the intervals" in order_of_routers(later)
+    assert "random may be as good; the other one is worse than some router." in order_of_routers(later)
     blocks = list(league(later))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
     assert table["99 % interval of the rank"].tolist() == ["1 to 2", "2 to 3", "1 to 3"]
@@ -191,11 +191,11 @@ def test_a_league_names_the_routers_and_seeds_without_a_place_and_judges_alone(t
     assert lacking in [block.text for block in league(inputs) if isinstance(block, Paragraph)]
     assert order_of_routers(inputs).endswith(lacking)
     first, *_ = best_setting(inputs)
-    assert first.startswith("**Lowest on the validation text, which is no verdict:** router=hash, ")
+    assert first.startswith("**Lowest on the validation text, which is no verdict:** of 4 settings, router=hash ")
     assert "The verdict is that of the league, by test loss, which\nchose nothing: oracle is first." in first
     assert question_of(inputs)[0].ask.endswith("do to test loss?")
     same = inputs._replace(runs=runs.assign(**{"val/perplexity": values}))
-    assert next(best_setting(same)).startswith("**Best setting here:** router=oracle, ")
+    assert next(best_setting(same)).startswith("**Best setting here:** of 4 settings, router=oracle has")
 
 
 def test_without_three_routers_with_a_loss_the_report_says_why_there_is_no_league(tmp_path: Path) -> None:

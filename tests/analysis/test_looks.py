@@ -375,9 +375,9 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert "noise_lb_seed had other claims (1), planned for 1 of these runs" in told
     [(name, fact)] = planned_facts(study)
     assert name == "Planned"
-    assert plan.digest in fact
-    written = "1 claim, seeds {}, written down {}, before the first step, digest {}"
-    of_first = written.format("0, 1", plan.time, plan.digest)
+    assert plan.digest not in fact, "a text shows eight characters"
+    written = "1 claim, seeds {}, written down {}, before the first step, fingerprint {}"
+    of_first = written.format("0, 1", plan.time, plan.digest[:8])
     assert fact == f"{of_first}; no number of seeds for a decision"
     later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
     PlansRecord(plans=[plan, later]).write(tmp_path / "sweeps" / "noise" / "plans.json")
@@ -389,7 +389,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     PlansRecord(plans=[other._replace(time="2026-01-04T00:00:00+00:00")]).write(elsewhere / "plans.json")
     assert study_of(runs).changed == []  # the claims of that later plan were changed, not these
     [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
-    assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest)}; " in fact
+    assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest[:8])}; " in fact
     assert plan.digest == plan._replace(time="later").digest != other.digest
 
 
@@ -440,13 +440,15 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     [told] = warnings_of_looks(study._replace(plans=[old._replace(claims=[asdict(CLAIM)]), turned]))
     assert "with others: “a” had kind higher then, and has lower now. Each claim" in told
     [(_, fact)] = planned_facts(study)
-    assert f"8 claims, seeds 0, 1, written down {old.time}, before the first step, digest {old.digest}; " in fact
+    assert (
+        f"8 claims, seeds 0, 1, written down {old.time}, before the first step, fingerprint {old.digest[:8]}; " in fact
+    )
     written = f"1 claim, seeds 0, 1, 2, written down {new.time}, before the first step"
-    assert f"{written}, digest {new.digest}; " in fact
+    assert f"{written}, fingerprint {new.digest[:8]}; " in fact
     for begun, which in (([0, 1], "the runs of seed 2"), ([1], "the runs of seeds 0, 2"), ([0, 1, 2], "1 of its runs")):
         started = runs["started"].mask(runs["seed"].isin(begun), "2026-01-01T12:00:00+00:00")
         [(_, fact)] = planned_facts(study_of(runs.assign(started=started)))
-        assert f"{written} of {which}, digest {new.digest}; " in fact
+        assert f"{written} of {which}, fingerprint {new.digest[:8]}; " in fact
 
 
 def test_without_records_beside_the_runs_the_report_says_that_it_takes_its_look_for_the_first() -> None:

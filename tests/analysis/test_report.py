@@ -371,6 +371,8 @@ def test_an_open_end_of_a_claim_is_an_arrow_and_the_key_of_the_pictures_comes_fi
     written.add(block)
     page = written.render("title")
     assert 0 < page.index("Dot: ") < page.index("<article")
+    [numbers] = [re.findall("<text[^>]*>([^<]*)</text>", str(interval_picture(card.interval)))]
+    assert numbers == ["-2", "-1", "0"], "the picture has an axis"
     assert "Dot: " not in block_as_markdown(block)
 
 
@@ -771,11 +773,15 @@ def test_a_report_of_fine_tuning_names_the_base_its_loss_and_how_far_routing_mov
 
 def test_a_report_names_domains_that_are_left_out_and_the_metrics_that_the_runs_have(tmp_path: Path) -> None:
     folder = tmp_path / "x" / "seed=1"
-    write_run(folder, {"val/loss": 1.0, "routing/router_gram": 0.5}, seed=1, data={"source": {"domains": ["a", "b"]}})
+    source = {"domains": ["a", "b", "problems"]}
+    write_run(folder, {"val/loss": 1.0, "routing/router_gram": 0.5}, seed=1, data={"source": source})
     record = json.loads((folder / "run.json").read_text())
     change_record(folder, facts=record["facts"] | {"data": {"domains": {"a": {}}}})
     [inputs] = collect_inputs(load_runs([tmp_path / "x"]))
-    assert ("Left out", "the text of b, because a package is not installed") in setup(inputs)
+    not_read = "no run read the domain {}, because the Python package{} that holds its text was not installed; so the "
+    not_read += "models neither trained on it nor were\nevaluated on it"
+    said = [text for name, text in setup(inputs) if name == "Domain without text"]
+    assert said == [not_read.format("b", ""), not_read.format("problems", " reasoning-gym==0.1.25")]
     _, names = terms(inputs)
     assert isinstance(names, Details)
     [table] = names.blocks
@@ -1183,11 +1189,14 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
         write_run(tmp_path / f"acausal,seed={seed}", {"val/perplexity": 50.0}, causal=False, seed=seed, noise=0.0)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert "noise=0.0, with a validation perplexity of 101.5 ± 0.71 (n=2), of 2 settings" in text
-    assert "it leads the mean of both settings by 0.5; if all were equal, the best of 2 would lead by 0 " in luck
     assert (
-        "judges it on validation text, as there is no test text. On average, the chosen setting is 0.5 better than the"
-        in luck
+        "of 2 settings, router=topk, noise=0.0 has the lowest validation perplexity: 101.5 ± 0.71 (mean and standard "
+        in text
+    )
+    assert "is 0.5 below the mean of both settings; if all were equal, the best of 2 would be 0 below the mean" in luck
+    assert (
+        "judges it on validation text, as there is no test text. On average, the validation perplexity of the chosen "
+        "setting is then 0.5 below the mean" in luck
     )
     acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
     assert acausal in text
@@ -1202,9 +1211,9 @@ def test_settings_are_ranked_by_the_seeds_that_all_of_them_have(tmp_path: Path) 
             write_run(tmp_path / f"noise={noise},seed={seed}", {"val/perplexity": value}, seed=seed, noise=noise)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert text.startswith("**Best setting here:** noise=0.1, with a validation perplexity of 121 ± 1.4 (n=2), of 3 s")
-    assert text.endswith("noise=0.0, is 10 behind. Ranked by the seeds that all settings have; without seed 3.")
-    assert "it leads the mean of all 3 settings by 10;" in luck
+    assert text.startswith("**Best setting here:** of 3 settings, noise=0.1 has the lowest validation perplexity: 121")
+    assert text.endswith("noise=0.0, is 10 higher. Ranked by the seeds that all settings have; without seed 3.")
+    assert "is 10 below the mean of all 3 settings;" in luck
     for seed in (1, 2):
         change_record(tmp_path / f"noise=0.1,seed={seed}", status="failed", error="stopped")
     write_run(tmp_path / "noise=0.1,seed=4", {"val/perplexity": 120.0}, seed=4, noise=0.1)
@@ -1221,10 +1230,13 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
             write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
     [inputs] = collect_inputs(load_runs([tmp_path]))
     [text, luck, _] = best_setting(inputs)
-    assert text.startswith("**Best setting here:** noise=0.0, with a validation perplexity of 100.2")
-    assert "On test text, by which nothing was chosen, noise=0.0 has a test perplexity of 110.2 ± 0.1, with the" in luck
-    assert "leads the mean of all 3 settings by 1;" in luck
-    assert "judges it on test text. On average, the chosen setting is 10 worse than the mean of all settings" in luck
+    assert text.startswith(
+        "**Best setting here:** of 3 settings, noise=0.0 has the lowest validation perplexity: 100.2"
+    )
+    words = "noise=0.0 has a test perplexity of 110.2 ± 0.1 (mean and standard deviation of 3 seeds)"
+    assert f"On test text, by which nothing was chosen, {words}" in luck
+    assert "is 1 below the mean of all 3 settings;" in luck
+    assert "On average, the test perplexity of the chosen setting is then 10 above the mean of all settings" in luck
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -1236,14 +1248,17 @@ def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tm
             write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
     [inputs] = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("test/perplexity",)))
     for p, end in (
-        (0.2, "[1.3, 3.7], but corrected for all tests of this report, the order of the two may be luck."),
-        (0.01, "[1.3, 3.7]."),
+        (
+            0.2,
+            "(95 % interval 1.3 to 3.7), but corrected for all tests of this report, the order of the two may be luck.",
+        ),
+        (0.01, "(95 % interval 1.3 to 3.7)."),
     ):
         text = next(best_setting(inputs._replace(contrasts=inputs.contrasts.assign(**{"p Holm": p}))))
-        assert text.endswith(f"The next one, noise=0.1, is 2.5 behind {end}")
+        assert text.endswith(f"That of the next one, noise=0.1, is 2.5 higher {end}")
     other = inputs.contrasts[inputs.contrasts["level"] == 0.2]
     text = next(best_setting(inputs._replace(contrasts=other)))
-    assert text.endswith("[1.3, 3.7], but no test of this report compares the two.")
+    assert text.endswith("(95 % interval 1.3 to 3.7), but no test of this report compares the two.")
     [line] = asked(inputs)
     assert line.startswith("**Asked for, test perplexity:** 2 comparisons (")
     assert re.search(r"The surest is noise 0\.[12] vs 0\.0: \*\*\+[0-9.]+ test perplexity\*\* \[", line)

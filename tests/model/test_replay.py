@@ -100,7 +100,7 @@ def test_a_cache_and_vectors_instead_of_token_ids_are_refused(other: Path) -> No
     [
         ({}, "model.num_experts=4", "num_experts in config.json of .*=8: must be 4, as in this run$"),
         ({}, "model.layers=2", "num_hidden_layers in config.json of .*=4: must be 2, as in this run$"),
-        ({}, "router.digest=abc", "^router.digest=abc: must be [0-9a-f]{64}, the digest of .*, or left out$"),
+        ({}, "router.digest=abc", "^router.digest=abc: must be [0-9a-f]{64}, the checksum of .*, or left out$"),
         (
             {},
             "router.run=/no/such",

@@ -95,9 +95,10 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     text = page.read_text()
     assert "80 % of cases" in text
     assert (
-        "The plan was made on 2025-12-31 at 23:59 UTC, before the first run started (on 2026-01-01 at 00:00 UTC). Its "
-        f"digest is {plan['digest']}. The smallest effect that mattered is 0.5 %, but 0.01 nats for val/loss. It names "
-        "the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained were the seeds 1 to 3."
+        "The plan was made on 2025-12-31 at 23:59 UTC, before the first run started (on 2026-01-01 at 00:00 UTC). The "
+        f"fingerprint of the plan is {plan['digest'][:8]}. The smallest effect that mattered is 0.5 %, but 0.01 nats "
+        "for val/loss. It names the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained "
+        "were the seeds 1 to 3."
     ) in text
     assert "`moe plan` said before the runs how many" in text.replace("\n", " ")
     assert "| noise helps | val/loss | 0.0123 | 5 (4 to over 32) | 3 |" in text
@@ -116,8 +117,8 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
         ("{}", "is no plan of `moe plan`"),
         ("{", "is no plan of `moe plan`"),
         (json.dumps(with_digest(PLAN | {"claims": [claim | {"effect": "much"}]})), "is no plan of `moe plan`"),
-        (json.dumps(plan | {"power": 0.9}), "its digest is "),
-        (json.dumps(old), "this plan is older than digests and must be made again with `moe plan`\n"),
+        (json.dumps(plan | {"power": 0.9}), "its fingerprint is "),
+        (json.dumps(old), "this plan is older than fingerprints of plans and must be made again with `moe plan`\n"),
         (
             json.dumps(with_digest(PLAN | {"claims": [claim, claim | {"text": "b"}]})),
             "its claims must be those of the runs; “b” (lower, val/loss) is in one of the two alone\n",

@@ -11,7 +11,7 @@ FILE = "report_files.json"
 
 
 class Listing(NamedTuple):
-    """A report in a folder: its title, and the digest of each file beside it, by name relative to the folder."""
+    """A report in a folder: its title, and the checksum of each file beside it, by name relative to the folder."""
 
     title: str
     files: dict[str, str]
@@ -21,7 +21,7 @@ class Listing(NamedTuple):
         """Return the list of the report in `folder`; None without a list that can be read."""
         try:
             found = json.loads(read_text(folder / FILE))
-            return cls(str(found["title"]), {str(name): str(digest) for name, digest in found["files"].items()})
+            return cls(str(found["title"]), {str(name): str(checksum) for name, checksum in found["files"].items()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 

@@ -21,6 +21,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
@@ -37,12 +38,13 @@ from moe.analysis.report.blocks import (
     truncation_note,
 )
 from moe.analysis.report.markdown import numeric_columns, p_columns, table_cells, without_constants
-from moe.checks import one_line, printable
+from moe.checks import one_line, plain, printable
 
 LONG_TEXT = 60  # largest number of characters in a table cell that is kept on one line
 MAX_FILE = 200_000  # largest number of bytes of a file that the page contains too
 UNLINKED = {"a", "button", "code", "dt", "h1", "h2", "h3", "h4", "script", "summary", "svg", "table"}  # without terms
-PICTURE = (300, 34)  # width and height of the picture of an interval
+PICTURE = (300, 34)  # width and height of the picture of an interval, without its axis
+AXIS = 14  # height of the numbers of its axis
 ARROW = 12  # length of the arrow at an open end of a claimed range
 
 
@@ -282,7 +284,7 @@ def inline_markup(text: str) -> Markup:
 def interval_picture(interval: Interval) -> Markup:
     """Return the picture of a difference: its interval as a line, the claimed range as an area, and a mark at 0.
 
-    The area ends in an arrow where the range has no end.
+    The area ends in an arrow where the range has no end. Numbers below are the axis.
     """
     width, height = PICTURE
     span = interval.most - interval.least
@@ -299,7 +301,13 @@ def interval_picture(interval: Interval) -> Markup:
         low, high = place(interval.low), place(interval.high)
         parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
     parts.append(f'<circle cx="{point:.1f}" cy="{middle}" r="5"/>')
-    return Markup(f'<svg class="interval" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(parts)}</svg>')
+    for number in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(interval.least, interval.most):
+        if interval.least <= number <= interval.most:
+            x, text = place(number), plain(f"{round(number, 10):.4g}")
+            anchor_of_text = "start" if x < AXIS else "end" if x > width - AXIS else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{height + AXIS - 4}" text-anchor="{anchor_of_text}">{text}</text>')
+    box = f"0 0 {width} {height + AXIS}"
+    return Markup(f'<svg class="interval" viewBox="{box}" aria-hidden="true">{"".join(parts)}</svg>')
 
 
 def _outline(claimed: tuple[float, float], place: Callable[[float], float], height: int) -> str:

@@ -1,4 +1,4 @@
-"""A dense checkpoint to start from: its digest, and the sizes that its config.json gives to the model.
+"""A dense checkpoint to start from: its checksum, and the sizes that its config.json gives to the model.
 
 Every command line is checked with this module and should be checked fast. So it does not import torch, and the
 libraries of the hub and of tokenizers only where a checkpoint is read.
@@ -49,7 +49,7 @@ SHARED = """model_type num_hidden_layers vocab_size num_key_value_heads head_dim
 
 
 class Parent(NamedTuple):
-    """A dense checkpoint to start from: its folder or name on the hub, and its digest if that is known."""
+    """A dense checkpoint to start from: its folder or name on the hub, and its checksum if that is known."""
 
     name: str
     digest: str | None

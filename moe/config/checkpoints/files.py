@@ -31,7 +31,7 @@ def check_tokenizer(tokenizer: str, key: str, name: str, *, most: int, least: in
 
 
 def digest(name: str, revision: str | None = None, *, key: str = "model.dense") -> str:
-    """Return the digest of a checkpoint: sha256 of config.json and all weights of a folder, or the commit on the hub.
+    """Return the checksum of a checkpoint: sha256 of config.json and all weights of a folder, or the commit on the hub.
 
     This reads all weights, about a second per GB, but only once per process while the files do not change.
     """
@@ -44,7 +44,7 @@ def digest(name: str, revision: str | None = None, *, key: str = "model.dense") 
 
 
 def revision(name: str, digest: str | None) -> str:
-    """Return the `revision` with which transformers loads exactly the checkpoint of this `digest` from the hub."""
+    """Return the `revision` with which transformers loads exactly the checkpoint of this checksum from the hub."""
     return "main" if Path(name).is_dir() or digest is None else digest
 
 

@@ -49,7 +49,7 @@ UNFIT = {
 
 
 def resolve(model: dict[str, Any], told: Collection[str] = ()) -> dict[str, Any]:
-    """Return the keys of the `model` group that the checkpoint `model["checkpoint"]` fixes: sizes and digest.
+    """Return the keys of the `model` group that the checkpoint `model["checkpoint"]` fixes: sizes and checksum.
 
     told: the flat keys that the command sets. A key that is not given is None in `model`, or has its default. Raises
     ConfigError for a checkpoint that is missing or cannot be imported, and for a given value that differs from the
@@ -67,7 +67,7 @@ def resolve(model: dict[str, Any], told: Collection[str] = ()) -> dict[str, Any]
 
 
 def _sizes(name: str, revision: str | None) -> dict[str, Any]:
-    """Return the keys of the `model` group that a model of transformers fixes, apart from its digest."""
+    """Return the keys of the `model` group that a model of transformers fixes, apart from its checksum."""
     config = read(name, revision)
     stored = files.stored_shapes(name, revision, "model.checkpoint", layers=config.num_hidden_layers)
     sizes = {size for shape in stored.values() for size in shape}

@@ -19,10 +19,10 @@ def model_of(run: str) -> str:
 
 
 def digest_of(run: str, given: str | None) -> str:
-    """Return the digest of the model of a run. Raises ConfigError if it differs from the one that is given."""
+    """Return the checksum of the model of a run. Raises ConfigError if it differs from the one that is given."""
     name = model_of(run)
     found = files.digest(name, key=KEY)
-    require(given in (None, found), "router.digest", given, f"{found}, the digest of {name}, or left out")
+    require(given in (None, found), "router.digest", given, f"{found}, the checksum of {name}, or left out")
     return found
 
 

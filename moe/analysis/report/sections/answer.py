@@ -37,13 +37,19 @@ from moe.analysis.report.sections.planned import (
 )
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
+from moe.analysis.sentences import enumerated, noun
 from moe.config.question import text_of
+from moe.metrics.catalog import lookup
 from moe.results.comparable import several_tokenizers
 
 MOST_CARDS = 6  # that are visible at once
 PICTURES_EXPLAINED = """\
-Dot: the estimated difference. Line: its 95 % interval, for this difference alone; the verdict is corrected for all
-tests of the report. Dashed: no difference. Pictures of one metric have one scale."""
+Dot: the estimated difference, in bold below. Line: its 95 % interval, in brackets below. It is for this difference
+alone; the verdict is corrected for all tests of the report. Dashed: no difference. Pictures of one metric have one
+scale."""
+NUMBERS = """\
+**Numbers:** {units}.{shares}"""
+SHARES = " A percentage in parentheses is the difference as a share of the mean of the second setting."
 CLAIMED = " Box: the differences that the claim allows; an arrow at its end means that all beyond it are allowed too."
 UNCERTAINTY = """\
 Pairs in brackets are 95 % intervals over the validation documents: how much other texts of the kind could change a
@@ -66,6 +72,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield BulletList([f"**{literal(ask)}** {literal(text)}" for ask, text in found])
     else:
         yield Paragraph(f"**Answer:** {literal(found[0][1] if found else headline(inputs))}")
+    yield from map(Paragraph, _numbers(inputs))
     if inputs.observed:
         yield Facts([(each.name, each.fact) for each in findings(inputs)])
         yield Paragraph(UNCERTAINTY)
@@ -88,6 +95,18 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if warnings := list(_warnings(inputs)):
         yield BulletList(warnings)
     yield from levels_from_a_search(inputs)
+
+
+def _numbers(inputs: ReportInputs) -> Iterator[str]:
+    """Yield what the numbers of the answer and of the cards are: the unit of each metric, and the percentages."""
+    metrics = {noun(each.metric): lookup(each.metric) for each in inputs.judgments if each.n}
+    units = [f"{name} is in {metric.unit}" for name, metric in metrics.items() if metric and metric.unit]
+    if without := [name for name, metric in metrics.items() if metric and not metric.unit]:
+        names = "the other metrics" if units and len(without) > 2 else enumerated(without)
+        units.append(f"{names} {'has' if len(without) == 1 else 'have'} no unit")
+    if units:
+        shares = SHARES if any(each.percent for each in inputs.judgments) else ""
+        yield NUMBERS.format(units=literal("; ".join(units)), shares=shares)
 
 
 def _cards(inputs: ReportInputs) -> list[Card]:

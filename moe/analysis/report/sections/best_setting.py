@@ -95,21 +95,28 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
         return
     best, following = found.settings[:2]
     name, values = best.name, best.values
-    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
     judged = _by_league(inputs, found.metric, best)
     title, unit = CHOSEN if judged else HERE, noun(found.metric)
-    text = f"**{title}** {literal(name)}, with a {unit} of {values.mean():.4g}{spread}"
-    text += f" (n={len(values)}), of {len(found.settings)} settings"
+    text = f"**{title}** of {len(found.settings)} settings, {literal(name)} has the lowest {unit}: {_mean(values)}"
     gaps = following.values - values
-    behind = f"{gaps.mean():.2g} behind" if gaps.mean() > 0 else "equal to it"
-    text += f". The next one, {literal(following.name)}, is {behind}"
+    behind = f"{gaps.mean():.2g} higher" if gaps.mean() > 0 else "equal"
+    text += f". That of the next one, {literal(following.name)}, is {behind}"
     if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
         low, high = interval(gaps.to_numpy())
-        text += f" [{low:.2g}, {high:.2g}]" + (LUCK if low < 0 else _doubt(inputs, found.metric, best, following))
+        text += f" (95 % interval {low:.2g} to {high:.2g})" + (
+            LUCK if low < 0 else _doubt(inputs, found.metric, best, following)
+        )
     text += "."
     yield " ".join(filter(None, [plain(text), judged, *_left_out(found)]))
     yield plain(_luck(found))
     yield from _cost(inputs, found, best.runs)
+
+
+def _mean(values: pd.Series) -> str:
+    """Return the mean of the values by seed, with their spread in words if there are several."""
+    if len(values) < 2:
+        return f"{values.mean():.4g} (1 seed)"
+    return f"{values.mean():.4g} ± {values.std(ddof=1):.2g} (mean and standard deviation of {len(values)} seeds)"
 
 
 def _by_league(inputs: ReportInputs, metric: str, best: Setting) -> str:
@@ -174,22 +181,21 @@ def _luck(found: Ranking) -> str:
     judged = pd.DataFrame(tests).T.reindex(index=chosen.index, columns=chosen.columns)
     has_test = chosen.notna().equals(judged.notna())
     if has_test:
-        values = judged.loc[best.name].dropna()
-        spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-        text += f" On test text, by which nothing was chosen, {literal(best.name)} has a "
-        text += f"{noun(tested)} of {values.mean():.4g}{spread}, with the luck of the same seeds."
+        text += f" On test text, by which nothing was chosen, {literal(best.name)} has a {noun(tested)} of "
+        text += f"{_mean(judged.loc[best.name].dropna())}. The luck of the same seeds is part of this number too."
     if len(chosen.columns) < 2:
         return text + " Without several seeds that all settings have, the luck cannot be estimated."
     where = "on test text" if has_test else "on validation text, as there is no test text"
+    unit = noun(tested if has_test else found.metric)
     found_lead = lead(chosen.to_numpy(), (judged if has_test else chosen).to_numpy())
-    side = "better" if found_lead.judged >= 0 else "worse"
+    side = "below" if found_lead.judged >= 0 else "above"
     all_of_them = "both settings" if number == 2 else f"all {number} settings"
-    worth = f"is {abs(found_lead.judged):.2g} {side} than the mean"
     return (
-        f"{text} On the validation text by which it was chosen, it leads the mean of {all_of_them} by "
-        f"{found_lead.chosen:.2g}; if all were equal, the best of {number} would lead by {found_lead.luck:.2g} through "
+        f"{text} The {noun(found.metric)} by which it was chosen is {found_lead.chosen:.2g} below the mean of "
+        f"{all_of_them}; if all were equal, the best of {number} would be {found_lead.luck:.2g} below the mean through "
         f"luck alone. A fair number leaves out each seed in turn: the other seeds choose the best setting, and the "
-        f"seed that was left out judges it {where}. On average, the chosen setting {worth} of all settings."
+        f"seed that was left out judges it {where}. On average, the {unit} of the chosen setting is then "
+        f"{abs(found_lead.judged):.2g} {side} the mean of all settings."
     )
 
 

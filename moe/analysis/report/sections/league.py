@@ -29,7 +29,7 @@ from moe.analysis.looks import SMALLEST
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.sentences import enumerated, noun, with_capital, with_interval
+from moe.analysis.sentences import enumerated, noun, with_interval
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import conditions, present, reference_level
 
@@ -81,6 +81,7 @@ NO_LEAGUE = """\
 None: a league needs at least {least} causal routers with a finite {metric}, {reference} among them, and a seed that all
 of these have. Of {planned} routers, {measured} have a finite {metric}."""
 CERTAIN = "In each league, the intervals of all ranks hold together in {confidence} of cases."
+BY_INTERVALS = "By intervals for all routers together, of differences and of ranks"
 OVERLAP = "the intervals of some ranks overlap"
 MOST_NAMED = 5  # routers that a sentence names
 
@@ -131,8 +132,8 @@ def order_of_routers(inputs: ReportInputs) -> str:
     if not leagues:
         return ""
     lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
-    tables = {place: _ranked(each.found) for place, each in leagues.items()}
-    order = _order(tables, noun(str(league_metric(inputs))), _reference(inputs), _confidence(_level(inputs)))
+    found = {place: each.found for place, each in leagues.items()}
+    order = _order(found, noun(str(league_metric(inputs))), _reference(inputs), _confidence(_level(inputs)))
     return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
 
 
@@ -176,36 +177,51 @@ def league_metric(inputs: ReportInputs) -> str | None:
     return next(iter(present(inputs.runs, METRICS)), None)
 
 
-def _order(leagues: dict[str, pd.DataFrame], unit: str, reference: Any, confidence: str) -> str:
+def _order(found: dict[str, League], unit: str, reference: Any, confidence: str) -> str:
     """Return what the ranks of the leagues say. confidence: how often those of a league hold together."""
-    certain = CERTAIN.format(confidence=confidence)
-    if len(leagues) < 2:
-        return next((f"{_first(table, unit, reference)}." for table in leagues.values()), "")
+    certain, leagues = CERTAIN.format(confidence=confidence), {place: _ranked(each) for place, each in found.items()}
+    if len(found) < 2:
+        return next((_first(each, unit, reference) for each in found.values()), "")
     orders, places = [list(table.index) for table in leagues.values()], enumerated(list(leagues))
     if all(order == orders[0] for order in orders) and all(map(_is_certain, leagues.values())):
         order = ", ".join(map(str, orders[0]))
         return f"The order by {unit} is the same at {places}: {order}. Every rank is certain. {certain}"
     if changed := _changed_places(leagues):
         return f"The order by {unit} depends on the setting: {changed}. {certain}"
-    best = "; ".join(f"at {place}, {_first(table, unit, reference)}" for place, table in leagues.items())
+    best = " ".join(f"At {place}, {_first(each, unit, reference)}" for place, each in found.items())
     open_ = f"The runs do not decide whether the order of routers differs between {places}: {OVERLAP}."
-    return f"{open_} {with_capital(best)}."
+    return f"{open_} {best}"
 
 
-def _first(table: pd.DataFrame, unit: str, reference: Any) -> str:
-    """Return the best router of a league, those that cannot be told from it, and which of these the reference beats."""
-    best, value = table.index[0], table["mean"].iloc[0]
-    rivals = [str(name) for name in table.index[1:] if table.loc[name, "best rank"] == 1]
-    text = f"{best} has the lowest {unit}, {value:.4g}"
+def _first(found: League, unit: str, reference: Any) -> str:
+    """Return two sentences: the best router and its lead, and which others may be as good.
+
+    The lead is the difference from the reference; that of the next router if the best one is the reference. As good may
+    be a router that no other one beats, by the ranks, and that the reference does not beat either.
+    """
+    table = _ranked(found)
+    best, following = table.index[:2]
+    shown = following if best == reference else best
+    lead = with_interval(*table.loc[shown, ["difference", "low", "high"]], least=3)
+    lead = (
+        f"that of {shown} differs by {lead}" if best == reference else f"it differs from that of {reference} by {lead}"
+    )
+    number = len(found.values)
+    text = f"{best} has the lowest {unit}: {table['mean'].iloc[0]:.4g} nats per token "
+    text += f"{f'in the mean of {number} seeds' if number > 1 else 'with one seed'}; {lead}."
+    if not found.level or number < 2:
+        return f"{text} No router is shown to be better than another one, because there are no intervals."
+    rivals = [
+        str(name)
+        for name, row in table.iloc[1:].iterrows()
+        if row["best rank"] == 1 and verdict(row["low"], row["high"]) != WORSE
+    ]
     if not rivals:
-        return f"{text}, and is certainly the best of {len(table)} routers"
-    text += f"; of {len(table)} routers, {_named(rivals)} may be as good, by the intervals of their ranks, "
-    text += "which compare all pairs"
-    worse = [name for name in rivals if verdict(*table.loc[name, ["low", "high"]]) == WORSE]
-    if not worse:
-        return text
-    verb = "is" if len(worse) == 1 else "are"
-    return f"{text}; compared with {reference} alone, which tells more, {_named(worse)} of these {verb} worse than it"
+        return f"{text} {BY_INTERVALS}, {best} is certainly the best of {len(table)} routers."
+    rest = len(table) - 1 - len(rivals)
+    others = f"; each of the other {rest} is worse than some router" if rest > 1 else ""
+    others = others or ("; the other one is worse than some router" if rest else "")
+    return f"{text} {BY_INTERVALS}, {_named(rivals)} may be as good{others}."
 
 
 def _named(routers: list[str]) -> str:

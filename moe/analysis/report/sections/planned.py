@@ -10,7 +10,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import enumerated
 from moe.config.words import as_word
-from moe.runs.planned import PlannedStudy
+from moe.runs.planned import PlannedStudy, short
 
 CHANGED = """\
 **Other claims were planned before.** On {time}, {experiment} had other claims ({claims}), planned for {runs} of these
@@ -84,13 +84,13 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
 def _plan_in_words(plan: PlannedStudy, starts: dict[int, datetime]) -> str:
     """Return what a plan says, and before the first step of which runs. starts: when the first run of a seed started.
 
-    Runs that had begun when the plan was written down are not among the runs that it names by digest.
+    Runs that had begun when the plan was written down are not among the runs that it names by their fingerprints.
     """
     time = datetime.fromisoformat(plan.time)
     new = [seed for seed in plan.seeds if starts.get(seed, time) >= time]
     which = f"the runs of seed{'s' * (len(new) > 1)} {_numbers(new)}" if new else f"{len(plan.runs)} of its runs"
     before = "before the first step" + (f" of {which}" if new != plan.seeds else "")
-    written = f"written down {plan.time}, {before}, digest {plan.digest}"
+    written = f"written down {plan.time}, {before}, fingerprint {short(plan.digest)}"
     return f"{_claims(len(plan.claims))}, seeds {_numbers(plan.seeds)}, {written}"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ from moe.analysis.report.blocks import Details, Heading, Paragraph, ReportBlock,
 from moe.analysis.report.inputs import ReportInputs
 from moe.config.keys import flatten, is_free
 from moe.results.table import FACTS, level
+from moe.runs.planned import short
 from moe.runs.record import RunRecord
 
 MAX_LEVELS = 12  # of one key that are listed
+CHECKSUM = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}\b")  # of files, and the commit
 COUNTS_EXPLAINED = """\
 `val.blocks` and `val.predicted_bytes` count the validation blocks that are evaluated, at most `data.max_val_blocks` of
 them. The other columns count the whole text, before this limit."""
@@ -76,10 +79,11 @@ def data(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for text, records in manifests.items():
         manifest = json.loads(text)
         domains = manifest.pop("domains", {})
-        yield Paragraph(f"{len(records)} runs read corpus `{manifest.get('corpus_sha256', 'without a checksum')}`.")
+        yield Paragraph(f"{len(records)} runs read corpus `{_value_text(manifest.get('corpus_sha256', 'unknown'))}`.")
         if isinstance(domains, dict) and all(isinstance(domain, dict) for domain in domains.values()):
             yield Paragraph(COUNTS_EXPLAINED)
-            yield TableBlock(pd.DataFrame([{"domain": name} | flatten(domain) for name, domain in domains.items()]))
+            rows = [{"domain": name} | _shortened(flatten(domain)) for name, domain in domains.items()]
+            yield TableBlock(pd.DataFrame(rows))
         others = [{"key": key, "value": _value_text(value)} for key, value in flatten(manifest).items()]
         yield Details("Other entries of the manifest", [TableBlock(pd.DataFrame(others, columns=["key", "value"]))])
 
@@ -121,7 +125,14 @@ def _sort_key(value: str) -> tuple[bool, float, str]:
 
 
 def _value_text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """Return a value as text, with checksums shortened; the records of the runs have all of them."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return CHECKSUM.sub(lambda found: short(found[0]), text)
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with their texts as `_value_text` shows them."""
+    return {key: _value_text(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def _software(record: RunRecord) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The set-up of the runs: the facts without which no number of a report can be judged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -8,9 +9,15 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
 from moe.analysis.report.sections.planned import margin_facts, planned_facts
+from moe.analysis.sentences import enumerated
 from moe.analysis.tuned import tuned_equally
+from moe.data.embedded import DOMAINS
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
+
+NOT_READ = """\
+no run read the domain {domain}, because {packages} not installed; so the models neither trained on it nor were
+evaluated on it"""
 
 
 def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
@@ -48,8 +55,7 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(
             ("Data", f"{source}; tokenizer {tokenizer or 'trained on it'}" + (f", {words} tokens" if words else ""))
         )
-    if left := _left_out(inputs):
-        facts.append(("Left out", f"the text of {', '.join(left)}, because a package is not installed"))
+    facts += [("Domain without text", literal(NOT_READ.format(**each))) for each in _not_read(inputs)]
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     facts += planned_facts(inputs.study) + margin_facts(inputs)
@@ -97,14 +103,22 @@ def _base(inputs: ReportInputs) -> list[tuple[str, str]]:
     return [("Base", literal(", ".join(names)) + before)]
 
 
-def _left_out(inputs: ReportInputs) -> list[str]:
-    """Return the domains that a run was to read, and that its text does not have."""
+def _not_read(inputs: ReportInputs) -> list[dict[str, str]]:
+    """Return the domains that a run was to read, and that its text does not have, with the packages that hold them."""
     left: dict[str, None] = {}
     for record in inputs.records.values():
         asked = record.config.get("data", {}).get("source", {}).get("domains") or []
         if record.facts is not None:
             left |= dict.fromkeys(domain for domain in asked if domain not in record.facts.data.get("domains", asked))
-    return list(left)
+    packages = {name: DOMAINS[name].packages if name in DOMAINS else () for name in left}
+    return [{"domain": name, "packages": _are_in_words(found)} for name, found in packages.items()]
+
+
+def _are_in_words(packages: Sequence[str]) -> str:
+    """Return Python packages as the subject of a clause, with its verb; without any, the package is unknown."""
+    if len(packages) > 1:
+        return f"the Python packages {enumerated(packages)} that hold its text were"
+    return f"the Python package{f' {packages[0]}' if packages else ''} that holds its text was"
 
 
 def _range(runs: pd.DataFrame, column: str, text: Any) -> str:
