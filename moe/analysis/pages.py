@@ -2,13 +2,15 @@
 
     python -m moe.analysis.pages ship multirun/noise_lb_seed docs/studies/noise_lb_seed
     python -m moe.analysis.pages write docs/studies
+    python -m moe.analysis.pages report docs/studies/noise_lb_seed docs/example-report/report.html
 
 `ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts, the
 comparisons at equal cost and the table of conditions of each such folder NAME between the two marks in NAME.md beside
 it. It also writes the verdict of each claim that `docs/findings.md`, the page above, names in a mark such as `<!--
 noise_lb_seed: Noise 0.5 raises perplexity -->`, and of each speed-up, as in `<!-- spectra_ablation: At equal cost,
 variant dense vs top2 -->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its
-fingerprint, and what it planned. A test compares.
+fingerprint, and what it planned. `report` writes the report.html of such a folder, without the files beside it. Tests
+compare.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -29,6 +32,7 @@ from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.markdown import block_as_markdown
+from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.cost_in_short import CostInShort, cost_in_short, in_short
@@ -80,10 +84,15 @@ def main(command: list[str] | None = None) -> int:
     one.add_argument("folder", type=Path, help="the folder to write to, such as docs/studies/NAME")
     every = commands.add_parser("write", help="write what the shipped tables show into the pages")
     every.add_argument("folder", type=Path, help="the folder that holds NAME.md and NAME/ for each study")
+    report = commands.add_parser("report", help="write the report on shipped tables as one page")
+    report.add_argument("folder", type=Path, help="the folder of the tables, such as docs/studies/NAME")
+    report.add_argument("page", type=Path, help="the page to write, such as report.html")
     arguments = parser.parse_args(command)
     try:
         if arguments.command == "ship":
             written = ship(load_runs([arguments.runs]), arguments.folder)
+        elif arguments.command == "report":
+            written = [report_of(arguments.folder, arguments.page)]
         else:
             texts = texts_of(arguments.folder)  # all, before the first is written
             for page, text in texts.items():
@@ -95,6 +104,17 @@ def main(command: list[str] | None = None) -> int:
     for path in written:
         print(shown(path))
     return 0
+
+
+def report_of(folder: Path, page: Path) -> Path:
+    """Write the report on the tables in a folder as one page, and return the page.
+
+    Raises ValueError, naming the file, for tables that are damaged or missing.
+    """
+    runs, past = read_shipped(folder)
+    with TemporaryDirectory() as out:
+        write_text(page, read_text(write_report(runs, out, past=past).with_name("report.html")))
+    return page
 
 
 def pages(folder: Path) -> list[Path]:

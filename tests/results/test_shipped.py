@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,27 @@ def test_the_pages_of_docs_hold_what_their_tables_show() -> None:
     assert folder.parent / pages.FINDINGS in texts
     for page, text in texts.items():
         assert text == page.read_text(), f"python -m moe.analysis.pages write {folder}"
+
+
+def sentences(page: Path) -> str:
+    """Return the text of a page in HTML, without its scripts, its style and its pictures."""
+    text = re.sub(r"(?s)<(script|style|svg)\b.*?</\1>", "", page.read_text())
+    return " ".join(re.sub("<[^>]*>", " ", text).split())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_example_report_says_what_the_report_on_its_tables_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no look at any runs, so nothing is written but the page."""
+    docs = Path(__file__).parents[2] / "docs"
+    monkeypatch.chdir(tmp_path)
+    assert pages.main(["report", str(docs / "studies" / "noise_lb_seed"), "report.html"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    said, command = sentences(tmp_path / "report.html"), (docs / "reports.md").read_text()
+    assert len(said) > 20_000
+    assert sentences(docs / "example-report" / "report.html") == said
+    assert "python -m moe.analysis.pages report docs/studies/noise_lb_seed docs/example-report/report.html" in command
+    assert pages.main(["report", "none", "other.html"]) == 2
+    assert capsys.readouterr().err.startswith("python -m moe.analysis.pages: none/runs.csv.gz: cannot be read (")
+    assert not Path("other.html").exists()

@@ -64,6 +64,7 @@ from moe.checks import escaped
 from moe.files import LinkError, replacing, sha256, write_text
 from moe.results.conditions import levels
 from moe.results.frontier import LATE
+from moe.results.table import EventTables
 
 Section = Callable[[ReportInputs], Iterable[ReportBlock]]
 # Metrics of training steps that sections about a source study read.
@@ -141,18 +142,23 @@ LAST: tuple[Chapter, ...] = (
 
 
 def write_report(
-    runs: pd.DataFrame, out: Path | str, options: ReportOptions | None = None, *, files: list[Path] | None = None
+    runs: pd.DataFrame,
+    out: Path | str,
+    options: ReportOptions | None = None,
+    *,
+    files: list[Path] | None = None,
+    past: EventTables | None = None,
 ) -> Path:
     """Write the report about `runs`, a table of `moe.results.table.load_runs`, and return the path of report.md.
 
     If there are several experiments, each has its own part of the report and its own folder for files. The paths of
-    the figures and tables that are saved beside the report are appended to `files`.
+    the figures and tables that are saved beside the report are appended to `files`. past: the events of runs whose
+    folders are elsewhere, as `moe.results.shipped.read_shipped` gives them. Such a report is not written down as a look.
     """
-    all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS)
-    if experiments:
+    all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS, past=past)
+    if past is None:
         experiments = [_with_look(part) for part in experiments]
-    else:
-        all_runs = _with_look(all_runs)
+        all_runs = all_runs if experiments else _with_look(all_runs)
     names = levels(runs["experiment"])
     if len(names) == 1:  # the facts below the verdicts give the settings that a grid adds to its experiment
         names = [names[0].partition(": ")[0]]
