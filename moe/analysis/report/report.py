@@ -153,7 +153,7 @@ def write_report(
 
     If there are several experiments, each has its own part of the report and its own folder for files. The paths of
     the figures and tables that are saved beside the report are appended to `files`. past: the events of runs whose
-    folders are elsewhere, as `moe.results.shipped.read_shipped` gives them. Such a report is not written down as a look.
+    folders are elsewhere, as `moe.results.shipped.read_shipped` gives them; such a report is no look.
     """
     all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS, past=past)
     if past is None:
