@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
@@ -383,6 +383,7 @@ def load_model(folder: Path, *, trusted: bool = False) -> MoEForCausalLM:
 
 
 AutoConfig.register("moe_routing", MoEConfig)
+AutoModel.register(MoEConfig, MoEModel)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM)
 # transformers' Trainer smooths labels itself. It shifts them only for names in this dict, which `register` leaves out.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__

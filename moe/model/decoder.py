@@ -104,6 +104,17 @@ class MoEModel(RoutedModel):
         self._tie_routers()
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the decoder of a saved model, which `MoEForCausalLM.from_pretrained` checks and loads.
+
+        Raises ConfigError, also for an imported model.
+        """
+        from moe.model.causal_lm import MoEForCausalLM  # it imports this file
+
+        loaded = MoEForCausalLM.from_pretrained(*args, **kwargs)
+        return (loaded[0].decoder, *loaded[1:]) if isinstance(loaded, tuple) else loaded.decoder
+
     @property
     def moe_layers(self) -> list[MoELayer]:
         return [block.mlp for block in self.layers if isinstance(block.mlp, MoELayer)]

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from run_folders import FACTS, write_record
 from small_runs import read_small_cell
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moe.checks import escaped
 from moe.config.model import ModelConfig
@@ -24,6 +24,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.model.architecture import AUTO_MAP, CODE, MoEConfig
 from moe.model.causal_lm import MoEForCausalLM
+from moe.model.decoder import MoEModel
 from moe.runs.card import model_card
 from moe.runs.events import read_events
 from moe.runs.record import RunRecord
@@ -101,8 +102,18 @@ def test_a_saved_model_names_its_code_and_a_process_that_knows_it_runs_no_other(
         assert type(AutoConfig.from_pretrained(saved, trust_remote_code=trust)) is MoEConfig
         model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=trust)
         assert type(model) is MoEForCausalLM
+        assert type(AutoModel.from_pretrained(saved, trust_remote_code=trust)) is MoEModel
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / CODE.name).read_bytes() == CODE.read_bytes()
+
+
+def test_auto_model_loads_the_decoder_alone(saved: Path) -> None:
+    """It has the hidden states of the whole model, and so its logits before the output matrix."""
+    ids = torch.tensor([[1, 2, 3]])
+    whole = AutoModelForCausalLM.from_pretrained(saved)
+    decoder, about = AutoModel.from_pretrained(saved, output_loading_info=True)
+    assert not about["missing_keys"]
+    assert torch.equal(whole.lm_head(decoder(ids).last_hidden_state), whole(ids).logits)
 
 
 def test_the_page_about_saved_models_runs_as_printed(
