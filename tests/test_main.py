@@ -1,6 +1,7 @@
 """Tests of the command `moe`, which a wheel installs, and of its subcommands."""
 
 import signal
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_a_command_in_the_background_keeps_ignoring_a_signal(monkeypatch: pytest
             "bench dispatch --k 1 3",
             "moe bench: 3: belongs to no option; several values of an option are written as A,B,C\n",
         ),
-        ("bench --k 1", "moe bench: --k: name the question first, such as moe bench dispatch --k 1\n"),
+        ("bench --k 1", "moe bench: --k: name the question first: moe bench QUESTION --k 1\n"),
         ("bench layer --dtype fp16", "moe bench: --dtype: unknown value 'fp16'; nearest: bf16\n"),
         (
             "bench dispatch --experts 4,8 --k 1,9",
@@ -129,6 +130,21 @@ def test_errors_begin_with_the_command_that_the_user_typed(
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *words.split()) == 2
     assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.parametrize("words", ["--help", "dispach", "--k 1"])
+def test_the_help_of_the_benchmarks_and_a_wrong_question_are_answered_without_pytorch(words: str) -> None:
+    code = """
+import sys
+from moe.bench.__main__ import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules, "pandas" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False False"
+    assert ("training step, alone and in" in " ".join(done.stdout.split())) == (words == "--help")
 
 
 def test_a_wheel_holds_every_yaml_where_an_installed_package_looks_for_it(tmp_path: Path) -> None:

@@ -1,35 +1,34 @@
 """Command line of the benchmarks: each subcommand answers one question and prints its tables."""
 
 import argparse
+import importlib
 import json
 import os
+import pydoc
 import sys
+from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
-
-from moe.bench import analyze, dispatch, errors, footprint, growth, jobs, layer, power, profile, routers, step, suite
 from moe.bench.options import OneLineParser, new_file, whole
-from moe.bench.timing import TimingTable
 from moe.checks import ConfigError, unknown
-from moe.launch.run import processor
 from moe.program import ended, program
-from moe.training import process
 
 USUAL = "python -m moe.bench"
+# Each question, and the module that answers it. A module is imported only if its options or its answer are needed,
+# because most of them import PyTorch, which takes seconds.
 QUESTIONS = {
-    "layer": layer,
-    "step": step,
-    "profile": profile,
-    "routers": routers,
-    "growth": growth,
-    "dispatch": dispatch,
-    "sweep": jobs,
-    "footprint": footprint,
-    "analyze": analyze,
-    "errors": errors,
-    "power": power,
-    "suite": suite,
+    "layer": "layer",
+    "step": "step",
+    "profile": "profile",
+    "routers": "routers",
+    "growth": "growth",
+    "dispatch": "dispatch",
+    "sweep": "jobs",
+    "footprint": "footprint",
+    "analyze": "analyze",
+    "errors": "errors",
+    "power": "power",
+    "suite": "suite",
 }
 
 
@@ -49,27 +48,38 @@ def _read(typed: str, words: list[str]) -> argparse.Namespace:
     """Return the options of a command. Raises ConfigError for words and values that cannot be used."""
     parser = OneLineParser(prog=typed, description=__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
+    first = words[0] if words else "-h"
     of_question = {}
     for name, module in QUESTIONS.items():
-        purpose = (module.__doc__ or "").splitlines()[0]
+        purpose = pydoc.synopsis(str(Path(__file__).with_name(f"{module}.py"))) or ""
         of_question[name] = question = questions.add_parser(name, help=purpose, description=purpose)
-        module.add_arguments(question)
+        if name == first:
+            _module(name).add_arguments(question)
         question.add_argument("--threads", type=whole, default=1, help="threads of PyTorch (1)")
         question.add_argument("--json", type=new_file, help="also write the tables to this file")
         question.set_defaults(question=name)
-    first = words[0] if words else "-h"
     if first in QUESTIONS:
         return of_question[first].read(words[1:])
-    having = [name for name, each in of_question.items() if first.partition("=")[0] in each.options()]
-    if having and first not in ("-h", "--help"):
-        raise ConfigError(f"{first}: name the question first, such as {typed} {having[0]} {' '.join(words)}")
     if not first.startswith("-"):
         raise unknown("question", first, QUESTIONS)
-    return parser.parse_args(["-h"] if having else words)  # prints the help, or raises
+    if first not in ("-h", "--help"):
+        raise ConfigError(f"{first}: name the question first: {typed} QUESTION {' '.join(words)}")
+    return parser.parse_args(["-h"])  # prints the help
+
+
+def _module(question: str) -> Any:
+    return importlib.import_module(f"moe.bench.{QUESTIONS[question]}")
 
 
 def _answer(arguments: argparse.Namespace) -> None:
     """Print the tables that answer a question."""
+    import torch
+    import transformers
+
+    from moe.bench.timing import TimingTable
+    from moe.launch.run import processor
+    from moe.training import process
+
     process.configure(threads=arguments.threads)
     machine = {
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
@@ -81,7 +91,7 @@ def _answer(arguments: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
     }
     tables: list[TimingTable] = []
-    for table in QUESTIONS[arguments.question].answer(arguments):
+    for table in _module(arguments.question).answer(arguments):
         if not tables:  # not before, so that wrong settings, which the question finds, are answered in one line
             print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
         print(table.markdown(), end="\n\n", flush=True)
