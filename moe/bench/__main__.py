@@ -1,9 +1,9 @@
 """Command line of the benchmarks: each subcommand answers one question and prints its tables."""
 
 import argparse
-import importlib
 import json
 import os
+import pkgutil
 import pydoc
 import sys
 from pathlib import Path
@@ -68,7 +68,7 @@ def _read(typed: str, words: list[str]) -> argparse.Namespace:
 
 
 def _module(question: str) -> Any:
-    return importlib.import_module(f"moe.bench.{QUESTIONS[question]}")
+    return pkgutil.resolve_name(f"moe.bench.{QUESTIONS[question]}")
 
 
 def _answer(arguments: argparse.Namespace) -> None:
