@@ -16,10 +16,12 @@ from moe.analysis.league import League
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections import league
-from moe.analysis.report.sections.answer import answer, index_of_verdicts
+from moe.analysis.report.sections.answer import _numbers, answer, index_of_verdicts
 from moe.analysis.report.sections.answers import NO_CLAIM, answers
+from moe.analysis.report.sections.provenance import _value_text
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
 from moe.results.table import load_runs
@@ -195,3 +197,25 @@ def test_routers_change_places_only_if_both_leagues_are_certain() -> None:
     assert league._changed_places({"x=1": one, "x=2": turned}) == "a is better than b at x=1, and worse at x=2"
     unsure = ranked(b=(1, 2), a=(1, 2), c=(3, 3)).table
     assert league._changed_places({"x=1": one, "x=2": unsure}) == ""
+
+
+def test_the_units_of_all_judged_metrics_are_said_once(tmp_path: Path) -> None:
+    """Percentages are explained if there are any."""
+    inputs = inputs_of(tmp_path, "Does noise hurt?", "mine")
+    loss = Judgment(
+        "a", "undecided", "b", "lower", "loss", 3, -1.0, -2.0, 0.0, math.nan, 0.5, False, metric="test/loss"
+    )
+    perplexity, accuracy = loss._replace(metric="test/perplexity"), loss._replace(metric="val/accuracy", share=0.1)
+    [said] = _numbers(inputs._replace(judgments=[loss, loss, perplexity]))
+    assert said == "**Numbers:** test loss is in nats per token; test perplexity has no unit."
+    [said] = _numbers(inputs._replace(judgments=[loss, accuracy]))
+    assert said.endswith(
+        "accuracy is a share of tokens. A percentage in parentheses is the difference as a share of the mean of the "
+        "second setting."
+    )
+    assert list(_numbers(inputs._replace(judgments=[loss._replace(n=0)]))) == []
+
+
+def test_a_report_shows_the_start_of_a_checksum() -> None:
+    """A number and a short word stay as they are."""
+    assert _value_text(["0a" * 32, "123456789012", "decade"]) == "0a0a0a0a, 123456789012, decade"

@@ -72,7 +72,6 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield BulletList([f"**{literal(ask)}** {literal(text)}" for ask, text in found])
     else:
         yield Paragraph(f"**Answer:** {literal(found[0][1] if found else headline(inputs))}")
-    yield from map(Paragraph, _numbers(inputs))
     if inputs.observed:
         yield Facts([(each.name, each.fact) for each in findings(inputs)])
         yield Paragraph(UNCERTAINTY)
@@ -82,6 +81,7 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
         return
     shown = _cards(inputs)
     if shown and (inputs.judgments[0].planned or not found):  # a league or a law says more than its comparisons
+        yield from map(Paragraph, _numbers(inputs))
         yield Cards(shown[:MOST_CARDS], PICTURES_EXPLAINED + (CLAIMED if inputs.judgments[0].planned else ""))
         if shown[MOST_CARDS:]:
             yield Details(f"{len(shown) - MOST_CARDS} more", [Cards(shown[MOST_CARDS:])])
@@ -100,7 +100,11 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def _numbers(inputs: ReportInputs) -> Iterator[str]:
     """Yield what the numbers of the answer and of the cards are: the unit of each metric, and the percentages."""
     metrics = {noun(each.metric): lookup(each.metric) for each in inputs.judgments if each.n}
-    units = [f"{name} is in {metric.unit}" for name, metric in metrics.items() if metric and metric.unit]
+    units = [
+        f"{name} is {'a' if metric.unit.startswith(('share', 'token', 'std')) else 'in'} {metric.unit}"
+        for name, metric in metrics.items()
+        if metric and metric.unit
+    ]
     if without := [name for name, metric in metrics.items() if metric and not metric.unit]:
         names = "the other metrics" if units and len(without) > 2 else enumerated(without)
         units.append(f"{names} {'has' if len(without) == 1 else 'have'} no unit")
