@@ -1,11 +1,13 @@
 """Say which metrics of runs cannot be compared: the runs read other text, cut it into other tokens, or ran apart."""
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
 from moe.metrics.catalog import METRICS, lookup
+from moe.metrics.metric import Metric
 from moe.results.conditions import varied_factors
 
 NOT_COMPARABLE = "not comparable"
@@ -29,11 +31,21 @@ def incomparable(
 
     timed: whether the metric was read at a time, and so depends on the speed. names: of the two settings.
     """
-    entry = METRICS.get(metric) or METRICS.get(metric.rpartition("/")[0])
-    if entry is None:
-        return ""
     one, other = (runs[runs[metric].notna()] if metric in runs else runs[:0] for runs in (one, other))
-    if one.empty or other.empty:
+    if reason := _other_text(metric, one, other):
+        return reason
+    known = _entry(metric) is not None and len(one) and len(other)
+    reason = apart(one, other, names) if known and (timed or is_timed(metric)) else ""
+    return f"{NOT_COMPARABLE}: {reason}" if reason else ""
+
+
+def _entry(metric: str) -> Metric | None:
+    return METRICS.get(metric) or METRICS.get(metric.rpartition("/")[0])
+
+
+def _other_text(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
+    """Return why a metric of runs that all have it is not one of the same text and tokens; an empty text if it is."""
+    if (entry := _entry(metric)) is None or one.empty or other.empty:
         return ""
     keys = {"quality": TEXT, "capacity limit": TEXT, "test": TEST_TEXT}.get(entry.group, ())
     if any(_levels(one, key) != _levels(other, key) for key in keys):
@@ -42,8 +54,6 @@ def incomparable(
     other_unit = "test/bits_per_byte" if entry.group == "test" else "val/bits_per_byte"
     if entry.per_token and _levels(one, TOKENIZER) != _levels(other, TOKENIZER):
         return f"{NOT_COMPARABLE}: the tokenizers differ, and {metric} is a mean over tokens; compare {other_unit}"
-    if (timed or is_timed(metric)) and (reason := apart(one, other, names)):
-        return f"{NOT_COMPARABLE}: {reason}"
     return ""
 
 
@@ -62,7 +72,11 @@ def apart(one: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str] = SIDES
     """
     if not {*WHEN} <= {*one} & {*other}:
         return ""
-    first, second = _times(one), _times(other)
+    return _apart(_times(one), _times(other), names)
+
+
+def _apart(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str] = SIDES) -> str:
+    """Return what `apart` does, from the times of the runs of two settings by seed."""
     seeds = first.index.intersection(second.index)
     if len(seeds) < 2:
         return ""
@@ -100,11 +114,20 @@ def not_poolable(metric: str, runs: pd.DataFrame, *, timed: bool = False) -> str
     timed: see `incomparable`.
     """
     runs = runs[runs[metric].notna()] if metric in runs else runs[:0]
-    keys = [key for key in (TOKENIZER, *TEST_TEXT) if key in runs]
-    if timed or is_timed(metric):
-        keys = [factor for factor in varied_factors(runs) if factor != "seed"]
-    groups = [members for _, members in (runs.groupby(keys, dropna=False) if keys else ())]
-    return next(filter(None, (incomparable(metric, groups[0], other, timed=timed) for other in groups[1:])), "")
+    reasons = (_other_text(metric, *pair) for pair in itertools.combinations(_groups(runs, [TOKENIZER, *TEST_TEXT]), 2))
+    if reason := next(filter(None, reasons), ""):
+        return reason
+    if not (timed or is_timed(metric)) or _entry(metric) is None or not {*WHEN} <= {*runs}:
+        return ""
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    times = [_times(members) for members in _groups(runs, factors)]
+    reason = next(filter(None, (_apart(*pair) for pair in itertools.combinations(times, 2))), "")
+    return f"{NOT_COMPARABLE}: {reason}" if reason else ""
+
+
+def _groups(runs: pd.DataFrame, keys: list[str]) -> list[pd.DataFrame]:
+    keys = [key for key in keys if key in runs]
+    return [members for _, members in runs.groupby(keys, dropna=False)] if keys else [runs]
 
 
 def several_tokenizers(runs: pd.DataFrame) -> bool:

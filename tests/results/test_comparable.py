@@ -217,6 +217,15 @@ def test_the_reason_says_how_the_runs_lie_in_time(in_order: partial[list[tuple[i
     assert apart(times(order[:1]), times(order[1:2])) == ""
 
 
+def test_settings_are_pooled_only_if_each_took_turns_with_each() -> None:
+    """Setting 0 took turns with 1 and with 2, but 1 ran before 2 in both seeds."""
+    runs = times([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (0, 1)])
+    runs = runs.assign(**{"time/tokens_per_s": 1.0, "experiment": "made up"})
+    assert not_poolable("time/tokens_per_s", runs[runs["router"] != "r2"], timed=True) == ""
+    assert not_poolable("time/tokens_per_s", runs[runs["router"] != "r1"], timed=True) == ""
+    assert "ran before" in not_poolable("time/tokens_per_s", runs, timed=True)
+
+
 @pytest.mark.parametrize("kind", ["higher", "mixed", "interaction"])
 @pytest.mark.parametrize("turns", [True, False])
 def test_a_claim_about_a_speed_is_judged_only_if_the_runs_took_turns(
