@@ -29,6 +29,7 @@ SIZE, EXPERTS, TOKENS = "active parameters", "experts", "tokens"
 MOST_CONDITION = 1000.0  # of the scaled Jacobian; that of grids of 1:2:4 is below 600 for usual exponents
 MOST_CORRELATION = 0.99  # of the logs of two variables, above which they grow in proportion
 MOST_AT_BOUND = 0.02  # the share of resamples at a bound above which intervals are known to be too narrow
+CLOSE = 0.02  # budgets that differ by this share are one
 NARROW = 4.0  # three budgets within this factor give intervals that are too narrow
 
 
@@ -305,7 +306,7 @@ def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray,
 def by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order."""
     ordered = table.sort_values("FLOPs")
-    group = (ordered["FLOPs"].pct_change().fillna(0) > 0.02).cumsum()
+    group = (ordered["FLOPs"].pct_change().fillna(0) > CLOSE).cumsum()
     return [(float(members["FLOPs"].mean()), members) for _, members in ordered.groupby(group)]
 
 

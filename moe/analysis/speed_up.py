@@ -1,4 +1,8 @@
-"""Effective speed-up: how much compute a baseline needs for the loss of another setting, from a curve through it."""
+"""Effective speed-up: how much compute a baseline needs for the loss of another setting, from a curve through it.
+
+The fitted law is corrected by how far it is off at the baseline's own budgets, so that a setting with the baseline's
+loss at the baseline's budget has a speed-up of exactly 1, in each resample too.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,74 +11,108 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.scaling import COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
+from moe.analysis.scaling import CLOSE, COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
 
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
+NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
 class SpeedUp(NamedTuple):
     """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
 
-    misfit: the largest such factor that the curve gives the baseline itself at one of its budgets, or 1 / it; the curve
-    tells nothing apart that is closer to 1.
+    checked: whether runs of the baseline ended at this budget, or at smaller and larger ones. Otherwise the curve gives
+    the baseline too high a loss there, or is extrapolated, and does not show that an arm saves compute.
     """
 
     budget: float
     loss: float
     needed: float
     times: Estimate
-    misfit: float
     doubts: list[str]
+    checked: bool
 
     @property
     def verdict(self) -> str:
-        """Whether the arm saves compute, costs more, or is not told apart, by the interval and the curve's misfit."""
-        if self.times.low > self.misfit:
+        """Whether the arm saves compute, costs more, or is not told apart, by the interval."""
+        if self.times.low > 1 and self.checked:
             return SAVES
-        return COSTS_MORE if self.times.high < 1 / self.misfit else NOT_APART
+        return COSTS_MORE if self.times.high < 1 else NOT_APART
 
 
-def speed_up(baseline: pd.DataFrame, arm: pd.DataFrame, *, resamples: int = RESAMPLES) -> list[SpeedUp]:
+class Curve(NamedTuple):
+    """A law fitted to the baseline, and its budgets as the law sees them: rows of (R, B), the first is all seeds.
+
+    needed: log of the compute that the law gives the mean loss of each budget. off: that minus the log of the budget.
+    """
+
+    law: Fit
+    needed: Float[np.ndarray, "R B"]
+    off: Float[np.ndarray, "R B"]
+
+    def compute(self, loss: Float[np.ndarray, " R"]) -> Float[np.ndarray, "R"]:
+        """Return the log of the compute for these losses, each by its own row, corrected between the budgets."""
+        found = np.log(_needed(self.law, loss))
+        rows = zip(found, self.needed, self.off, strict=True)
+        return np.array([each - _between(each, at[np.isfinite(at)], off[np.isfinite(at)]) for each, at, off in rows])
+
+
+def speed_up(
+    baseline: pd.DataFrame, arm: pd.DataFrame, *, of_training: bool = False, resamples: int = RESAMPLES
+) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
     Both tables have the columns `seed`, `FLOPs` (training) and `loss`. A budget of the arm is compared by the seeds
-    that both have there. A resample draws the same seeds for both, so what all runs of a seed share cancels. Raises
-    ValueError if the baseline has fewer than three budgets.
+    that both have there. of_training: whether the baseline's points are the evaluations of its runs, so that runs end
+    only at the largest of them. A resample draws the same seeds for both, so what all runs of a seed share cancels.
+    Raises ValueError if the baseline has fewer than three budgets.
     """
     found = []
-    curves: dict[tuple[int, ...], tuple[Fit, float]] = {}  # by seeds
+    curves: dict[tuple[int, ...], Curve] = {}  # by seeds
     for budget, members in by_budget(arm):
         common = sorted(set(baseline["seed"]) & set(members["seed"]))
         if not common:
             continue
         if tuple(common) not in curves:
-            of_both = baseline[baseline["seed"].isin(common)]
-            curve = fit(of_both, COMPUTE, resamples=resamples)
-            curves[tuple(common)] = curve, _misfit(curve, of_both)
-        of_seed = members.groupby("seed")["loss"].mean()[common].to_numpy()
-        loss = resampled_seeds(len(common), resamples) @ of_seed / len(common)
-        curve, misfit = curves[tuple(common)]
-        found.append(_speed_up(curve, budget, loss, misfit))
+            curves[tuple(common)] = _curve(baseline[baseline["seed"].isin(common)], common, resamples)
+        most = float(baseline["FLOPs"].max())
+        checked = budget <= most * (1 + CLOSE) and not (of_training and budget < most * (1 - CLOSE))
+        found.append(_speed_up(curves[tuple(common)], budget, _means(members, common, resamples), checked))
     return found
 
 
-def _misfit(curve: Fit, baseline: pd.DataFrame) -> float:
-    """Return the largest factor by which the curve is off at a budget of the baseline itself."""
-    of_budget = [(budget, members["loss"].mean()) for budget, members in by_budget(baseline)]
-    logs = [abs(math.log(_needed(curve, np.array([loss]))[0] / budget)) for budget, loss in of_budget]
-    return _exp(max(logs))
+def _curve(baseline: pd.DataFrame, seeds: list[int], resamples: int) -> Curve:
+    law = fit(baseline, COMPUTE, resamples=resamples)
+    of_budget = [(budget, _means(members, seeds, resamples)) for budget, members in by_budget(baseline)]
+    needed = np.stack([np.log(_needed(law, loss)) for _, loss in of_budget], axis=1)
+    return Curve(law, needed, needed - np.log([budget for budget, _ in of_budget]))
 
 
-def _speed_up(curve: Fit, budget: float, loss: Float[np.ndarray, " R"], misfit: float) -> SpeedUp:
-    needed = _needed(curve, loss)
-    times = curve.estimate(np.log(needed / budget))
-    doubts = list(curve.doubts)
-    if not math.isfinite(needed[0]):
+def _means(members: pd.DataFrame, seeds: list[int], resamples: int) -> Float[np.ndarray, " R"]:
+    """Return the mean loss over all seeds, and over each resample of them; NaN where it has no seed with a run."""
+    of_seed = members.groupby("seed")["loss"].mean().reindex(seeds).to_numpy()
+    weights = resampled_seeds(len(seeds), resamples) * np.isfinite(of_seed)
+    with np.errstate(invalid="ignore"):
+        return weights @ np.nan_to_num(of_seed) / weights.sum(axis=1)
+
+
+def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.ndarray, "B"]) -> float:
+    """Return the value at a place, between the nearest places on a line, and that of the last one beyond them."""
+    order = np.argsort(places)
+    return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
+
+
+def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool) -> SpeedUp:
+    logs = curve.compute(loss)
+    needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget))
+    doubts = list(curve.law.doubts)
+    if not math.isfinite(needed):
         doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")
     else:
-        doubts += curve.outside(FLOPs=float(needed[0]))
-    return SpeedUp(budget, float(loss[0]), float(needed[0]), Estimate(*map(_exp, times)), misfit, doubts)
+        doubts += curve.law.outside(FLOPs=needed)
+    if times.low > 0 and not checked:
+        doubts.append(NOT_CHECKED)
+    return SpeedUp(budget, float(loss[0]), needed, Estimate(*map(_exp, times)), doubts, checked)
 
 
 def _exp(log: float) -> float:
@@ -82,7 +120,7 @@ def _exp(log: float) -> float:
     return math.exp(log) if not log > MOST_LOG else math.inf
 
 
-def _needed(curve: Fit, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+def _needed(curve: Fit, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N"]:
     """Return the compute at which the curve has these losses, each by its own row; infinite below its floor."""
     factor, alpha = curve.theta[: len(loss), 1:].T
     gap = loss - curve.floor[: len(loss)]

@@ -10,7 +10,7 @@ from moe.analysis.figures.forest import Row, forest, leaves_out, short_names
 
 def test_an_interval_without_end_reaches_the_edge_and_an_infinite_estimate_has_no_mark() -> None:
     rows = [
-        Row("bounded", 2.0, 1.5, 3.0, decided=True, unsure=(0.9, 1.1)),
+        Row("bounded", 2.0, 1.5, 3.0, decided=True),
         Row("open above", 1.2, 0.5, math.inf, decided=False, text="from 0.50 to ∞"),
         Row("never", math.inf, math.nan, math.nan, decided=False),
     ]

@@ -26,7 +26,7 @@ class Row(NamedTuple):
     """An estimate with its interval, whose ends are NaN if there is none and may be infinite.
 
     decided: whether the estimate is clear from no difference, so that the point has a color. text: what the page shows
-    beside the point. unsure: a range around the place of no difference that the estimate is not told apart from.
+    beside the point.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Row(NamedTuple):
     high: float
     decided: bool
     text: str = ""
-    unsure: tuple[float, ...] = ()
 
 
 @matplotlib.rc_context(RC)
@@ -49,7 +48,7 @@ def forest(
     """
     figure = Figure(figsize=(8.4, 1.6 + 0.28 * len(rows) + (0.4 if lines else 0)), layout="constrained")
     axes = figure.subplots()
-    places = [end for row in rows for end in (row.value, row.low, row.high, *row.unsure) if math.isfinite(end)]
+    places = [end for row in rows for end in (row.value, row.low, row.high) if math.isfinite(end)]
     least, most = min([zero, *places]), max([zero, *places])
     if zero == 1:
         axes.set_xscale("log")
@@ -57,9 +56,6 @@ def forest(
         least, most = least / 1.3, most * 1.3
     for number, row in enumerate(rows):
         color = PALETTE[1 if row.value > zero else 0] if row.decided else PALETTE[7]
-        if row.unsure:
-            band: dict[str, Any] = {"color": PALETTE[7], "alpha": 0.4}  # as quiet on a dark page as on a light one
-            axes.plot(row.unsure, [number, number], linewidth=7, solid_capstyle="butt", **band)
         low, high = np.clip([row.low, row.high], least, most)  # NaN stays NaN
         if not math.isfinite(row.value):
             continue
@@ -103,7 +99,7 @@ def contrast_rows(contrasts: pd.DataFrame) -> list[Row]:
             each.ci_low,
             each.ci_high,
             row["p Holm"] <= SIGNIFICANCE,
-            f"{p_equals(row['p Holm'])} after correction",
+            "not tested" if math.isnan(row["p Holm"]) else f"{p_equals(row['p Holm'])} after correction",
         )
         for (_, row), each in zip(contrasts.iterrows(), contrasts.itertuples(), strict=True)
     ]

@@ -25,6 +25,7 @@ from moe.analysis.equal_cost import (
 )
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
+from moe.analysis.learned import NO_VERDICT
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
@@ -55,11 +56,12 @@ that differ by 0.02 nats, which bounds the error of that if the loss falls stead
 to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
-L_inf + A C^-alpha is fitted through the reference's runs. The interval is a 95 % t interval of the log, with the
-spread of {resamples} resamples of the seeds, which are the same for both levels. A value above 1 saves compute.
-`curve's error` is the largest factor that the curve gives the reference itself, where 1 would be right: a level is
-told apart from the reference only if its whole interval is further from 1 than that. Nothing is tested, and each
-interval is for its row alone."""
+L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has
+their mean loss there. The interval is a 95 % t interval of the log, with the spread of {resamples} resamples of the
+seeds, which are the same for both levels. Between two budgets, and beyond the last one, the form of the curve is taken
+for granted. A value above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that
+it saves compute is said only if runs of the reference ended at its compute, or at less and at more. Nothing is tested,
+and each interval is for its row alone."""
 FROM_CURVES = """\
 The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
 curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
@@ -72,8 +74,7 @@ the line its 95 % t interval for that comparison alone; left of 0 is better. A p
 far in its training the earlier side is read."""
 SPEED_CAPTION = """\
 How many times as much training compute the reference level needs for the loss of each level, with its 95 % interval;
-right of 1 saves compute. The axis is logarithmic. A gray bar is what the curve gives the reference itself: a point
-inside it is not told apart from the reference. An interval that ends at the edge goes on beyond it."""
+right of 1 saves compute. The axis is logarithmic. An interval that ends at the edge goes on beyond it."""
 
 
 def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -206,6 +207,9 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if not rows:
         return
     yield Heading("Effective speed-up")
+    if inputs.learned_little:
+        yield Paragraph(NO_VERDICT)
+        return
     yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES))
     if from_curves:
         yield Paragraph(FROM_CURVES)
@@ -226,7 +230,10 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
         runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
         try:
             found = speed_up(
-                points(baseline, curves, last=runs_alone), points(treated, curves, last=True), resamples=RESAMPLES
+                points(baseline, curves, last=runs_alone),
+                points(treated, curves, last=True),
+                of_training=not runs_alone,
+                resamples=RESAMPLES,
             )
         except ValueError:
             continue  # too few points
@@ -236,9 +243,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
 def _speed_up_figure(rows: list[Row]) -> Figure | str:
     if len(rows) > MOST_ROWS:
         return f"{len(rows)} speed-ups are too many"
-    marks = (
-        "line: 95 % t interval; gray bar: error of the curve;\norange: saves compute, blue: costs more, open: undecided"
-    )
+    marks = "line: 95 % t interval; orange: saves compute, blue: costs more, open: undecided"
     return forest(rows, "compute that the reference needs, as a multiple of the level's", marks, zero=1.0)
 
 
@@ -247,9 +252,8 @@ def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
     value, low, high = found.times
     name += f", {found.budget:.2g} FLOPs" if budgets > 1 else ""
     name += "" if math.isfinite(value) else ": no budget reaches it"
-    misfit = found.misfit if math.isfinite(found.misfit) else 1.0
     text = f"interval from {_times(low)} to {_times(high)}" if not math.isnan(low) else "no interval"
-    return Row(name, value, low, high, leaves_out(low, high, 1.0), text, (1 / misfit, misfit))
+    return Row(name, value, low, high, leaves_out(low, high, 1.0), text)
 
 
 def speed_up_row(found: SpeedUp) -> dict[str, object]:
@@ -262,7 +266,6 @@ def speed_up_row(found: SpeedUp) -> dict[str, object]:
         "loss": found.loss,
         "verdict": found.verdict,
         "times the compute": text,
-        "curve's error": _times(found.misfit),
         "doubts": "; ".join(found.doubts),
     }
 

@@ -4,24 +4,19 @@ The report has the same numbers with figures and other costs (`moe.analysis.repo
 with those that the study's claims name most often after `than`.
 """
 
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
-from moe.analysis.claims import planned_claims
 from moe.analysis.equal_cost import LOSS, is_budget, is_scale, training_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.cost import equal_flops, found_speed_ups, speed_up_row
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
-from moe.results.conditions import reference_level, without_causality
-from moe.results.table import level
 
-CELLS = ["training FLOPs", "loss", "verdict", "times the compute", "curve's error", "doubts"]
-ERROR = "curve's error"
+CELLS = ["training FLOPs", "loss", "verdict", "times the compute", "doubts"]
 VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
@@ -51,11 +46,12 @@ differ."""
 SPEED_TABLE = """\
 **Effective speed-up.** `times the compute` is how many times as much training compute (FLOPs) the reference needs for
 the loss that the level has after `training FLOPs`, with its 95 % interval: 0.8 means that a fifth of the level's
-compute is wasted. `loss` is that validation loss. It is read from a curve through the loss of the reference during its
-training; `curve's error` is how far that curve is off for the reference itself, as a factor. By the `verdict`, a level
-saves compute or costs more only if its whole interval is further from 1 than that error. `doubts` tells where the curve
-is used beyond the reference's runs. A loss in the middle of training is higher than that of a run that ends there, so
-all of these numbers are distorted. Each interval is for its row alone, and nothing was tested or claimed."""
+compute is wasted. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
+during its training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more
+if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute. `doubts`
+tells where the curve is used beyond the reference's runs. A loss in the middle of training is higher than that of a run
+that ends there, so numbers above 1 are too high there. Each interval is for its row alone, and nothing was tested or
+claimed."""
 
 
 class CostInShort(NamedTuple):
@@ -79,16 +75,15 @@ class CostInShort(NamedTuple):
 
 
 def _in_words(row: pd.Series, at_flops: str | None) -> str:
-    text = f"the reference needs {row['times the compute']} times the compute (curve's error {row[ERROR]})"
+    text = f"the reference needs {row['times the compute']} times the compute"
     text += f"; difference in validation loss at equal training FLOPs {at_flops}" if at_flops else ""
     return f"{text}; {row['doubts']}" if row["doubts"] else text
 
 
 def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
-    """Return what the runs of a study say at equal cost; None if they compare nothing."""
-    if inputs.contrasts.empty or LOSS not in inputs.runs:
+    """Return what the runs of a study say at equal cost; None if they compare nothing, or learned little."""
+    if inputs.contrasts.empty or LOSS not in inputs.runs or inputs.learned_little:
         return None
-    inputs = inputs._replace(options=inputs.options._replace(references=_references(inputs)))
     curves = training_curves(inputs.runs, inputs.past.evals)
     rows = [names | speed_up_row(each) for names, found, _ in found_speed_ups(inputs, curves) for each in found]
     scales = all(is_scale(factor) or is_budget(inputs.runs, factor) for factor in inputs.factors)
@@ -97,17 +92,6 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
         pd.DataFrame(rows, columns=[*NAMES, *CELLS], dtype=object),
         SCALES_ALONE if scales else NO_CURVE,
     )
-
-
-def _references(inputs: ReportInputs) -> dict[str, Any]:
-    """Return the level of each factor that the claims name most often after `than`; without one, the usual one."""
-    named = Counter((claim.factor, level(each)) for claim, _ in planned_claims(inputs.loaded) for each in claim.than)
-    found = {}
-    for factor in inputs.factors:
-        usual = without_causality(reference_level(inputs.runs, factor))
-        number = {each: count for (name, each), count in named.items() if name == factor}
-        found[factor] = max(number, key=lambda each: (number[each], each == usual), default=usual)
-    return found
 
 
 def in_short(found: CostInShort) -> Iterator[ReportBlock]:
