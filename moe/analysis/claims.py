@@ -38,7 +38,7 @@ from moe.analysis.statistics import (
 )
 from moe.checks import parse, plain
 from moe.config.claim import OURS, ClaimConfig
-from moe.metrics.catalog import is_quality
+from moe.metrics.catalog import is_quality, span
 from moe.results.conditions import (
     NAMED_ROUTERS,
     readable_level,
@@ -47,6 +47,7 @@ from moe.results.conditions import (
 )
 from moe.results.table import level
 
+SHOWN, SHOWN_UNTESTED = "shown is the comparison on which p depends", "shown is a comparison that is not tested"
 BEST = ("lowest", "highest")  # kinds that fail only if one rival beats all named levels
 
 
@@ -160,14 +161,22 @@ def decided(
     before = table["verdict"] + " before Holm's correction, not after it"
     later = tests if tests_later is None else tests_later
     spreads, predicted = table.pop("spread"), table.pop("predicted")
-    known = zip(table.pop("doubt"), table["n"], spreads, _corrected_for(predicted, tests), table["metric"], strict=True)
+    changes = table["kind"].map({"interaction": 2}).fillna(1)  # a change of a change is twice as large at most
+    spans = table["metric"].map(span).astype(float) * changes
+    units = table["metric"].map(noun)
+    known = zip(table.pop("doubt"), table["n"], spreads, _corrected_for(predicted, tests), units, spans, strict=True)
     doubt = pd.Series([doubt or _detectable(*rest) for doubt, *rest in known], index=table.index, dtype=object)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
     needed = [seeds_for(claim.deciding()) for claim in _corrected_for(predicted, later)]
     table["seeds needed"] = pd.Series(needed, index=table.index, dtype=float).mask(significant | table["p"].isna())
     verdict = table["verdict"].where(significant, UNDECIDED).mask(table["p"].isna(), UNTESTED)
-    return table.assign(verdict=verdict, reason=reason)
+    tested = table["p"].notna()
+    choice = [
+        f"{text}; {SHOWN if has_p else SHOWN_UNTESTED}" if text else ""
+        for text, has_p in zip(table["choice"], tested, strict=True)
+    ]
+    return table.assign(verdict=verdict, reason=reason, choice=choice)
 
 
 def evidence_sentence(judged: pd.Series) -> str:
@@ -207,13 +216,17 @@ def _corrected_for(predicted: pd.Series, tests: np.ndarray) -> list[Prediction]:
     return [claim._replace(tests=max(number, 1)) for claim, number in zip(predicted, tests.tolist(), strict=True)]
 
 
-def _detectable(n: int, spread: float, claim: Prediction, metric: str) -> str:
-    """Return which difference would have been detected; an empty text if there is no spread to tell it from."""
+def _detectable(n: int, spread: float, claim: Prediction, unit: str, most: float) -> str:
+    """Return which difference would have been detected; an empty text if there is no spread to tell it from.
+
+    most: how much the metric can change.
+    """
     if math.isnan(spread):
         return ""
     effect = detectable_effect(n, tests=claim.tests, named=claim.named, rivals=claim.rivals, freedom=claim.freedom)
     low, high = spread_interval(spread, claim.freedom.at(n))
-    return detectable_note(effect * spread, effect * low, effect * high, tests=claim.tests, unit=noun(metric))
+    effects = effect * spread, effect * low, effect * high
+    return detectable_note(*effects, tests=claim.tests, unit=unit, most=most)
 
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
@@ -286,15 +299,14 @@ def _predicted(comparison: Comparison) -> Prediction:
 
 
 def _choice(claim: ClaimConfig, named: list[str], rivals: list[str]) -> str:
-    """Return which comparisons a claim makes, and which one of them is shown; an empty text if there is only one."""
+    """Return which comparisons a claim makes; an empty text if there is only one. `decided` adds which one is shown."""
     number = len(named) * len(rivals)
     if number == 1:
         return ""
     others = f"each of the {len(rivals)} other levels" if len(rivals) > 1 else "the other level"
     against = others if not claim.than else f"each of {enumerated(rivals)}" if len(rivals) > 1 else rivals[0]
     subject = f"each of {enumerated(named)}" if named[1:] else named[0]
-    text = f"one of {number} comparisons that must all hold: {subject} with {against}"
-    return f"{text}; shown is the comparison on which p depends"
+    return f"one of {number} comparisons that must all hold: {subject} with {against}"
 
 
 def _where(claim: ClaimConfig) -> str:

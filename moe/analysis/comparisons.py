@@ -11,11 +11,11 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_common_cost, metric_curves
-from moe.analysis.power import PAIRED, Freedom
+from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
 from moe.analysis.sentences import null_everywhere
-from moe.analysis.statistics import CONFIDENCE, name_cell
+from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, name_cell, p_of_share
 from moe.analysis.within_seeds import Contrast, contrast
-from moe.config.claim import DOMAIN, ClaimConfig, absolute
+from moe.config.claim import DOMAIN, Amount, ClaimConfig, amount_of
 from moe.metrics.catalog import lookup
 from moe.results.comparable import incomparable, is_timed, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
@@ -29,8 +29,8 @@ NO_SPREAD = "the difference is the same in every seed, so nothing tells how far 
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
-# The estimate of a difference minus a share of the mean of the values with which it is compared
-Estimate = Callable[[float], Contrast]
+# The estimate of so many times a difference minus a share of the mean of the values with which it is compared
+Estimate = Callable[[float, float], Contrast]
 
 
 class Comparison(NamedTuple):
@@ -156,21 +156,30 @@ def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estima
     """Complete a comparison by its interval, and by a one-sided test of each end of the claimed range.
 
     base: the mean of which an end may be a share. As that mean is estimated from the same runs, the test is that of the
-    difference minus this share of the values themselves (Fieller 1954), not of a bound that is taken to be known.
+    difference minus this share of the values themselves (Fieller 1954), not of a bound that is taken to be known. The
+    sign of the mean is estimated too, so the mean must be clear of zero (`p_of_share`).
     """
-    difference, (low, high) = estimate(0.0), claimed_range(claim, base)
+    difference, range_ = estimate(1.0, 0.0), claimed_range(claim)
+    low, high = (end.at(base) for end in range_)
     found = found._replace(
         favor=min(difference.effect - low, high - difference.effect), claimed_low=low, claimed_high=high
     )
     sign = math.copysign(1.0, base)
-    constants, shares = claimed_range(claim, 0.0), claimed_range(claim, sign)
-    ends = [end for end, constant in enumerate(constants) if math.isfinite(constant)]
-    tests = {end: estimate(sign * (shares[end] - constants[end])) for end in ends}
+    ends = [number for number, end in enumerate(range_) if math.isfinite(end.constant)]
+    tests = {end: estimate(1.0, sign * range_[end].share) for end in ends}
     if any(math.isnan(test.error) for test in tests.values()):
         return found._replace(doubt=ONE_SEED if found.n == 1 else ONE_SEED_CONNECTS)
     if any(test.error == 0 for test in tests.values()):
         return found._replace(deterministic=difference.error == 0, doubt=NO_SPREAD)
-    inward = {end: (test.effect - constants[end]) * (-1 if end else 1) / test.error for end, test in tests.items()}
+    mean = estimate(0.0, -1.0)
+    of_share = 0.0
+    if any(range_[end].share for end in ends):
+        of_share = p_of_share(mean.effect, mean.error, _freedom(mean, found.n).at(found.n))
+    if of_share > SIGNIFICANCE:
+        return found._replace(doubt=NOT_CLEAR)
+    inward = {
+        end: (test.effect - range_[end].constant) * (-1 if end else 1) / test.error for end, test in tests.items()
+    }
     freedom = {end: _freedom(test, found.n) for end, test in tests.items()}
     inside = max(stats.t.sf(inward[end], freedom[end].at(found.n)) for end in ends)
     outside = min(stats.t.cdf(inward[end], freedom[end].at(found.n)) for end in ends)
@@ -180,7 +189,7 @@ def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estima
     return found._replace(
         low=difference.effect - reach,
         high=difference.effect + reach,
-        p_for=float(inside if two_ends else min(1.0, 2 * inside)),
+        p_for=max(of_share, float(inside if two_ends else min(1.0, 2 * inside))),
         p_against=float(min(1.0, 2 * outside)),
         spread=tests[nearest].error * math.sqrt(found.n),
         freedom=freedom[nearest],
@@ -289,8 +298,8 @@ def _of_pairs(
     weights = np.full(len(kept), 1 / len(kept))
 
     @cache
-    def estimate(share: float) -> Contrast:
-        values = (pairs - share * base).to_numpy(dtype=float)
+    def estimate(times: float, share: float) -> Contrast:
+        values = (times * pairs - share * base).to_numpy(dtype=float)
         return contrast(values, weights, seed_effects=False, scale=scale)
 
     return _estimated(claim, estimate, reference, base, note)
@@ -322,8 +331,8 @@ def _in_all_runs(
     of_reference[len(kept) : 2 * len(kept)] = 1 / len(kept)
 
     @cache
-    def estimate(share: float) -> Contrast:
-        return contrast(values, weights, levels=-share * of_reference if share else None)
+    def estimate(times: float, share: float) -> Contrast:
+        return contrast(values, times * weights, levels=-share * of_reference if share else None)
 
     reference, base = (each[kept].reindex(table.index) for each in (reference, base))
     try:
@@ -353,7 +362,7 @@ def _estimated(
     claim: ClaimConfig, estimate: Estimate, reference: pd.DataFrame, base: pd.DataFrame, note: str
 ) -> Comparison:
     """Return a comparison from the estimate of its difference, and of that minus a share of the mean of `base`."""
-    found = estimate(0.0)
+    found = estimate(1.0, 0.0)
     telling = found.estimator.telling
     n, (mean, of_base) = int(telling.sum()), (float(each[telling].mean().mean()) for each in (reference, base))
     freedom = _freedom(found, n)
@@ -379,16 +388,16 @@ def _lost(differences: pd.DataFrame) -> str:
     return f"{len(places)} of {differences.size} pairs have no value on a side: {'; '.join(places)}" if places else ""
 
 
-def claimed_range(claim: ClaimConfig, reference: float) -> tuple[float, float]:
+def claimed_range(claim: ClaimConfig) -> tuple[Amount, Amount]:
     """Return the range in which the true difference lies according to the claim.
 
-    reference: the mean of the metric, of which a size or a margin may be a share. Of an interaction, the difference is
-    the change of the metric; without a direction, the range is that of "higher".
+    A share is one of the mean with which the claim compares. Of an interaction, the difference is the change of the
+    metric; without a direction, the range is that of "higher".
     """
     if claim.kind in ("interaction", "mixed"):
         claim = _as_change(claim)
     if claim.kind == "equivalent":
-        margin = absolute(claim.margin, reference)
+        margin = amount_of(claim.margin)
         return -margin, margin
-    least, most = [absolute(amount, reference) for amount in claim.size] or (0.0, math.inf)
+    least, most = map(amount_of, claim.size) if claim.size else (Amount(0.0), Amount(math.inf))
     return (least, most) if claim.kind in ("higher", "highest") else (-most, -least)

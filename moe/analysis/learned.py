@@ -3,12 +3,16 @@
 import pandas as pd
 
 from moe.checks import plain
+from moe.metrics.catalog import is_quality
 from moe.results.conditions import conditions, varied_factors
 
 LEARNED_LITTLE = """\
 No run is better than a unigram model (val perplexity {}): these models have learned too little for a verdict about
 their quality."""
 TOO_LITTLE = "no model is better than a unigram model, which is too little for a verdict"
+NO_VERDICT = """\
+Claims and comparisons about losses, and about what follows from them, have no verdict here: no model is better than a
+unigram model."""
 COLUMNS = ["val/perplexity", "unigram_perplexity"]
 
 
@@ -28,3 +32,15 @@ def learned_little(runs: pd.DataFrame) -> str:
     unigram = means["unigram_perplexity"]
     different = dict.fromkeys(f"{value:.4g}" for value in (unigram.min(), unigram.max()))
     return " ".join(plain(LEARNED_LITTLE.format(" to ".join(different))).splitlines())
+
+
+def withheld(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of tests without the p of those about quality, for models that learned little."""
+    of_quality = table["metric"].map(is_quality).astype(bool)
+    columns = [name for name in table if name == "p" or name.startswith("p ")]
+    return table.assign(**{name: table[name].mask(of_quality) for name in columns})
+
+
+def without_doubt(reason: str) -> str:
+    """Return the reason of a verdict without `TOO_LITTLE`, where the page has said that already."""
+    return "; ".join(part for part in reason.split("; ") if part != TOO_LITTLE)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from moe.analysis.power import SIGNIFICANCE
 from moe.checks import plain
-from moe.metrics.catalog import lookup
+from moe.metrics.catalog import lookup, span
 from moe.results.comparable import NOT_COMPARABLE
 
 SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "deterministic"
@@ -68,11 +68,15 @@ def with_note(text: str, note: str) -> str:
     return f"{text.removesuffix(')')}; {note})" if text.endswith(")") else f"{text} ({note})"
 
 
-def detectable_note(effect: float, low: float, high: float, *, tests: int | float, unit: str) -> str:
+def detectable_note(
+    effect: float, low: float, high: float, *, tests: int | float, unit: str, most: float = math.inf
+) -> str:
     """Return the smallest detectable effect at the level 5 % / `tests`, with the 95 % interval of that number.
 
-    `DETECTABLE` says what it is.
+    `DETECTABLE` says what it is. most: how much the metric can change.
     """
+    if effect > most:
+        return f"smallest detectable effect larger than {unit} can change, at the level {level_text(tests)}"
     size = f"{effect:.2g} {unit}".rstrip()
     return f"smallest detectable effect {size} ({low:.2g} to {high:.2g}) at the level {level_text(tests)}"
 
@@ -164,7 +168,7 @@ def _verdict(contrast: pd.Series, unit: str, up: str, down: str) -> str:
         return f"**equivalent** within {c['margin']:.3g} {holm}"
     if not significant:
         effect = c[["detectable", "detectable_low", "detectable_high"]]
-        return f"**undecided**, {detectable_note(*effect, tests=c['tests'], unit=unit)}"
+        return f"**undecided**, {detectable_note(*effect, tests=c['tests'], unit=unit, most=span(c['metric']))}"
     margin = c.get("margin")
     return f"**{direction}**" + (
         "" if pd.isna(margin) or c["beyond"] else f", not shown to exceed the margin of {margin:.3g}"

@@ -11,14 +11,15 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from moe.analysis.power import SIGNIFICANCE, UNPAIRED, detectable_effect
-from moe.config.claim import absolute
+from moe.config.claim import amount_of
+from moe.metrics.catalog import span
 from moe.results.comparable import TEST_TEXT, TOKENIZER, WHEN, incomparable
 from moe.results.conditions import (
     STD,
@@ -34,6 +35,9 @@ from moe.results.conditions import (
 CONFIDENCE = 0.95
 EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
+CLEAR = 0.01  # the largest p of the test against zero with which a mean is clear of it
+NOT_CLEAR = """\
+the claimed amount is a share of a mean that is not clear of zero, so these seeds do not tell how large it is"""
 
 # What a comparison reads beside factors and a metric.
 COMPARED = (*WHEN, "folder", "place", "causal", *TEST_TEXT, TOKENIZER)
@@ -71,16 +75,16 @@ def contrasts(
     - `tests`: the number by which 5 % are divided before any test is significant (`divisors`).
     - `detectable`: the smallest true difference that would be significant at 5 % / `tests` with power 0.8, if this
       spread were the true one; `detectable_low` and `detectable_high`: the same for the ends of the spread's 95 %
-      chi-square interval.
+      chi-square interval. It is infinite if the metric cannot change so much.
     - `note`: a remark for the reader, such as a seed that was left out.
 
-    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are five more:
+    With a `margin`, in units of the metric or as text such as "1%" of the reference's mean, there are six more:
     `margin` in units, `p TOST` (two one-sided t tests that the true difference is smaller than the margin),
-    `p TOST Holm`, `equivalent`: whether the levels are equivalent at 5 %, and `beyond`: whether the difference exceeds
-    the margin at 5 % / `tests`. (A difference that is not significant is no proof of equivalence.) Raises ValueError
-    for a margin that is not positive and for an unknown reference.
+    `p beyond` (that it is larger), `p TOST Holm`, `equivalent`: whether the levels are equivalent at 5 %, and `beyond`:
+    whether the difference exceeds the margin at 5 % / `tests`. (A difference that is not significant is no proof of
+    equivalence.) Raises ValueError for a margin that is not positive and for an unknown reference.
     """
-    if margin is not None and absolute(margin, 1.0) <= 0:
+    if margin is not None and amount_of(margin).at(1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
     runs = narrowed(runs, (metric, *factors, *COMPARED))
     rows = [
@@ -138,12 +142,13 @@ def with_correction(
     factor = [detectable_effect(n, tests=max(number, 1)) for n, number in table[["n", "tests"]].itertuples(index=False)]
     low, high = spread_interval(spread, table["n"] - 1)
     spreads = {"detectable": spread, "detectable_low": low, "detectable_high": high}
-    table = table.assign(**{name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()})
+    effects = {name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()}
+    most = table["metric"].map(span)
+    table = table.assign(**{name: effect.mask(effect > most, math.inf) for name, effect in effects.items()})
     if "p TOST" in table:
         equivalence = table["p TOST"].to_numpy() if equivalence is None else equivalence
         equivalent = pd.Series(equivalence <= SIGNIFICANCE, index=table.index).where(table["margin"].notna())
-        lead = (table["difference"].abs() - table["margin"]) / (spread / np.sqrt(table["n"]))
-        beyond = stats.t.sf(lead, table["n"] - 1) <= SIGNIFICANCE / table["tests"].clip(lower=1) / 2
+        beyond = table["p beyond"] <= SIGNIFICANCE / table["tests"].clip(lower=1)
         table = table.assign(**{"p TOST Holm": equivalence, "equivalent": equivalent, "beyond": beyond})
     return table
 
@@ -189,7 +194,8 @@ def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...
         low, high = spread_interval(std, n - 1)
         row = {"metric": metric, "n": n, "mean": values.mean(), STD: std, "std_low": low, "std_high": high}
         spread = math.sqrt(2) * std  # of a difference of two runs
-        effects = {f"detectable, {k} seeds a side": spread * detectable_effect(k, freedom=UNPAIRED) for k in seeds}
+        found = {k: spread * detectable_effect(k, freedom=UNPAIRED) for k in seeds}
+        effects = {f"detectable, {k} seeds a side": x if x <= span(metric) else math.inf for k, x in found.items()}
         rows.append(row | effects)
     return pd.DataFrame(rows)
 
@@ -201,19 +207,51 @@ def spread_interval(std: Any, freedom: Any) -> tuple[Any, Any]:
     return std * np.sqrt(df / stats.chi2.ppf(1 - tail, df)), std * np.sqrt(df / stats.chi2.ppf(tail, df))
 
 
-def margin_test(a: np.ndarray, b: np.ndarray, margin: int | float | str) -> float:
-    """Return the p of the claim that the mean of a - b lies between -margin and margin: two one-sided t tests (TOST).
+def p_of_share(mean: float, error: float, freedom: int | float) -> float:
+    """Return the p that a bound adds to a test if it is a share of a mean; above 5 % unless the mean is clear of 0.
 
-    A margin may be a share of the mean of b, such as "1%". That mean is estimated from the same runs, so the test is of
-    a - (1 - share) b and of a - (1 + share) b (Fieller 1954), not of a bound that is taken to be known. There must be
-    at least two values. NaN if there is no spread.
+    mean, error: an estimate and its standard error, with these degrees of freedom. The bound has the sign of the mean,
+    which the same runs tell. So a test at a level would err at twice that level where the true mean is 0, half of it
+    with each sign. It does not if the two-sided t test of the mean against 0 must reach a fifth of the level too: then
+    the wrong sign adds a tenth of the level at most, and next to nothing where the right one errs at the whole level.
     """
-    constant, sign = absolute(margin, 0.0), math.copysign(1.0, b.mean())
-    bound = constant + (absolute(margin, 1.0) - constant) * sign * b
+    p = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+    return min(1.0, p * SIGNIFICANCE / CLEAR)
+
+
+class MarginTest(NamedTuple):
+    """A margin in units, and the p of the claims that the mean difference lies `inside` and `beyond` it.
+
+    note: why there is no p although the differences spread.
+    """
+
+    margin: float
+    inside: float = math.nan
+    beyond: float = math.nan
+    note: str = ""
+
+
+def margin_test(a: np.ndarray, b: np.ndarray, margin: int | float | str) -> MarginTest:
+    """Return the tests that the mean of a - b lies between -margin and margin, and that it does not: one-sided t tests.
+
+    Inside, both tests must hold (TOST), and beyond, one of the two. A margin may be a share of the mean of b, such as
+    "1%". That mean is estimated from the same runs, so the test is of a - (1 - share) b and of a - (1 + share) b
+    (Fieller 1954), not of a bound that is taken to be known; and of the mean itself (`p_of_share`). There must be at
+    least two values. p is NaN if there is no spread.
+    """
+    amount, mean, n = amount_of(margin), float(b.mean()), len(b)
+    found = MarginTest(amount.at(mean))
+    bound = amount.constant + amount.share * math.copysign(1.0, mean) * b
+    scale = float(np.abs([a, b]).max())
     inward = a - b + bound, bound - (a - b)
-    if any(has_no_spread(each, scale=np.abs([a, b]).max()) for each in inward):
-        return float("nan")
-    return max(float(stats.ttest_1samp(each, 0.0, alternative="greater").pvalue) for each in inward)
+    if any(has_no_spread(each, scale=scale) for each in inward):
+        return found
+    error = 0.0 if has_no_spread(b, scale=scale) else float(b.std(ddof=1)) / math.sqrt(n)
+    of_share = p_of_share(mean, error, n - 1) if amount.share else 0.0
+    if of_share > SIGNIFICANCE:
+        return found._replace(note=NOT_CLEAR)
+    p = [float(stats.ttest_1samp(each, 0.0, alternative="greater").pvalue) for each in inward]
+    return found._replace(inside=max(of_share, *p), beyond=min(1.0, 2 * (1 - max(p))))
 
 
 def corrected(p: pd.Series, family: np.ndarray | None = None) -> np.ndarray:
@@ -359,8 +397,11 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
         "note": "; ".join(notes),
     }
     if margin is not None:
-        bound = absolute(margin, b.mean()) if n else float("nan")
-        row |= {"margin": bound, "p TOST": margin_test(a, b, margin) if not math.isnan(p) else p}
+        tested = (
+            margin_test(a, b, margin) if not math.isnan(p) else MarginTest(amount_of(margin).at(b.mean() if n else p))
+        )
+        row |= {"margin": tested.margin, "p TOST": tested.inside, "p beyond": tested.beyond}
+        row["note"] = "; ".join(filter(None, [row["note"], tested.note]))
     return row
 
 

@@ -1,7 +1,7 @@
 """Planned claims: what an experiment is expected to show. `moe.analysis.claims` judges them after it ran."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
@@ -97,11 +97,12 @@ class ClaimConfig:
         sized = self.kind in ("higher", "lower") and len(self.size) == 2
         require(sized or not self.size, f"{key}.size", self.size, "two amounts, with kind=higher or kind=lower")
         part = "margin" if bounded else "size"
-        amounts = [absolute(amount, 1.0, key=f"{key}.{part}") for amount in ([self.margin] if bounded else self.size)]
-        ok = all(amount > 0 for amount in amounts) and amounts == sorted(amounts)
+        amounts = [amount_of(amount, key=f"{key}.{part}") for amount in ([self.margin] if bounded else self.size)]
+        values = [amount.at(1.0) for amount in amounts]
+        ok = all(value > 0 for value in values) and values == sorted(values)
         require(ok, f"{key}.{part}", self.margin or self.size, "positive and rising")
-        shares = {_is_share(amount) for amount in self.size}
-        require(len(shares) < 2, f"{key}.size", self.size, "two amounts in one unit, such as [5%, 15%] or [5, 15]")
+        in_one_unit = len({amount.share > 0 for amount in amounts}) < 2
+        require(in_one_unit, f"{key}.size", self.size, "two amounts in one unit, such as [5%, 15%] or [5, 15]")
 
     def _check_within(self, key: str) -> None:
         for factor, levels in self.within.items():
@@ -118,28 +119,29 @@ class ClaimConfig:
             require(ok, key, self.within, allowed)
 
 
-def absolute(amount: Any, reference: float, *, key: str = "amount") -> float:
-    """Return an amount in units of a metric; "5%" is that share of the absolute value of `reference`.
+class Amount(NamedTuple):
+    """An amount of a metric: a constant in its units, plus a share of the absolute value of a mean."""
+
+    constant: float
+    share: float = 0.0
+
+    def at(self, mean: float) -> float:
+        """Return the amount in units of the metric."""
+        return self.constant + self.share * abs(mean)
+
+    def __neg__(self) -> "Amount":
+        return Amount(-self.constant, -self.share)
+
+
+def amount_of(amount: Any, *, key: str = "amount") -> Amount:
+    """Return an amount: a number in units of a metric, or a text such as "5%"; "1%" and "1.0%" are equal.
 
     Raises ConfigError, naming `key`, for anything else.
     """
-    value, share = amount_of(amount, key=key)
-    return value / 100 * abs(reference) if share else value
-
-
-def amount_of(amount: Any, *, key: str = "amount") -> tuple[float, bool]:
-    """Return the number of an amount, and whether it is a share in percent, so that "1%" and "1.0%" are equal.
-
-    Raises ConfigError, naming `key`, unless it is a finite number, or a text such as "5%".
-    """
-    share = _is_share(amount)
+    share = isinstance(amount, str) and amount.endswith("%")
     try:
         value = float("nan" if isinstance(amount, bool) else amount[:-1] if share else amount)
     except (TypeError, ValueError):
         value = float("nan")
     require(finite(value), key, amount, "a finite number, or a text such as 5%")
-    return value, share
-
-
-def _is_share(amount: Any) -> bool:
-    return isinstance(amount, str) and amount.endswith("%")
+    return Amount(0.0, value / 100) if share else Amount(value)

@@ -5,6 +5,7 @@ derived from these entries, which stand in moe/metrics/entries/. The module does
 formulas are explained in `moe.metrics.metric.LETTERS`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,12 @@ def is_quality(name: str) -> bool:
     """Return whether a metric says how well a model predicts text."""
     metric = lookup(name)
     return metric is not None and metric.group in QUALITY
+
+
+def span(name: str) -> float:
+    """Return how much a metric can change: by 1 if it is a share, and without a limit that is known otherwise."""
+    metric = lookup(name)
+    return 1.0 if metric is not None and metric.unit.startswith("share") else math.inf
 
 
 def final_metrics() -> list[str]:

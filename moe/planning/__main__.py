@@ -190,7 +190,7 @@ def _check_fall(request: Request, claim: ClaimConfig) -> None:
     own = request.effects.get(claim.metric)
     text = (own or request.effect).text
     allowed = f"below 100%: “{claim.text}” claims a fall of {claim.metric}"
-    possible = not text.endswith("%") or amount_of(text)[0] < 100
+    possible = not text.endswith("%") or amount_of(text).share < 1
     require(possible, f"--effect {claim.metric}" if own else "effect", text, allowed)
 
 

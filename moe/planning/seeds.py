@@ -11,7 +11,8 @@ from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, timed
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.checks import require
-from moe.config.claim import ClaimConfig, absolute
+from moe.config.claim import ClaimConfig, amount_of
+from moe.metrics.catalog import span
 from moe.planning.report_ahead import Ahead
 from moe.results.comparable import not_poolable
 from moe.results.conditions import conditions, varied_factors
@@ -42,7 +43,7 @@ class Effect(NamedTuple):
         """Return the effect in units of the metric, or of the spread if that is not known in units of the metric."""
         if self.text.endswith(UNIT):
             return float(self.text.removesuffix(UNIT)) * spread.value
-        return absolute(self.text if self.text.endswith("%") else float(self.text), spread.mean)
+        return amount_of(self.text if self.text.endswith("%") else float(self.text)).at(spread.mean)
 
 
 class Spread(NamedTuple):
@@ -152,8 +153,12 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
         spread = NOT_TOLD._replace(source=NOT_IN_PLAN.format(absent=absent))
     if reason := absent or unknown:
         return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason)
-    low, high = claimed_range(claim, spread.mean)
+    low, high = (end.at(spread.mean) for end in claimed_range(claim))
     effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
+
+    if effect_size > (most := span(claim.metric)):
+        reason = f"{compared_with} is larger than {claim.metric} can change, which is {most:g}"
+        return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)
 
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)

@@ -15,13 +15,15 @@ from moe.analysis.claims import judge_planned
 from moe.analysis.league import League
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs, reference_levels
 from moe.analysis.report.judgments import Judgment
+from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections import league
 from moe.analysis.report.sections.answer import _numbers, answer, index_of_verdicts
 from moe.analysis.report.sections.answers import NO_CLAIM, answers
 from moe.analysis.report.sections.provenance import _value_text
+from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
 from moe.results.table import load_runs
@@ -113,10 +115,42 @@ def test_claims_about_quality_are_not_judged_if_no_model_is_better_than_a_unigra
     [cards] = [block.cards for block in blocks if isinstance(block, Cards)]
     [card] = [each for each in cards if each.text == "noise hurts"]
     assert card.verdict == "not tested"
-    assert card.effect.endswith(f", n=3; {TOO_LITTLE}")
+    assert card.effect.endswith(", n=3"), "the first screen says once why"
     answered = " ".join(text for _, text in answers(little, question_of(little)))
-    assert f"{TOO_LITTLE})" in answered
+    assert TOO_LITTLE not in answered
     assert "is supported" not in answered
+    quality = little.contrasts["metric"] == "val/perplexity"
+    assert little.contrasts.loc[quality, ["p", "p Holm", "p Welch", "p sign-flip"]].isna().all(axis=None)
+    assert little.contrasts.loc[~quality, ["p", "p Holm"]].notna().all(axis=None)
+    assert little.contrasts["difference"].notna().all(), "numbers stay"
+    assert little.variance[["p", "p GG", "p Holm"]].isna().all(axis=None)
+    assert enough.variance["p GG"].notna().any()
+    assert enough.contrasts["p"].notna().all()
+    named = [block.text for block in blocks if isinstance(block, Paragraph) and "Best setting" in block.text]
+    assert named == [f"**Best setting here:** not named, because {TOO_LITTLE}."]
+    words = " ".join(map(block_as_markdown, [*contrast_verdicts(little), *claim_verdicts(little)]))
+    assert "better" not in words.replace("no model is better than a unigram model", "")
+    assert words.count(TOO_LITTLE) == 0
+
+
+def test_comparisons_have_the_reference_of_the_claims_unless_the_reader_names_one(tmp_path: Path) -> None:
+    """Noise 0 would be the usual reference."""
+    without = replace(WORSE, text="less noise helps", levels=[0.0], than=[0.5], kind="lower")
+    inputs = inputs_of(tmp_path, claims=(without, BALANCED, replace(without, metric="routing/load_cv")))
+    assert {*inputs.contrasts["reference"]} == {0.5}
+    assert reference_levels(inputs) == {"noise": 0.5}
+    words = " ".join(map(block_as_markdown, contrast_verdicts(inputs)))
+    assert "The reference levels are noise=0.5: " in words
+    [inputs] = collect_inputs(inputs.loaded, ReportOptions(references={"noise": 0.0}))
+    assert {*inputs.contrasts["reference"]} == {0.0}
+
+
+def test_one_run_of_each_setting_is_compared_with_a_unigram_model_too(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, unigram_perplexity=101.0)
+    [alone] = collect_inputs(inputs.loaded[inputs.loaded["seed"] == 3])
+    words = " ".join(map(block_as_markdown, answer(alone)))
+    assert words.count("No run is better than a unigram model") == 1
+    assert f"not named, because {TOO_LITTLE}" in words
 
 
 def test_the_answer_says_which_range_or_margin_a_claim_allows(tmp_path: Path) -> None:

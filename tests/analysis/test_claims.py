@@ -21,7 +21,8 @@ from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judg
 from moe.analysis.comparisons import NO_SPREAD, ONE_SEED
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
-from moe.analysis.statistics import contrasts, corrected
+from moe.analysis.sentences import contrast_sentence
+from moe.analysis.statistics import NOT_CLEAR, contrasts, corrected, noise_floor
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
 from moe.config.cell import Cell
 from moe.config.claim import ClaimConfig
@@ -427,6 +428,20 @@ def test_a_claim_is_not_tested_if_another_factor_always_changes_too() -> None:
     assert row["verdict"] == "not tested"
 
 
+@pytest.mark.parametrize("kind", ["equivalent", "mixed", "higher"])
+def test_a_share_of_a_mean_that_is_not_clear_of_zero_tests_nothing(kind: str) -> None:
+    runs = runs_with_means({0.0: 1.0, 0.5: 1.0}, spread=0.001)
+    amount = {"size": ["5%", "10%"]} if kind == "higher" else {"margin": "5%"}
+    row = judge_first(runs, claim(kind, [0.5], [0.0], **amount))
+    assert row["verdict"] == "not tested"
+    assert row["reason"].endswith(NOT_CLEAR)
+    assert math.isnan(row["seeds needed"])
+    clear = judge_first(runs.assign(**{PPL: runs[PPL] + 100}), claim(kind, [0.5], [0.0], **amount))
+    assert clear["verdict"] == ("contradicted" if kind == "higher" else "supported")
+    [note] = contrasts(runs, PPL, ["noise"], margin="5%")["note"]
+    assert note == NOT_CLEAR
+
+
 def test_one_seed_gives_a_direction_but_no_verdict() -> None:
     row = judge_first(runs_with_means({0.0: 100, 0.5: 150}, seeds=1), claim("lower", [0.5], [0.0]))
     assert (row["n"], row["verdict"], row["estimates"]) == (1, "not tested", "against")
@@ -441,6 +456,21 @@ def test_an_undecided_claim_states_the_smallest_detectable_effect() -> None:
     assert row["verdict"] == "undecided"
     assert row["reason"].endswith(") at the level 5 %")
     assert f"smallest detectable effect {detectable:.2g} validation perplexity (" in row["reason"]
+
+
+def test_an_effect_that_a_share_cannot_have_is_not_said_to_be_detectable() -> None:
+    """A share of tokens changes by 1 at most, and its change between two places by 2."""
+    runs = runs_with_means({0.0: 0.5, 0.5: 0.5}, seeds=3, spread=0.4).rename(columns={PPL: "val/accuracy"})
+    row = judge_first(runs, replace(claim("higher", [0.5], [0.0]), metric="val/accuracy"))
+    [found] = [each for _, each in contrasts(runs, "val/accuracy", ["noise"]).iterrows()]
+    words = "smallest detectable effect larger than validation accuracy can change, at the level 5 %"
+    assert row["reason"] == words
+    assert contrast_sentence(found, "", unit="validation accuracy", up="better", down="worse").endswith(words)
+    assert found[["detectable", "detectable_high"]].tolist() == [math.inf, math.inf]
+    smaller = runs.assign(**{"val/accuracy": runs["val/accuracy"] / 5})
+    assert 0.1 < contrasts(smaller, "val/accuracy", ["noise"])["detectable"].item() < 1
+    floor = noise_floor(smaller[smaller["noise"] == 0.0], ["val/accuracy"], seeds=(2, 100))
+    assert floor.iloc[0, -2] == math.inf > floor.iloc[0, -1]
 
 
 @pytest.mark.parametrize(("kind", "against"), [("higher", {"tests": 2}), ("lower", {"named": 2})])

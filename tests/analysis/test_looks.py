@@ -156,16 +156,17 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert price_of_more(Study(8, [0, 1, 2])).startswith("5 of the 8 planned seeds are left. Reports up to the planned")
     assert price_of_more(Study(4, [0, 1, 2])).startswith("1 of the 4 planned seeds is left.")
     assert error_of_more(Study(4, [0, 1, 2]), 4) == error_of_more(Study(4, [0, 1, 2]), float("nan")) == ""
-    assert "beyond the 4 planned seeds no longer keep the 5 %: chance may decide something in up to 6.25 %" in (
-        error_of_more(Study(4, [0, 1, 2]), 16)
-    )
+    more = error_of_more(Study(4, [0, 1, 2]), 16)
+    assert more == "That is more than the 4 planned seeds; “More seeds” says what it costs."
+    assert "all together err in up to 6.25 %" in price_of_more(Study(4, [0, 1, 2]))
     planned = price_of_more(Study(8, list(range(8)), early))
-    assert "(8) are used up: with more, all tests together have 1 % instead of 5 %" in planned
+    assert "(8) are used up. The tests of a report with more seeds together have 1 % instead of 5 %" in planned
+    assert "such reports err in up to 6.25 % of studies" in planned
     second = price_of_more(Study(None, list(range(5)), early))
     assert second.startswith(
         "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
     )
-    assert "seeds are used up: with more, all tests together have 0.2 % instead of 5 %." in second
+    assert "seeds are used up. The tests of a report with more seeds together have 0.2 % instead of 5 %;" in second
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +307,7 @@ def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -
     [inputs] = collect_inputs(runs.assign(planned_seeds=6))
     text = "\n".join(map(block_as_markdown, answer(inputs)))
     assert "1 of the 6 planned seeds is left." in text
-    assert "Looks beyond the 6 planned seeds no longer keep the 5 %" in text
+    assert "That is more than the 6 planned seeds; “More seeds” says what it costs" in text
 
 
 def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_equivalence_is_two_one_sided_paired_tests(runs: pd.DataFrame) -> None:
     row = select_contrast(table, "lb", 0.0, "noise=0.0")
     cell = runs[runs["noise"] == 0.0].pivot(index="seed", columns="lb", values="ppl")
     assert row["margin"] == pytest.approx(0.01 * cell[0.01].mean())
-    assert row["p TOST"] == pytest.approx(margin_test(cell[0.0].to_numpy(), cell[0.01].to_numpy(), "1%"))
+    assert row["p TOST"] == pytest.approx(margin_test(cell[0.0].to_numpy(), cell[0.01].to_numpy(), "1%").inside)
     assert row["p TOST"] == pytest.approx(0.085, abs=0.001)
     assert not table["equivalent"].any(), (
         "three seeds whose differences spread by 1.5 cannot show equivalence within 1.3"
@@ -185,15 +185,20 @@ def test_a_margin_is_tested_at_both_ends_and_a_share_of_a_mean_as_what_it_is_of(
     b = sign * rng.normal(10, 3, 6)
     a = b + rng.normal(0.05, 0.1, 6)
     ends = stats.ttest_1samp(a - b, -0.3, alternative="greater"), stats.ttest_1samp(a - b, 0.3, alternative="less")
-    assert margin_test(a, b, 0.3) == pytest.approx(max(end.pvalue for end in ends))
+    assert margin_test(a, b, 0.3).inside == pytest.approx(max(end.pvalue for end in ends))
     share = 0.03 * sign
     ends = (
         stats.ttest_1samp(a - (1 - share) * b, 0, alternative="greater"),
         stats.ttest_1samp(a - (1 + share) * b, 0, alternative="less"),
     )
-    assert margin_test(a, b, "3%") == pytest.approx(max(end.pvalue for end in ends))
-    assert margin_test(np.array([5.0, 6.0]), np.array([5.0, 6.0]), "1%") < 0.1
-    assert math.isnan(margin_test(np.array([5.0, 6.0]), np.array([5.0, 6.0]), 0.1))
+    assert margin_test(a, b, "3%").inside == pytest.approx(max(end.pvalue for end in ends))
+    two = np.array([5.0, 5.02])
+    assert margin_test(two, two, "1%").inside < 0.1
+    assert math.isnan(margin_test(two, two, 0.1).inside)
+    larger = margin_test(2 * b, b, "3%")
+    ends = stats.ttest_1samp(b - share * b, 0, alternative="greater" if sign > 0 else "less")
+    assert larger.beyond == pytest.approx(2 * ends.pvalue)
+    assert larger.inside > 0.99
 
 
 def test_a_share_of_a_mean_keeps_the_error_of_a_margin() -> None:
@@ -201,8 +206,20 @@ def test_a_share_of_a_mean_keeps_the_error_of_a_margin() -> None:
     rng, n, found = np.random.default_rng(1), 8, []
     for _ in range(1000):
         b = 10 + rng.normal(0, 2) * np.ones(n) + rng.normal(0, 2, n)
-        found.append(margin_test(1.1 * b + rng.normal(0, 0.3, n), b, "10%") <= 0.05)
+        found.append(margin_test(1.1 * b + rng.normal(0, 0.3, n), b, "10%").inside <= 0.05)
     assert np.mean(found) == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0])
+def test_a_share_of_a_mean_near_zero_keeps_the_error_of_a_margin(mean: float) -> None:
+    """The mean is so many standard errors from 0, and the true difference is at the margin: 20 % of it."""
+    rng, n, found = np.random.default_rng(2), 5, []
+    for _ in range(1000):
+        b = mean / math.sqrt(n) + rng.normal(size=n)
+        tested = margin_test(b + 0.2 * mean / math.sqrt(n) + rng.normal(0, 0.001, n), b, "20%")
+        found.append(tested.inside <= 0.05)
+        assert bool(tested.note) == (stats.ttest_1samp(b, 0).pvalue > 0.01)
+    assert np.mean(found) < 0.065
 
 
 def test_the_noise_floor_is_the_spread_of_seeds(runs: pd.DataFrame) -> None:

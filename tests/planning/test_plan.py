@@ -169,6 +169,10 @@ def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
     found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
     assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), NOT_TOLD, Effect("2sd"), **MORE).seeds == 5
     assert need(CLAIM, Ahead(1), NOT_TOLD, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    of_share = replace(CLAIM, metric="val/accuracy")
+    too_large = need(of_share, Ahead(1), spread, Effect("1.5"), **MORE)
+    assert too_large.reason == "an effect of 1.5 is larger than val/accuracy can change, which is 1"
+    assert too_large.seeds is None
     small = need(CLAIM, Ahead(1), spread, Effect("0.5%"), **MORE)
     assert (small.seeds, small.high) == (None, None)
     margin = replace(CLAIM, kind="equivalent", margin="5%")

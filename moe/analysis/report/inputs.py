@@ -1,5 +1,6 @@
 """Collect everything that the sections of a report need. This is done once, before the first file is written."""
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 from moe.analysis.claims import claim_families, decided, measured_claims, planned_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.figures.style import MOST_LINES
+from moe.analysis.learned import learned_little, withheld
 from moe.analysis.looks import Study, finished_seeds, name_of_test, study_of
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.sentences import null_everywhere
@@ -37,12 +39,13 @@ from moe.results.conditions import (
     levels,
     present,
     readable_level,
+    reference_level,
     tied_factors,
     varied_factors,
     with_readable_levels,
     without_causality,
 )
-from moe.results.table import EventTables, read_event_tables
+from moe.results.table import EventTables, level, read_event_tables
 from moe.runs.planned import Seen
 from moe.runs.record import RunRecord
 
@@ -106,6 +109,7 @@ class ReportInputs(NamedTuple):
     past: EventTables  # every evaluation, and some metrics of every training step
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
     options: ReportOptions
+    learned_little: str  # that no model is better than a unigram model (`moe.analysis.learned`); else empty
     study: Study  # what was planned, and which reports were written before
     trials: pd.DataFrame  # the runs that chose the values of tuned keys; in a report on them, these runs themselves
     trained_at: pd.Series  # of each run that judges chosen values, these values as text; else empty
@@ -250,6 +254,7 @@ def _describe(
         past=EventTables(_events_of(past.evals, folders), _events_of(past.trains, folders), past.problems),
         records=records,
         options=options,
+        learned_little=learned_little(runs),
         study=study_of(loaded),
         trials=trials,
         trained_at=trained_at,
@@ -271,7 +276,7 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     known, references = {factor: levels(runs[factor]) for factor in inputs.factors}, reference_levels(inputs)
     factors = [factor for factor in known if len(known[factor]) > 1]
     factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
-    references = {factor: level for factor, level in references.items() if factor in factors}
+    references = {factor: each for factor, each in references.items() if factor in factors}
     tables = [
         contrasts(runs, metric, factors, references=references, margin=inputs.margins.get(metric))
         for metric in inputs.tested
@@ -279,6 +284,9 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     if is_crossed(runs):  # no seed is better than another
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
     variance, refusals = _variance(inputs, runs)
+    if inputs.learned_little:
+        tables = [withheld(table) for table in tables]
+        variance = withheld(variance) if len(variance) else variance
     return inputs._replace(
         claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
@@ -382,13 +390,13 @@ def _check(experiments: list[ReportInputs]) -> None:
     """Raise ValueError for an option that names a factor, level or metric that no experiment has."""
     options = experiments[0].options
     factors = sorted({factor for inputs in experiments for factor in inputs.factors})
-    for factor, level in options.references.items():
+    for factor, wanted in options.references.items():
         if factor not in factors:
-            raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
-        if not any(factor in reference_levels(inputs) for inputs in experiments):
+            raise ValueError(f"reference {factor}={wanted}: varied factors are {', '.join(factors) or 'none'}")
+        if not any(factor in _named(inputs, options.references) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             words = [str(without_causality(each)) for each in known]
-            raise ValueError(f"reference {factor}={level}: allowed are {', '.join(dict.fromkeys(words))}")
+            raise ValueError(f"reference {factor}={wanted}: allowed are {', '.join(dict.fromkeys(words))}")
     metrics = [column for column in experiments[0].loaded if "/" in column]
     for metric in options.metrics:
         if metric not in metrics:
@@ -402,14 +410,30 @@ def _check(experiments: list[ReportInputs]) -> None:
 
 
 def reference_levels(inputs: ReportInputs) -> dict[str, Any]:
-    """Return those references of the options that are levels of these runs, with the level's full name.
+    """Return the reference level of each factor that the options or the claims name, with the level's full name.
+
+    That of the claims is the one that they name most often after `than`, so that comparisons nobody planned have the
+    sign and the reference of the planned ones.
+    """
+    named = Counter((claim.factor, level(each)) for claim, _ in planned_claims(inputs.loaded) for each in claim.than)
+    of_claims: dict[str, Any] = {}
+    for factor in inputs.factors:
+        usual = without_causality(reference_level(inputs.runs, factor))
+        number = {each: count for (name, each), count in named.items() if name == factor}
+        if number:
+            of_claims[factor] = max(number, key=lambda each: (number[each], each == usual))
+    return _named(inputs, of_claims) | _named(inputs, inputs.options.references)
+
+
+def _named(inputs: ReportInputs, references: dict[str, Any]) -> dict[str, Any]:
+    """Return those references that are levels of these runs, with the level's full name.
 
     The full name of a router is, for example, "expert_choice (not causal)". The reader writes only "expert_choice".
     """
     found = {}
-    for factor, level in inputs.options.references.items():
+    for factor, wanted in references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
-            named = factor in NAMED_ROUTERS and without_causality(name) == level
-            if name == readable_level(factor, level) or named:
+            same = factor in NAMED_ROUTERS and without_causality(name) == wanted
+            if name == readable_level(factor, wanted) or same:
                 found[factor] = name
     return found

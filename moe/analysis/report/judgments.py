@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from moe.analysis.learned import without_doubt
 from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.report.blocks import Card, Interval, literal
 from moe.analysis.sentences import (
@@ -176,7 +177,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         claimed=claimed,
         needed=row["seeds needed"],
         outcome=OUTCOMES[row["estimates"]],
-        reason=row["reason"],
+        reason=without_doubt(row["reason"]),
         metric=row["metric"],
         within=math.isfinite(margin) and row["verdict"] == "supported",
         beyond=math.isfinite(margin) and row["verdict"] == "contradicted",

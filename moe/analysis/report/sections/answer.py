@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from moe.analysis.learned import learned_little
 from moe.analysis.report.blocks import (
     BulletList,
     Card,
@@ -64,8 +63,8 @@ def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
     parts = question_of(inputs)
     if not inputs.search:
         yield Paragraph(f"**Question:** {literal(text_of(parts))}")
-    if warning := learned_little(inputs.runs):
-        yield Paragraph(f"**{warning}** {UNIGRAM}")
+    if inputs.learned_little:
+        yield Paragraph(f"**{inputs.learned_little}** {UNIGRAM}")
     found = answers(inputs, parts)
     if len(found) > 1:
         yield Paragraph("**Answer:**")
@@ -114,7 +113,7 @@ def _numbers(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _cards(inputs: ReportInputs) -> list[Card]:
-    """Return the cards; one that advises more seeds than planned says that they no longer keep the 5 %."""
+    """Return the cards; one that advises more seeds than planned says so."""
     shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row))
     notes = [error_of_more(inputs.study, each.needed) if each.advice else "" for each in inputs.judgments]
     return [
@@ -127,11 +126,11 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
     rows = []
     for name, inputs in experiments.items():
         counts = Counter(each.verdict for each in inputs.judgments)
-        found = ranking(inputs)
+        found = None if inputs.learned_little else ranking(inputs)
         rows.append(
             {
                 "experiment": name,
-                "answer": " ".join(filter(None, (learned_little(inputs.runs), *_answer_in_words(inputs)))),
+                "answer": " ".join(filter(None, (inputs.learned_little, *_answer_in_words(inputs)))),
                 "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",
                 "runs finished": f"{(inputs.runs['status'] == 'finished').sum()} of {len(inputs.runs)}",

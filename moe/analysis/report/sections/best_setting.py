@@ -8,6 +8,7 @@ import pandas as pd
 
 from moe.analysis.components import DATA, INIT
 from moe.analysis.league import ROUTER
+from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.league import league_metric, standings
@@ -92,6 +93,9 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     if found is not None and not found.settings and found.dropped:
         yield f"**{HERE}** not named, because no seed has a finished run of every setting."
     if found is None or len(found.settings) < 2:
+        return
+    if inputs.learned_little:
+        yield f"**{HERE}** not named, because {TOO_LITTLE}."
         return
     best, following = found.settings[:2]
     name, values = best.name, best.values

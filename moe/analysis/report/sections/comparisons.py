@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from moe.analysis.learned import NO_VERDICT
 from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Paragraph, ReportBlock, TableBlock, csv_file
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.statistics import noise_floor, with_intervals
@@ -32,10 +33,12 @@ COLUMNS = {  # of the table of contrasts
     "smallest p sign-flip": "below which `p sign-flip` can never be with so many seeds, however large the effect is",
     "tests": "the number by which 5 % are divided before any test is significant (40 if 20 tests share 2.5 %)",
     "detectable": "smallest true difference that would be significant at 5 % / `tests` with power 0.8; "
-    "`detectable_low` and `detectable_high` give it for both ends of the 95 % interval of the spread",
+    "`detectable_low` and `detectable_high` give it for both ends of the 95 % interval of the spread; infinite if the "
+    "metric cannot change so much",
     "deterministic": "whether the difference is the same in every seed; it then has no p",
     "margin": "differences below it count as equal",
     "p TOST": "of two one-sided tests that the difference is smaller than the margin",
+    "p beyond": "of the test that the difference exceeds the margin",
     "p TOST Holm": "the same, corrected over the rows of this table alone",
     "beyond": "whether the difference exceeds the margin at 5 % / `tests`",
 }
@@ -79,6 +82,8 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
 def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield all contrasts with all numbers on which the verdicts are based."""
     yield Heading("Contrasts, paired by seed")
+    if inputs.learned_little:
+        yield Paragraph(NO_VERDICT)
     if known := [(column, words) for column, words in COLUMNS.items() if column in inputs.contrasts]:
         yield Details("What the columns mean", [Facts(known)])
     as_written = {side: str for side in ("level", "reference") if side in inputs.contrasts}  # 4.0 is not to become 4
@@ -136,6 +141,8 @@ def analysis_of_variance(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the factorial analysis of variance of every tested metric, or why there is none."""
     yield Heading("Analysis of variance within seeds")
     yield Paragraph(VARIANCE_EXPLAINED)
+    if inputs.learned_little:
+        yield Paragraph(NO_VERDICT)
     if inputs.without_variance:
         yield BulletList(inputs.without_variance)
     yield TableBlock(inputs.variance)

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 
-from moe.analysis.learned import learned_little
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
@@ -148,8 +147,6 @@ def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
     rows = [(row, on_contrast(row, inputs.later)) for _, row in inputs.contrasts.iterrows()]
     rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
-    if learned_little(inputs.runs):
-        rows = [(row, judged) for row, judged in rows if not is_quality(judged.metric)]
     found = [judged for row, judged in rows if standing(row) == SIGNIFICANT]
     if not found:
         return ""

@@ -23,7 +23,7 @@ from moe.analysis.league import (
     verdict,
     without_place,
 )
-from moe.analysis.learned import TOO_LITTLE, learned_little
+from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.looks import SMALLEST
 from moe.analysis.power import SIGNIFICANCE
@@ -158,7 +158,7 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
 def _level(inputs: ReportInputs) -> float:
     """Return the level of a league in this look; 0 if nothing is left, or if the models have learned too little."""
     share = inputs.study.share(inputs.study.everything)
-    return 0.0 if learned_little(inputs.runs) or share <= SMALLEST else SIGNIFICANCE * share
+    return 0.0 if inputs.learned_little or share <= SMALLEST else SIGNIFICANCE * share
 
 
 def _confidence(level: float) -> str:
@@ -275,7 +275,7 @@ def _explained(inputs: ReportInputs, found: League, reference: Any, metric: str)
     """Return what the numbers of a league are, and why it has no verdicts if that is so."""
     facts = {"metric": f"`{metric}`", "seeds": len(found.values), "reference": literal(str(reference))}
     if not found.level:
-        reason = TOO_LITTLE if learned_little(inputs.runs) else NOTHING_LEFT
+        reason = TOO_LITTLE if inputs.learned_little else NOTHING_LEFT
         return (MEANS + NO_INTERVALS + OTHERS).format(**facts, reason=reason)
     looks = "" if found.level == SIGNIFICANCE else " and of looks"
     return (MEANS + INTERVALS + OTHERS).format(**facts, looks=looks, confidence=_confidence(found.level))

@@ -40,12 +40,14 @@ NOTHING_NEW = """\
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
 USED_UP = """\
-{which} are used up: with more, all tests together have {share:.3g} % instead of 5 %. The numbers of seeds above are
-right for that."""
+{which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %; the numbers of
+seeds above are right for that. Together with the looks before, such reports err in up to {total:.3g} % of studies,
+however many follow."""
 LEFT = """\
-{left} of the {planned} planned seeds {are} left. Reports up to the planned number keep the 5 %, all together."""
+{left} of the {planned} planned seeds {are} left. Reports up to the planned number keep the 5 %, all together. With
+reports on more seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
-Looks beyond the {planned} planned seeds no longer keep the 5 %: chance may decide something in up to {total:.3g} %."""
+That is more than the {planned} planned seeds; “More seeds” says what it costs."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
@@ -162,10 +164,11 @@ def price_of_more(study: Study) -> str:
     planned = study.planned or looks[0]
     if seen.n < 2:
         return ""
+    total = 100 * SIGNIFICANCE / (1 - FURTHER)
     if left := seeds_left(study):
-        return LEFT.format(left=left, planned=planned, are="is" if left == 1 else "are")
+        return LEFT.format(left=left, planned=planned, are="is" if left == 1 else "are", total=total)
     which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
-    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(seen))
+    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(seen), total=total)
 
 
 def seeds_left(study: Study) -> int:
@@ -175,9 +178,9 @@ def seeds_left(study: Study) -> int:
 
 
 def error_of_more(study: Study, seeds: int | float) -> str:
-    """Return that looks at so many seeds no longer keep the 5 %; "" up to the planned number, and for NaN."""
+    """Return that so many seeds are more than planned; "" up to the planned number, and for NaN."""
     planned = study.planned or study.looks_of(study.everything)[0][0]
-    return BEYOND_PLAN.format(planned=planned, total=100 * SIGNIFICANCE / (1 - FURTHER)) if seeds > planned else ""
+    return BEYOND_PLAN.format(planned=planned) if seeds > planned else ""
 
 
 def _claims(number: int) -> str:

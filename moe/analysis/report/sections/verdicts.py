@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
+from moe.analysis.learned import NO_VERDICT, without_doubt
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import (
     BulletList,
@@ -90,9 +91,10 @@ of the experiment's author. The page `docs/sources.md` of the project introduces
 repeat: what each of them did, and what we do instead."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
-These comparisons are post hoc: no claim predicted their results before the runs. The 95 % interval of a difference, in
-brackets, is for this difference alone. The verdict is corrected for all tests of this report, so it can be undecided
-although the interval leaves out 0."""
+The reference levels are {references}: those that claims compare with most often, if they name any. These comparisons
+are post hoc: no claim predicted their results before the runs. The 95 % interval of a difference, in brackets, is for
+this difference alone. The verdict is corrected for all tests of this report, so it can be undecided although the
+interval leaves out 0."""
 
 COVERED = """\
 {covered} of {all} contrasts have no sentence here, because a planned claim compares the same two levels, averaged over
@@ -144,6 +146,9 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(SECOND_P.format(shares="; ".join(shares), most=most))
     if not judged["source"].str.fullmatch(OURS).all():
         yield Paragraph(SOURCES)
+    if inputs.learned_little:
+        yield Paragraph(NO_VERDICT)
+        judged = judged.assign(reason=judged["reason"].map(without_doubt))
     if (judged["verdict"] == UNDECIDED).any():
         yield Paragraph(DETECTABLE)
     advice = {each.row: each.advice for each in inputs.judgments}
@@ -154,7 +159,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         for number, (_, row) in enumerate(judged.iterrows())
     ]
     yield BulletList(sentences)
-    yield csv_file("claims", judged, "every claim with its numbers.")
+    yield csv_file("claims", inputs.claims, "every claim with its numbers.")
 
 
 def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -169,7 +174,11 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
     rows = contrasts_without_claim(inputs.contrasts, [claim for claim, _ in planned_claims(inputs.loaded)])
-    yield Paragraph(POST_HOC)
+    references = rows if len(rows) else inputs.contrasts
+    names = dict.fromkeys(f"{row.factor}={row.reference}" for row in references.itertuples())
+    yield Paragraph(POST_HOC.format(references=literal(", ".join(names))))
+    if inputs.learned_little:
+        yield Paragraph(NO_VERDICT)
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast))
