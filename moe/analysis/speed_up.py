@@ -50,7 +50,7 @@ class Curve(NamedTuple):
     needed: Float[np.ndarray, "R B"]
     off: Float[np.ndarray, "R B"]
 
-    def compute(self, loss: Float[np.ndarray, " R"]) -> Float[np.ndarray, "R"]:
+    def compute(self, loss: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
         """Return the log of the compute for these losses, each by its own row, corrected between the budgets."""
         found = np.log(_needed(self.law, loss))
         rows = zip(found, self.needed, self.off, strict=True)
@@ -96,7 +96,7 @@ def _means(members: pd.DataFrame, seeds: list[int], resamples: int) -> Float[np.
         return weights @ np.nan_to_num(of_seed) / weights.sum(axis=1)
 
 
-def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.ndarray, "B"]) -> float:
+def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.ndarray, " B"]) -> float:
     """Return the value at a place, between the nearest places on a line, and that of the last one beyond them."""
     order = np.argsort(places)
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
@@ -120,7 +120,7 @@ def _exp(log: float) -> float:
     return math.exp(log) if not log > MOST_LOG else math.inf
 
 
-def _needed(curve: Fit, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N"]:
+def _needed(curve: Fit, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Return the compute at which the curve has these losses, each by its own row; infinite below its floor."""
     factor, alpha = curve.theta[: len(loss), 1:].T
     gap = loss - curve.floor[: len(loss)]

@@ -397,11 +397,10 @@ def _compare(treated: pd.Series, baseline: pd.Series, margin: int | float | str 
         "note": "; ".join(notes),
     }
     if margin is not None:
-        tested = (
-            margin_test(a, b, margin) if not math.isnan(p) else MarginTest(amount_of(margin).at(b.mean() if n else p))
-        )
+        mean = float(b.mean()) if n else float("nan")
+        tested = MarginTest(amount_of(margin).at(mean)) if math.isnan(p) else margin_test(a, b, margin)
         row |= {"margin": tested.margin, "p TOST": tested.inside, "p beyond": tested.beyond}
-        row["note"] = "; ".join(filter(None, [row["note"], tested.note]))
+        row["note"] = "; ".join(filter(None, [*notes, tested.note]))
     return row
 
 

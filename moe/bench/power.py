@@ -73,7 +73,8 @@ def planned(experiment: str, effect: float) -> list[Planned]:
         tests = collect_inputs(runs)[0].claims["tests"].tolist()
     cases = []
     for claim, number in zip(experiment_claims(experiment), tests, strict=True):
-        spread, (low, high) = _spread(experiment, claim), claimed_range(claim, MEAN)
+        spread = _spread(experiment, claim)
+        low, high = (end.at(MEAN) for end in claimed_range(claim))
         ranged = math.isfinite(low) and math.isfinite(high)
         true = (low + high) / 2 if ranged else math.copysign(effect * spread, -1 if math.isinf(low) else 1)
         rivals = len(claim.than) or len(GRIDS[experiment][claim.factor]) - len(claim.levels)

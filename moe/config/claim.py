@@ -126,8 +126,8 @@ class Amount(NamedTuple):
     share: float = 0.0
 
     def at(self, mean: float) -> float:
-        """Return the amount in units of the metric."""
-        return self.constant + self.share * abs(mean)
+        """Return the amount in units of the metric. The mean plays no part without a share."""
+        return self.constant + (self.share * abs(mean) if self.share else 0.0)
 
     def __neg__(self) -> "Amount":
         return Amount(-self.constant, -self.share)

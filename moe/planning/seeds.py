@@ -155,9 +155,8 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
         return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason)
     low, high = (end.at(spread.mean) for end in claimed_range(claim))
     effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
-
-    if effect_size > (most := span(claim.metric)):
-        reason = f"{compared_with} is larger than {claim.metric} can change, which is {most:g}"
+    if effect_size > (widest := span(claim.metric)):
+        reason = f"{compared_with} is larger than {claim.metric} can change, which is {widest:g}"
         return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)
 
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
