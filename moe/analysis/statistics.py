@@ -195,7 +195,7 @@ def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...
         row = {"metric": metric, "n": n, "mean": values.mean(), STD: std, "std_low": low, "std_high": high}
         spread = math.sqrt(2) * std  # of a difference of two runs
         found = {k: spread * detectable_effect(k, freedom=UNPAIRED) for k in seeds}
-        effects = {f"detectable, {k} seeds a side": x if x <= span(metric) else math.inf for k, x in found.items()}
+        effects = {f"detectable, {k} seeds a side": math.inf if x > span(metric) else x for k, x in found.items()}
         rows.append(row | effects)
     return pd.DataFrame(rows)
 

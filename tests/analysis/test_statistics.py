@@ -396,7 +396,11 @@ def test_what_is_detectable_has_the_uncertainty_of_the_spread(runs: pd.DataFrame
     sentence = contrast_sentence(row, "lb", unit="points", up="worse", down="better")
     assert sentence.endswith("smallest detectable effect 7.1 points (3.7 to 44) at the level 0.714 %")
     rng = np.random.default_rng(0)
-    draws = [pd.DataFrame({"n": 3, "p": 0.5, "std of differences": rng.normal(0, 2, 3).std(ddof=1)}, index=[0])]
+    draws = [
+        pd.DataFrame(
+            {"metric": "ppl", "n": 3, "p": 0.5, "std of differences": rng.normal(0, 2, 3).std(ddof=1)}, index=[0]
+        )
+    ]
     draws += [draws[0].assign(**{"std of differences": rng.normal(0, 2, 3).std(ddof=1)}) for _ in range(399)]
     table = as_one_family(pd.concat(draws))
     true = 2 * detectable_effect(3, tests=400)
