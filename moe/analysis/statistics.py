@@ -143,7 +143,7 @@ def with_correction(
     low, high = spread_interval(spread, table["n"] - 1)
     spreads = {"detectable": spread, "detectable_low": low, "detectable_high": high}
     effects = {name: (each * factor).where(table["p"].notna()) for name, each in spreads.items()}
-    most = table["metric"].map(span)
+    most = table["metric"].map(span).astype(float)
     table = table.assign(**{name: effect.mask(effect > most, math.inf) for name, effect in effects.items()})
     if "p TOST" in table:
         equivalence = table["p TOST"].to_numpy() if equivalence is None else equivalence

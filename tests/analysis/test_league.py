@@ -12,6 +12,7 @@ from run_folders import write_metrics, write_record
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.league import league_of
+from moe.analysis.learned import learned_little
 from moe.analysis.limits import covered
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
@@ -117,7 +118,8 @@ def test_a_later_look_at_a_league_has_less_of_its_level(tmp_path: Path) -> None:
 def test_models_that_learned_too_little_have_no_certain_winner(tmp_path: Path) -> None:
     inputs = inputs_of(tmp_path, LOSSES)
     perplexity = {"val/perplexity": 100.0, "unigram_perplexity": 90.0}
-    little = inputs._replace(runs=inputs.runs.assign(**perplexity))
+    little = inputs._replace(learned_little=learned_little(inputs.runs.assign(**perplexity)))
+    assert little.learned_little
     assert "is certainly the best" in order_of_routers(inputs)
     assert "oracle has the lowest validation loss" in order_of_routers(little)
     assert "certain" not in order_of_routers(little)
