@@ -58,12 +58,13 @@ class Curve(NamedTuple):
 
 
 def speed_up(
-    baseline: pd.DataFrame, arm: pd.DataFrame, *, of_training: bool = False, resamples: int = RESAMPLES
+    baseline: pd.DataFrame, arm: pd.DataFrame, *, of: int = 1, of_training: bool = False, resamples: int = RESAMPLES
 ) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
     Both tables have the columns `seed`, `FLOPs` (training) and `loss`. A budget of the arm is compared by the seeds
-    that both have there. of_training: whether the baseline's points are the evaluations of its runs, so that runs end
+    that both have there. of: the number of speed-ups that are shown together; their intervals hold together too.
+    of_training: whether the baseline's points are the evaluations of its runs, so that runs end
     only at the largest of them. A resample draws the same seeds for both, so what all runs of a seed share cancels.
     Raises ValueError if the baseline has fewer than three budgets.
     """
@@ -77,7 +78,7 @@ def speed_up(
             curves[tuple(common)] = _curve(baseline[baseline["seed"].isin(common)], common, resamples)
         most = float(baseline["FLOPs"].max())
         checked = budget <= most * (1 + CLOSE) and not (of_training and budget < most * (1 - CLOSE))
-        found.append(_speed_up(curves[tuple(common)], budget, _means(members, common, resamples), checked))
+        found.append(_speed_up(curves[tuple(common)], budget, _means(members, common, resamples), checked, of))
     return found
 
 
@@ -102,9 +103,9 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
 
 
-def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool) -> SpeedUp:
+def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool, of: int) -> SpeedUp:
     logs = curve.compute(loss)
-    needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget))
+    needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
     doubts = list(curve.law.doubts)
     if not math.isfinite(needed):
         doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")

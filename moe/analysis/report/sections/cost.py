@@ -57,11 +57,12 @@ to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
 L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has
-their mean loss there. The interval is a 95 % t interval of the log, with the spread of {resamples} resamples of the
-seeds, which are the same for both levels. Between two budgets, and beyond the last one, the form of the curve is taken
+their mean loss there. The interval is a t interval of the log, with the spread of {resamples} resamples of the seeds,
+which are the same for both levels; in 95 % of cases all intervals of the table contain the true values (Bonferroni's
+correction). Between two budgets, and beyond the last one, the form of the curve is taken
 for granted. A value above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that
-it saves compute is said only if runs of the reference ended at its compute, or at less and at more. Nothing is tested,
-and each interval is for its row alone."""
+it saves compute is said only if runs of the reference ended at its compute, or at less and at more. None of this
+is a claim, and it is not among the tests of the report."""
 FROM_CURVES = """\
 The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
 curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
@@ -73,8 +74,9 @@ Difference of the validation loss from the reference level at equal {cost}. Each
 the line its 95 % t interval for that comparison alone; left of 0 is better. A percentage at the end of a name says how
 far in its training the earlier side is read."""
 SPEED_CAPTION = """\
-How many times as much training compute the reference level needs for the loss of each level, with its 95 % interval;
-right of 1 saves compute. The axis is logarithmic. An interval that ends at the edge goes on beyond it."""
+How many times as much training compute the reference level needs for the loss of each level; right of 1 saves compute.
+In 95 % of cases all intervals contain the true values. The axis is logarithmic. An interval that ends at the edge goes
+on beyond it."""
 
 
 def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -226,12 +228,16 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
     """
     factors = [factor for factor in inputs.factors if not (is_scale(factor) or is_budget(inputs.runs, factor))]
     references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
-    for names, treated, baseline in list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]:
+    sides = list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]
+    arms = [points(treated, curves, last=True) for _, treated, _ in sides]
+    number = sum(budgets(arm[FLOPS]) for arm in arms)
+    for (names, _, baseline), arm in zip(sides, arms, strict=True):
         runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
         try:
             found = speed_up(
                 points(baseline, curves, last=runs_alone),
-                points(treated, curves, last=True),
+                arm,
+                of=number,
                 of_training=not runs_alone,
                 resamples=RESAMPLES,
             )
@@ -243,7 +249,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
 def _speed_up_figure(rows: list[Row]) -> Figure | str:
     if len(rows) > MOST_ROWS:
         return f"{len(rows)} speed-ups are too many"
-    marks = "line: 95 % t interval; orange: saves compute, blue: costs more, open: undecided"
+    marks = "line: interval, 95 % for all together; orange: saves compute, blue: costs more, open: undecided"
     return forest(rows, "compute that the reference needs, as a multiple of the level's", marks, zero=1.0)
 
 
@@ -271,7 +277,7 @@ def speed_up_row(found: SpeedUp) -> dict[str, object]:
 
 
 def _times(value: float) -> str:
-    return "∞" if value > 1e6 else f"{value:.2f}"
+    return "∞" if value > 1e6 else f"{value:.3f}"
 
 
 def _differ(values: pd.Series) -> bool:

@@ -20,7 +20,7 @@ CELLS = ["training FLOPs", "loss", "verdict", "times the compute", "doubts"]
 VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
-    NOT_APART: "that do not tell them apart",
+    NOT_APART: "without a clear difference",
 }
 NAMES = ["factor", "level", "reference", "within"]
 SAME_FLOPS = """\
@@ -45,13 +45,13 @@ would. Where its loss lies between two evaluations, it is interpolated; "between
 differ."""
 SPEED_TABLE = """\
 **Effective speed-up.** `times the compute` is how many times as much training compute (FLOPs) the reference needs for
-the loss that the level has after `training FLOPs`, with its 95 % interval: 0.8 means that a fifth of the level's
-compute is wasted. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
-during its training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more
-if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute. `doubts`
-tells where the curve is used beyond the reference's runs. A loss in the middle of training is higher than that of a run
-that ends there, so numbers above 1 are too high there. Each interval is for its row alone, and nothing was tested or
-claimed."""
+the loss that the level has after `training FLOPs`: 0.8 means that a fifth of the level's compute is wasted. In 95 % of
+cases all intervals of this table contain the true values. `loss` is that validation loss. The compute is read from a
+curve through the loss of the reference during its training, which has the mean loss of each evaluation. By the
+`verdict`, a level saves compute or costs more if its interval leaves out 1; that it saves compute is said only if runs
+of the reference ended at its compute. `doubts` tells where the curve is used beyond the reference's runs. A loss in the
+middle of training is higher than that of a run that ends there, so numbers above 1 are too high there. None of this was
+claimed before the runs."""
 
 
 class CostInShort(NamedTuple):
