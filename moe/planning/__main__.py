@@ -199,7 +199,7 @@ def _say_without_pilot(request: Request, cells: list[Cell], typed: list[str]) ->
 
     typed: the words of this command, which the second one repeats. Folders that only the environment names are added.
     """
-    print(*textwrap.wrap(WITHOUT_PILOT, WIDTH), sep="\n")
+    print(*_wrapped(WITHOUT_PILOT), sep="\n")
     print(f"  {pilot_command(request, cells)}")
     named = any(word.startswith(("--config-dir", f"{SEARCHED}=")) for word in typed)
     folders = [] if named else [word for word in request.words if word.startswith(f"{SEARCHED}=")]
@@ -224,7 +224,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)
     if plan.passed_over:
-        yield from textwrap.wrap(f"passed over: {plan.passed_over}", WIDTH)
+        yield from _wrapped(f"passed over: {plan.passed_over}")
     for source in plan.sources.values():
         yield from _about(source)
     yield ""
@@ -233,16 +233,16 @@ def _lines(plan: Plan) -> Iterator[str]:
     for number, each in zip(numbers, plan.needs, strict=True):
         indent = (width + 2) * " "
         yield f"{number:>{width}}  {each.claim.text}"
-        yield from textwrap.wrap(_basis(each), WIDTH, initial_indent=indent, subsequent_indent=indent)
+        yield from _wrapped(_basis(each), indent)
     if not all(each.reason for each in plan.needs):
         yield from ("", *LEGEND.splitlines())
     if any(each.seeds is None and not each.reason for each in plan.needs):
         larger = _within_reach(plan)
         advice = OUT_OF_REACH + (LARGER if larger else "")
-        yield from ("", *textwrap.wrap(advice.format(most=request.most), WIDTH), *(f"  {each}" for each in larger))
+        yield from ("", *_wrapped(advice.format(most=request.most)), *(f"  {each}" for each in larger))
     if plan.table:
         why = "" if STUDIES.is_dir() else NO_TABLES
-        yield from ("", *textwrap.wrap(UNKNOWN.format(why=why, unit=UNIT), WIDTH))
+        yield from ("", *_wrapped(UNKNOWN.format(why=why, unit=UNIT)))
         yield from ("", "seeds of a paired test for effects in standard deviations of the differences between runs:")
         sizes = list(next(iter(plan.table.values())))
         yield "  level    " + "".join(f"{size:>7g}" for size in sizes)
@@ -252,17 +252,17 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     tuned = f" + {plan.trials} that tune" if plan.trials else ""
     if plan.left_out:
-        yield from textwrap.wrap(LEFT_OUT.format(seeds=numbers_in_words(plan.left_out)), WIDTH)
+        yield from _wrapped(LEFT_OUT.format(seeds=numbers_in_words(plan.left_out)))
     if plan.elsewhere and plan.command:
-        yield from textwrap.wrap(ELSEWHERE, WIDTH)
+        yield from _wrapped(ELSEWHERE)
     seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
     if not plan.seeds:
         yield f"{NO_NUMBER}, so these are the runs and tokens of one seed"
     if plan.seconds is not None:
         about = f"time: about {duration(plan.seconds)} on this machine if one run is trained at a time"
-        yield from textwrap.wrap(f"{about}, from {plan.seconds_from}", WIDTH)
-        yield from textwrap.wrap(NOTES, WIDTH)
+        yield from _wrapped(f"{about}, from {plan.seconds_from}")
+        yield from _wrapped(NOTES)
     yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
 
 
@@ -310,6 +310,18 @@ def _number(each: Need, most: int) -> str:
         return f"over {most} seeds" + (f" ({each.low} to over {most})" if each.low else "")
     ends = "" if each.low == each.high else f" ({each.low or most} to {each.high or f'over {most}'})"
     return f"{each.seeds} seeds{ends}"
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """Return lines of at most `WIDTH` characters. A path and a setting stay whole, so that they can be copied."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _basis(each: Need) -> str:

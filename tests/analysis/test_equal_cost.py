@@ -171,7 +171,7 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     [figure] = [block.figure for block in blocks if isinstance(block, Drawing)]
     [axes] = figure.axes
     [point] = [line for line in axes.lines if line.get_marker() == "o"]
-    assert speed["times the compute"][0].startswith(f"{point.get_xdata()[0]:.2f} [")
+    assert speed["times the compute"][0].startswith(f"{point.get_xdata()[0]:.3f} [")
     assert axes.get_xscale() == "log"
     assert charts(figure) is not None, "the page shows values"
     assert FROM_CURVES in [block.text for block in blocks if isinstance(block, Paragraph)]
