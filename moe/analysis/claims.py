@@ -30,6 +30,7 @@ from moe.analysis.sentences import (
     noun,
     p_equals,
     p_text,
+    percent,
 )
 from moe.analysis.statistics import (
     corrected,
@@ -195,7 +196,7 @@ def evidence_sentence(judged: pd.Series) -> str:
     else:
         text += f"{j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
-        text += f" ({j['difference'] / j['reference mean']:+.1%})"
+        text += f" ({percent(j['difference'] / j['reference mean'])})"
     if j["deterministic"] and math.isnan(j["p"]):
         text += f", {deterministic_verdict(j['difference']).replace('**', '')}"
     elif not math.isnan(j["p"]):

@@ -7,11 +7,11 @@ from moe.metrics.catalog import is_quality
 from moe.results.conditions import conditions, varied_factors
 
 LEARNED_LITTLE = """\
-No run is better than a unigram model (val perplexity {}): these models have learned too little for a verdict about
-their quality."""
-TOO_LITTLE = "no model is better than a unigram model, which is too little for a verdict"
+In the mean over seeds, no setting is better than a unigram model (val perplexity {}): these models have learned too
+little for a verdict about their quality."""
+TOO_LITTLE = "no setting is better than a unigram model, which is too little for a verdict"
 NO_VERDICT = """\
-Claims and comparisons about losses, and about what follows from them, have no verdict here: no model is better than a
+Claims and comparisons about losses, and about what follows from them, have no verdict here: no setting is better than a
 unigram model."""
 COLUMNS = ["val/perplexity", "unigram_perplexity"]
 

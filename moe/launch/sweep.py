@@ -108,6 +108,13 @@ def _check_folder(cell: Cell) -> None:
             raise ConfigError(f"{shown(path)} is a link that leads out of the run folder: delete it")
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{shown(folder)} cannot be created: {error.strerror}") from error
+
+
 @contextmanager
 def _reserved(cells: list[Cell]) -> Iterator[None]:
     """Keep other sweeps out of the sweep folder until this one ends, and add its cells to sweep.json.
@@ -115,14 +122,14 @@ def _reserved(cells: list[Cell]) -> Iterator[None]:
     Raises ConfigError if the folder is in use by another sweep, or if files there cannot be locked.
     """
     if len(cells) < 2:
-        cells[0].folder.mkdir(parents=True, exist_ok=True)
+        _make(cells[0].folder)
         with locked(cells[0].folder / "run.lock"):  # the process that trains the run locks it again
             pass
         _record_grid(cells)
         yield
         return
     sweep = cells[0].folder.parent
-    sweep.mkdir(parents=True, exist_ok=True)
+    _make(sweep)
     for path in sweep.iterdir():
         if path.is_symlink() and not (path.is_dir() and path.resolve().is_relative_to(sweep.resolve())):
             raise ConfigError(f"{shown(path)} is a link: delete it, or put the file there to which it leads")

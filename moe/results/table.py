@@ -225,7 +225,7 @@ def _nearest(path: Path) -> str:
     while path.parent != path and not path.parent.is_dir():
         path = path.parent
     siblings = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    close = difflib.get_close_matches(path.name, siblings, n=5, cutoff=0.4)
+    close = difflib.get_close_matches(path.name, siblings, n=5, cutoff=0.6)
     found = next((folder for name in close if _has_runs(folder := path.parent / name)), None)
     return "" if found is None else f"; the nearest is {found}"
 

@@ -91,8 +91,8 @@ def test_a_report_warns_if_no_setting_is_better_than_a_unigram_model(tmp_path: P
         second = [block.text for block in answer(inputs) if isinstance(block, Paragraph)][1]
         assert second.startswith(f"**{found[unigram]}**" if found[unigram] else "**Answer:**")
     assert found == {
-        101.5: "No run is better than a unigram model (val perplexity 101.5): these models have learned too little for "
-        "a verdict about their quality.",
+        101.5: "In the mean over seeds, no setting is better than a unigram model (val perplexity 101.5): these models "
+        "have learned too little for a verdict about their quality.",
         102.1: "",
         None: "",
     }
@@ -129,7 +129,7 @@ def test_claims_about_quality_are_not_judged_if_no_model_is_better_than_a_unigra
     named = [block.text for block in blocks if isinstance(block, Paragraph) and "Best setting" in block.text]
     assert named == [f"**Best setting here:** not named, because {TOO_LITTLE}."]
     words = " ".join(map(block_as_markdown, [*contrast_verdicts(little), *claim_verdicts(little)]))
-    assert "better" not in words.replace("no model is better than a unigram model", "")
+    assert "better" not in words.replace("no setting is better than a unigram model", "")
     assert words.count(TOO_LITTLE) == 0
 
 
@@ -149,7 +149,7 @@ def test_one_run_of_each_setting_is_compared_with_a_unigram_model_too(tmp_path: 
     inputs = inputs_of(tmp_path, unigram_perplexity=101.0)
     [alone] = collect_inputs(inputs.loaded[inputs.loaded["seed"] == 3])
     words = " ".join(map(block_as_markdown, answer(alone)))
-    assert words.count("No run is better than a unigram model") == 1
+    assert words.count("In the mean over seeds, no setting is better than a unigram model") == 1
     assert f"not named, because {TOO_LITTLE}" in words
 
 

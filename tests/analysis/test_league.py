@@ -126,7 +126,7 @@ def test_models_that_learned_too_little_have_no_certain_winner(tmp_path: Path) -
     blocks = list(league(little))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
     assert not [column for column in table if "interval" in column or column == "verdict"]
-    assert "no verdicts, because no model is better than a unigram model" in str(blocks)
+    assert "no verdicts, because no setting is better than a unigram model" in str(blocks)
 
 
 def test_the_share_is_that_of_fieller_and_a_bad_oracle_is_named(tmp_path: Path) -> None:

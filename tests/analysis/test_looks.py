@@ -166,7 +166,9 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert second.startswith(
         "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
     )
-    assert "seeds are used up. The tests of a report with more seeds together have 0.2 % instead of 5 %;" in second
+    assert (
+        "seeds are used up. The tests of a report with more seeds together have 0.2 % instead of 5 %, which" in second
+    )
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +270,8 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
     assert Study(earlier=[look._replace(margins={metric: "0.50"})]).late({metric: 0.5}) == []
     assert Study(earlier=[look._replace(margins={metric: "much"})]).late({metric: 0.5}) == [metric]
     LooksRecord(looks={"noise_lb_seed": [look._replace(margins={})]}).write(path)
+    with pytest.raises(ValueError, match=f"^margin {metric}=0%: must be positive"):  # also if it came too late to judge
+        collect_inputs(runs, options._replace(margins={metric: "0%"}))
     late = collect_inputs(runs, options)[0]
     assert "p TOST" not in late.contrasts or late.contrasts["p TOST"].isna().all()
     [warning] = warnings_of_margins(late)

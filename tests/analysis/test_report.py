@@ -1332,7 +1332,11 @@ def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path
         ),
         (
             ["--margin", "val/perplexity=-1"],
-            "analyze.py: margin -1: must be positive, in units of val/perplexity or a text such as 1%\n",
+            "analyze.py: margin val/perplexity=-1: must be positive, in units of the metric or a text such as 1%\n",
+        ),
+        (
+            ["--margin", "val/perplexity=abc"],
+            "analyze.py: margin val/perplexity=abc: must be a finite number, or a text such as 5%\n",
         ),
         (["--metric", "val/acuracy"], "analyze.py: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
         (["--metric", "noise", "--metric", "val/loss"], "analyze.py: unknown metric 'noise'\n"),

@@ -12,7 +12,7 @@ from statsmodels.stats.weightstats import ttost_paired
 from moe.analysis.power import detectable_effect
 from moe.analysis.report.html import cells
 from moe.analysis.report.markdown import table_as_markdown
-from moe.analysis.sentences import contrast_sentence, p_equals
+from moe.analysis.sentences import contrast_sentence, p_equals, percent
 from moe.analysis.statistics import (
     as_one_family,
     completed,
@@ -446,6 +446,12 @@ def test_a_gap_is_filled_by_the_effects_of_seed_and_cell() -> None:
     pd.testing.assert_frame_equal(completed(gaps), additive)
     apart = pd.DataFrame([[1.0, np.nan], [np.nan, 2.0]])
     pd.testing.assert_frame_equal(completed(apart), apart)
+
+
+def test_a_small_share_is_not_a_signed_zero() -> None:
+    assert [percent(share) for share in (0.0123, -0.0004, -0.00007, 0.0, -3e-7)] == [
+        *("+1.2%", "-0.04%", "-0.007%", "0%", "0%")
+    ]
 
 
 def test_a_tiny_p_has_no_digits_in_sentences_and_tables_but_tables_sort_by_it() -> None:

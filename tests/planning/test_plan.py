@@ -434,7 +434,7 @@ def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, 
 
     assert passed_over("steps is 10 there, and 4 in the plan (and ")
     learn(90)
-    assert passed_over("no model is better than a unigram model")
+    assert passed_over("no setting is better than a unigram model")
     learn(900)
     training = own / "training"
     training.mkdir()

@@ -29,7 +29,8 @@ from moe.analysis.statistics import (
 )
 from moe.analysis.tuned import is_judged, trials_of, tuned_keys, values_of
 from moe.analysis.variance import anova
-from moe.checks import unknown
+from moe.checks import require, unknown
+from moe.config.claim import amount_of
 from moe.metrics.catalog import select
 from moe.results.comparable import not_poolable, search_goal, several_tokenizers, shown_together, with_every_run
 from moe.results.conditions import (
@@ -109,7 +110,7 @@ class ReportInputs(NamedTuple):
     past: EventTables  # every evaluation, and some metrics of every training step
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
     options: ReportOptions
-    learned_little: str  # that no model is better than a unigram model (`moe.analysis.learned`); else empty
+    learned_little: str  # that no setting is better than a unigram model (`moe.analysis.learned`); else empty
     study: Study  # what was planned, and which reports were written before
     trials: pd.DataFrame  # the runs that chose the values of tuned keys; in a report on them, these runs themselves
     trained_at: pd.Series  # of each run that judges chosen values, these values as text; else empty
@@ -407,6 +408,8 @@ def _check(experiments: list[ReportInputs]) -> None:
     for metric, margin in options.margins.items():
         if metric not in tested:
             raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
+        key, allowed = f"margin {metric}", "positive, in units of the metric or a text such as 1%"
+        require(amount_of(margin, key=key).at(1.0) > 0, key, margin, allowed)
 
 
 def reference_levels(inputs: ReportInputs) -> dict[str, Any]:

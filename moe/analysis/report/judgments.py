@@ -21,6 +21,7 @@ from moe.analysis.sentences import (
     levels_compared,
     noun,
     p_equals,
+    percent,
     standing,
 )
 from moe.checks import plain
@@ -107,7 +108,7 @@ class Judgment(NamedTuple):
     @property
     def percent(self) -> str:
         """The difference as a share of the reference; empty if this says nothing."""
-        return f"{self.share:+.1%}" if math.isfinite(self.share) else ""
+        return percent(self.share) if math.isfinite(self.share) else ""
 
     @property
     def more(self) -> int:
@@ -250,7 +251,8 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     effect += f"; {literal(judged.choice)}" if judged.choice else ""
     effect += f"; {literal(judged.reason)}" if judged.verdict == UNTESTED and judged.reason else ""
     claimed = judged.claimed if judged.planned else None
-    picture = Interval(judged.difference, judged.low, judged.high, *axis, claimed)
+    low, high = (math.nan, math.nan) if judged.verdict == UNTESTED else (judged.low, judged.high)
+    picture = Interval(judged.difference, low, high, *axis, claimed)
     return Card(literal(judged.title), judged.verdict, tone, plain(effect), advice, picture)
 
 

@@ -11,6 +11,7 @@ from moe.analysis.league import ROUTER
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.cost import SPEED, about_speeds
 from moe.analysis.report.sections.league import league_metric, standings
 from moe.analysis.selection import lead
 from moe.analysis.sentences import SIGNIFICANT, enumerated, levels_compared, noun, standing
@@ -223,9 +224,11 @@ def _cost(inputs: ReportInputs, found: Ranking, best: pd.DataFrame) -> Iterator[
     everything = [cost for each in found.settings if math.isfinite(cost := each.runs["train_seconds"].mean())]
     if math.isfinite(seconds) and seconds > 0 and len(everything) == len(found.settings):
         total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
+        known = SPEED in inputs.runs and inputs.runs[SPEED].notna().all() and not about_speeds(inputs.runs)
+        times = f", {seconds / min(everything):.2f} times as long as the fastest setting" if known else ""
         yield (
-            f"**Its cost:** {_duration(seconds)} of training a run, {seconds / min(everything):.2f} times as long as "
-            f"the fastest setting; training of all runs together: {total}, without evaluation and start. "
+            f"**Its cost:** {_duration(seconds)} of training a run{times}; "
+            f"training of all runs together: {total}, without evaluation and start. "
             "Times hold for this machine and what else it did."
         )
 

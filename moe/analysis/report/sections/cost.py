@@ -34,13 +34,14 @@ from moe.analysis.speed_up import SpeedUp, speed_up
 from moe.results.comparable import not_poolable
 
 MOST_SPEED_UPS = 40  # comparisons
+SPEED = "time/tokens_per_s"
 COLUMNS = {
     "parameters.trainable": "trained parameters",
     "parameters.active": ACTIVE,
     "parameters.total": TOTAL,
     "flops_per_token": "FLOPs per token",
     "peak_memory_gb": "peak memory, GB",
-    "time/tokens_per_s": "tokens / s",
+    SPEED: "tokens / s",
 }
 COUNTS = list(COLUMNS)[:4]
 COSTS_EXPLAINED = """\
@@ -95,7 +96,7 @@ def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def about_speeds(runs: pd.DataFrame) -> str:
     """Return a sentence that says why the speeds of these runs cannot be compared; an empty text if they can."""
-    reason = not_poolable("time/tokens_per_s", runs)
+    reason = not_poolable(SPEED, runs)
     return f" Speeds are {reason}." if reason else ""
 
 

@@ -40,9 +40,9 @@ NOTHING_NEW = """\
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
 ones, do."""
 USED_UP = """\
-{which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %; the numbers of
-seeds above are right for that. Together with the looks before, such reports err in up to {total:.3g} % of studies,
-however many follow."""
+{which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
+numbers of seeds above take into account. Together with the looks before,
+such reports err in up to {total:.3g} % of studies, however many follow."""
 LEFT = """\
 {left} of the {planned} planned seeds {are} left. Reports up to the planned number keep the 5 %, all together. With
 reports on more seeds, all together err in up to {total:.3g} % of studies."""
