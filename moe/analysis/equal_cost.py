@@ -30,6 +30,8 @@ NOTHING_IN_COMMON = "the two have no cost in common"
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
 BUDGET = "variant"  # the arms budget_... change the number of steps
+# Routers with more experts in training than in evaluation, so that their training FLOPs are higher than a record says.
+MORE_IN_TRAINING = ("dense_mixer", "matryoshka")
 SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
 
 
@@ -121,10 +123,13 @@ def paired_sides(
     """Yield the comparisons of finished runs; at equal parameters the runs of all sizes make one comparison.
 
     Numbers of steps and budgets are not compared: at equal cost a longer run is a run that has not ended. The runs have
-    the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table.
+    the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table. Settings of
+    `MORE_IN_TRAINING` are not compared at equal FLOPs.
     """
     columns = [column for column in runs if column in (*OF_COMPARISONS, *factors)]
     finished = runs.loc[runs["status"] == "finished", columns]
+    if cost == FLOPS and "router" in finished:
+        finished = finished[~finished["router"].isin(MORE_IN_TRAINING)]
     kept = [factor for factor in factors if not (cost in PARAMETERS and is_scale(factor))]
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):

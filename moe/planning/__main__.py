@@ -299,7 +299,7 @@ def _about(source: Source) -> Iterator[str]:
         yield GUIDE
         yield from (f"  {each}" for each in source.differs[:DIFFERENCES])
         more = len(source.differs) - DIFFERENCES
-        yield from ([f"  and {more} more settings"] if more > 0 else [])
+        yield from ([f"  and {more} more {'setting' if more == 1 else 'settings'}"] if more > 0 else [])
 
 
 def _number(each: Need, most: int) -> str:

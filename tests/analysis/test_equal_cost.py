@@ -17,6 +17,7 @@ from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
     MEASURED,
+    MORE_IN_TRAINING,
     NOTHING_IN_COMMON,
     SECONDS,
     difference,
@@ -98,6 +99,17 @@ def test_budgets_are_not_compared_at_equal_flops() -> None:
     budgets = runs.assign(variant=runs["router"].map({"a": "budget_small", "b": "budget_large"}))
     assert list(paired_sides(runs, ["router"], {}, FLOPS))
     assert list(paired_sides(budgets, ["variant"], {}, FLOPS)) == []
+
+
+@pytest.mark.parametrize("router", MORE_IN_TRAINING)
+def test_a_router_that_trains_with_more_experts_than_it_evaluates_with_is_not_compared_at_equal_flops(
+    router: str,
+) -> None:
+    """Its record has the FLOPs of evaluation. Others are compared, and so is this one at equal parameters."""
+    runs, _ = made_up(flops={"a": 100, router: 150, "b": 160})
+    assert {names["level"] for names, *_ in paired_sides(runs, ["router"], {"router": "a"}, FLOPS)} == {"b"}
+    of_all = paired_sides(runs, ["router"], {"router": "a"}, ACTIVE)
+    assert {names["level"] for names, *_ in of_all} == {router, "b"}
 
 
 def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> None:

@@ -54,7 +54,8 @@ interpolated. Settings whose FLOPs differ by less than 1 % are left out there: t
 elsewhere. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so it
 looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between two
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
-to lower it. This table describes; a claim with `at` tests."""
+to lower it. `dense_mixer` and `matryoshka` are left out at equal FLOPs, because in training they compute more experts
+than in evaluation, whose FLOPs a record has. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
 L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has

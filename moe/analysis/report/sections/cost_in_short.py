@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from moe.analysis.equal_cost import LOSS, is_budget, is_scale, training_curves
+from moe.analysis.equal_cost import LOSS, MORE_IN_TRAINING, is_budget, is_scale, training_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.cost import equal_flops, found_speed_ups, speed_up_row
@@ -23,6 +23,8 @@ VERBS = {
     NOT_APART: "without a clear difference",
 }
 NAMES = ["factor", "level", "reference", "within"]
+LEFT_OUT = """\
+Left out here: {routers}. In training they compute more experts than in evaluation, whose FLOPs a record has."""
 SAME_FLOPS = """\
 The two settings of each comparison have the same training FLOPs within 1 %, so differences after the last step are at
 equal training FLOPs already."""
@@ -58,11 +60,13 @@ class CostInShort(NamedTuple):
     """What a study says at equal cost: comparisons at equal training FLOPs, and speed-ups, with a row for each.
 
     reason: why there is no speed-up, if there is none.
+    left_out: the routers whose training FLOPs are not known.
     """
 
     flops: pd.DataFrame
     speed_ups: pd.DataFrame
     reason: str
+    left_out: list[str]
 
     @property
     def quotes(self) -> dict[str, tuple[str, str]]:
@@ -91,13 +95,15 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
         equal_flops(inputs, curves),
         pd.DataFrame(rows, columns=[*NAMES, *CELLS], dtype=object),
         SCALES_ALONE if scales else NO_CURVE,
+        [name for name in MORE_IN_TRAINING if "router" in inputs.runs and (inputs.runs["router"] == name).any()],
     )
 
 
 def in_short(found: CostInShort) -> Iterator[ReportBlock]:
     """Yield the section of a page: what the tables say in a few sentences, and the tables."""
     yield Heading("At equal cost")
-    yield BulletList([*_about_speed_ups(found), *_about_flops(found.flops)])
+    left_out = [LEFT_OUT.format(routers=enumerated(found.left_out))] if found.left_out else []
+    yield BulletList([*_about_speed_ups(found), *_about_flops(found.flops), *left_out])
     if len(found.speed_ups):
         yield Paragraph(SPEED_TABLE)
         yield TableBlock(found.speed_ups)
