@@ -1090,7 +1090,7 @@ WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would 
         (
             {0.0: [0, 0, 0], 0.5: [0, 0, 0.1]},
             [HIGHER | {"kind": "equivalent", "margin": "5%"}],
-            "noise 0.5 instead of 0.0 changes the validation perplexity by less than the margin of 5 (+0.0%, 95 % ",
+            "noise 0.5 instead of 0.0 changes the validation perplexity by less than the margin of 5 (+0.03%, 95 % ",
         ),
         (
             {0.0: [0, 0], 0.5: [1, 1]},
