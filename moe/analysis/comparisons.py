@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_common_cost, metric_curves
+from moe.analysis.looks import group_of
 from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, name_cell, p_of_share
@@ -83,9 +84,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
     evals: the evaluations of the runs, for a claim at equal cost; by default they are read from the run folders.
     """
     runs = _selected(claim, runs)
-    present = levels(runs[claim.factor]) if claim.factor in runs else []
-    named = [level(each) for each in claim.levels]
-    rivals = [level(each) for each in claim.than] or [each for each in present if each not in named]
+    named, rivals = _sides(claim, runs)
     absent = [
         f"{factor}={level(each)} is in no run"
         for factor, wanted in (claim.compared_levels | {claim.factor: [*named, *rivals]}).items()
@@ -110,6 +109,22 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         return Compared(named, rivals, _pairs_at_cost(claim, runs, named, rivals, evals), [])
     except NothingInCommonError as error:
         return Compared(named, rivals, [], [str(error)])
+
+
+def groups_of_claim(claim: ClaimConfig, runs: pd.DataFrame) -> list[frozenset[str]]:
+    """Return the runs at each level that a claim compares; of a mixed model, all of them, because it uses them all."""
+    runs = _selected(claim, runs)
+    if claim.kind == "mixed":
+        return [group_of(runs)]
+    named, rivals = _sides(claim, runs)
+    return [group_of(runs[runs[claim.factor] == each]) for each in (*named, *rivals) if claim.factor in runs]
+
+
+def _sides(claim: ClaimConfig, runs: pd.DataFrame) -> tuple[list[Any], list[Any]]:
+    """Return the levels that a claim names, and those with which it compares them."""
+    present = levels(runs[claim.factor]) if claim.factor in runs else []
+    named = [level(each) for each in claim.levels]
+    return named, [level(each) for each in claim.than] or [each for each in present if each not in named]
 
 
 def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any]) -> list[list[Comparison]]:

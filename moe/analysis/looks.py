@@ -1,34 +1,36 @@
-"""Correct for several looks: reports about one study, written before and after seeds were added.
+"""Correct for several looks: reports about one study, written before and after runs were added.
 
 A test at one of several looks has a share of its level, and the shares of all planned looks add up to 1. So chance
 decides anything at any of them with at most the probability of the level, whatever the tests are and however the looks
 depend on each other. Looks after the planned number of seeds was reached add at most a quarter. The shares are the
 steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets little,
-and nearly everything is left for the last one. Each look at another set of seeds counts, also at fewer: what decides
-its share is how many seeds were seen. The looks of a claim are those of its own test at the seeds that recorded it. So
-what happens to other claims costs it nothing: a test that sees the same runs again gives the same answer. Results can
-be seen without a report too, so a command that adds seeds when others had ended makes a look of these.
+and nearly everything is left for the last one. What decides the share is how many runs a setting had, on average, at
+each look. The looks of a test are those at which it was possible, and each other set of its own runs counts, also one
+with fewer. So runs of other settings cost a test nothing: a test that sees the same runs again gives the same answer.
+Results can be seen without a report too, so a command that adds runs when others had ended makes a look of these.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.claims import planned_claims
 from moe.analysis.power import SIGNIFICANCE
+from moe.analysis.statistics import name_cell
 from moe.checks import ConfigError
-from moe.config.claim import ClaimConfig, amount_of
+from moe.config.claim import amount_of
+from moe.results.conditions import varied_factors
 from moe.runs.planned import (
     Look,
     LooksRecord,
     PlannedStudy,
     PlansRecord,
-    Seen,
     digest_of,
     digests_by_earlier_ones,
     looks_in,
@@ -38,6 +40,7 @@ from moe.runs.record import RecordError
 
 FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
 SMALLEST = 1e-12  # share of a look to which nothing is left
+ENDED = ("finished", "diverged")  # the status of a run that will not go on
 
 
 def spent(part: float) -> float:
@@ -47,54 +50,97 @@ def spent(part: float) -> float:
     return float(2 * stats.norm.sf(stats.norm.isf(SIGNIFICANCE / 2) / part**0.5) / SIGNIFICANCE) if part > 0 else 0.0
 
 
-def share_of_look(n: int, earlier: Sequence[int], planned: int | None) -> float:
+def share_of_look(n: int | float, earlier: Sequence[int | float], planned: int | float | None) -> float:
     """Return the share of its level that a test has at a look.
 
-    n: the number of different seeds that this look and those before it have together. earlier: the same number at each
-    of the looks before, in the order of time. planned: the number of seeds after which the study decides; if nobody
-    said, that of the first look. Up to there the shares add up to 1, and a look without a new seed gets nothing. Each
-    look after that number was reached gets a fifth of the one before, so that all shares add up to at most 1.25.
+    n: the number of seeds that this look and those before it have together, in the mean over settings. earlier: the
+    same number at each of the looks before, in the order of time. planned: the number of seeds after which the study
+    decides; if nobody said, that of the first look. Up to there the shares add up to 1, and a look without a new run
+    gets nothing. Each look after that number was reached gets a fifth of the one before, so that all shares add up to
+    at most 1.25.
     """
-    if n < 2:
-        return 1.0  # no test is possible
     final = planned or next(iter(earlier), n)
     if beyond := sum(each >= final for each in earlier):
         return float(FURTHER**beyond)
     return max(SMALLEST, spent(n / final) - spent(max(earlier, default=0) / final))
 
 
-def share_of_next_look(looks: Sequence[int], planned: int | None) -> float:
-    """Return the share that a look at more seeds will have: at the planned number, or at any number beyond it.
+@dataclass(frozen=True)
+class LooksOfTest:
+    """The looks at the runs of one test.
 
-    looks: as `earlier` of `share_of_look`, with the present look.
+    seeds: how many seeds a setting had in the looks up to each of them together, in the mean over settings. place: that
+    of the present look. planned: the number of seeds after which the test decides.
     """
-    final = planned or looks[0]
-    return share_of_look(final if looks[-1] < final else looks[-1] + 1, looks, planned)
+
+    seeds: Sequence[int | float]
+    place: int
+    planned: int | float
+
+    @property
+    def share(self) -> float:
+        """The share of its level that the test has in this look."""
+        return share_of_look(self.seeds[self.place], self.seeds[: self.place], self.planned)
+
+    @property
+    def next_share(self) -> float:
+        """The share at the next look, which has more seeds: the planned number, or any number beyond it."""
+        last = self.seeds[-1]
+        return share_of_look(self.planned if last < self.planned else last + 1, self.seeds, self.planned)
 
 
-class Study(NamedTuple):
-    """What is known about the decisions of an experiment beside its runs.
+class Known(NamedTuple):
+    """What is known of a run: its setting as text, its seed, and whether it has ended."""
 
-    planned: the number of seeds after which it decides, as its first run recorded it. seeds: those of the finished
-    runs. earlier: the looks before this one, in the order of time, also those without a report. plans: what was planned
-    for these runs, the last one being that of the newest command. changed: earlier plans with other claims for some of
-    the same runs, with the number of these runs. unwritten: whether this look could not be written down. starts: seed
-    -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
+    setting: str
+    seed: int
+    ended: bool
+
+
+class Seen(NamedTuple):
+    """What a look saw: the folders of the runs that had ended, with their settings, and of those that had not."""
+
+    time: str
+    runs: Mapping[str, str]
+    awaited: frozenset[str] = frozenset()
+    margins: Mapping[str, str] = {}
+
+
+# The groups of runs that a test compares, as folders. A look at it was possible if each had two runs that had ended, of
+# those groups that have two now.
+Groups = Sequence[frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is known about the decisions of an experiment beside its results.
+
+    planned: the number of seeds after which it decides, as its first run recorded it. runs: folder -> what is known of
+    the run. earlier: the looks before this one, in the order of time, also those without a report. plans: what was
+    planned for these runs, the last one being that of the newest command. changed: earlier plans with other claims for
+    some of the same runs, with the number of these runs. unwritten: whether this look could not be written down.
+    starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
     """
 
     planned: int | None = None
-    seeds: list[int] = []
-    earlier: list[Look] = []
-    plans: list[PlannedStudy] = []
-    changed: list[tuple[PlannedStudy, int]] = []
+    runs: Mapping[str, Known] = field(default_factory=dict)
+    earlier: Sequence[Seen] = ()
+    plans: Sequence[PlannedStudy] = ()
+    changed: Sequence[tuple[PlannedStudy, int]] = ()
     unwritten: bool = False
-    starts: dict[int, datetime] = {}
+    starts: Mapping[int, datetime] = field(default_factory=dict)
     here: bool = True
 
+    @cached_property
+    def present(self) -> Seen:
+        """This look."""
+        ended = {folder: run.setting for folder, run in self.runs.items() if run.ended}
+        return Seen("", ended, frozenset(self.runs.keys() - ended))
+
     @property
-    def everything(self) -> Seen:
-        """What the comparisons that nobody planned see: all seeds with finished runs."""
-        return Seen(self.seeds, len(self.seeds))
+    def testable(self) -> bool:
+        """Whether any test is possible, because some setting has two seeds."""
+        return _testable(run for run in self.runs.values() if run.ended)
 
     def late(self, margins: Mapping[str, object]) -> list[str]:
         """Return the metrics whose margin is not that of the first look, so that results may have chosen it."""
@@ -103,35 +149,56 @@ class Study(NamedTuple):
         first = self.earlier[0].margins
         return [name for name, size in margins.items() if name not in first or _differ(first[name], size)]
 
-    def share(self, seen: Seen, test: str | None = None) -> float:
-        """Return the share of its level that a test has in this look.
+    def looks_of(self, groups: Groups | None = None) -> LooksOfTest | None:
+        """Return the looks at the runs of a test, or of all runs; None if the test is impossible now.
 
-        seen: what it sees now. test: that of a claim (`name_of_test`); None is a comparison that nobody planned.
+        Looks at the same runs of the test are one look, and count at the time of the first. Runs of a look that are
+        gone may have been left out because of their results. Those of a setting that is gone too may have been of any
+        test, so the look counts.
         """
-        looks, place = self.looks_of(seen, test)
-        return share_of_look(looks[place], looks[:place], self.planned) if seen.n > 1 else 1.0
+        groups = [frozenset(self.runs)] if groups is None else groups
+        own = frozenset(self.runs).intersection(frozenset[str]().union(*groups))
+        tested = [group for group in groups if len(group & self.present.runs.keys()) > 1]
+        if not tested:
+            return None
+        others = {run.setting for run in self.runs.values()} - {self.runs[folder].setting for folder in own}
+        together: dict[str, str] = {}
+        settings, seen, planned = set[str](), frozenset[str](), float(self.planned or 0)
+        found: dict[frozenset[str], float] = {}
+        for look in (*self.earlier, self.present):
+            gone = {folder for folder in look.runs.keys() - self.runs.keys() if look.runs[folder] not in others}
+            if not all(len(group & look.runs.keys() | gone) > 1 for group in tested):
+                continue
+            seen = frozenset(own & look.runs.keys() | gone)
+            together |= {folder: look.runs[folder] for folder in seen}
+            awaited = {self.runs[folder].setting for folder in own & look.awaited}
+            settings |= {*together.values()} | awaited
+            planned = planned or len({*together} | own & look.awaited) / len(settings)
+            found.setdefault(seen, max([*list(found.values())[-1:], len(together) / len(settings)]))
+        return LooksOfTest(list(found.values()), list(found).index(seen), planned)
 
-    def next_share(self, seen: Seen, test: str | None = None) -> float:
-        """Return the share that the same test will have in the next look, after this one."""
-        return share_of_next_look(self.looks_of(seen, test)[0], self.planned) if seen.n > 1 else 1.0
+    def share(self, groups: Groups | None = None) -> float:
+        """Return the share of its level that a test has in this look; 1 if it is impossible."""
+        looks = self.looks_of(groups)
+        return looks.share if looks else 1.0
 
-    def looks_of(self, seen: Seen, test: str | None = None) -> tuple[list[int], int]:
-        """Return how many different seeds the looks of a test had together, up to each of them, and this look's place.
+    def next_share(self, groups: Groups | None = None) -> float:
+        """Return the share that the same test will have in the next look, after this one; 1 if it is impossible."""
+        looks = self.looks_of(groups)
+        return looks.next_share if looks else 1.0
 
-        Looks at the same seeds are one look, and count at the time of the first. A test that lacks runs of some seeds
-        of a look counts as many fewer there.
-        """
-        earlier = [
-            Seen(look.seeds, len(look.seeds)) if test is None else look.claims.get(test) for look in self.earlier
-        ]
-        looks = dict.fromkeys((frozenset(each.seeds), each.n) for each in earlier if each and each.n > 1)
-        this = frozenset(seen.seeds), seen.n
-        together: frozenset[int] = frozenset()
-        numbers: list[int] = []
-        for seeds, n in looks | {this: None}:
-            together |= seeds
-            numbers.append(max([*numbers[-1:], len(together) - len(seeds) + n]))
-        return numbers, list(looks).index(this) if this in looks else len(looks)
+
+def group_of(runs: pd.DataFrame) -> frozenset[str]:
+    """Return these runs as a group of a test."""
+    return frozenset(map(os.path.abspath, runs["folder"]))
+
+
+def _testable(runs: Iterable[Known]) -> bool:
+    """Return whether some setting of these runs has two seeds."""
+    seeds: dict[str, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.setting, set()).add(run.seed)
+    return any(len(each) > 1 for each in seeds.values())
 
 
 def _differ(recorded: str, margin: object) -> bool:
@@ -147,14 +214,14 @@ def study_of(runs: pd.DataFrame) -> Study:
     experiment = str(runs["experiment"].iloc[0])
     first = runs.sort_values("started").iloc[0]
     planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
-    claims = planned_claims(runs) if "claims" in runs else []
-    looks = [_with_names(look, claims) for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
+    known = _known(runs)
+    looks = [_seen(look, folder, known) for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder) if plan.experiment == experiment]
     plans.sort(key=lambda plan: plan.time)
-    looks += _without_report(runs, plans, looks, claims)
+    looks += _without_report(runs, known, plans)
     return Study(
         planned=int(planned) if pd.notna(planned) else None,
-        seeds=finished_seeds(runs),
+        runs=known,
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
         changed=_changed(plans, _sweeps(runs)) if plans else [],
@@ -163,29 +230,47 @@ def study_of(runs: pd.DataFrame) -> Study:
     )
 
 
-def _without_report(
-    runs: pd.DataFrame, plans: list[PlannedStudy], reports: list[Look], claims: list[tuple[ClaimConfig, pd.DataFrame]]
-) -> list[Look]:
-    """Return a look for each command that added seeds when others had results about which there was no report.
+def _known(runs: pd.DataFrame) -> dict[str, Known]:
+    """Return what is known of each run, by its folder. A run that diverged has ended too: it will not go on."""
+    if "seed" not in runs:
+        return {}
+    runs = runs[runs["seed"].notna()]
+    factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
+    ended = runs["status"].isin(ENDED)
+    return {
+        os.path.abspath(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(has_ended))
+        for folder, levels, seed, has_ended in zip(
+            runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, strict=True
+        )
+    }
 
-    The terminal shows results at the end of a command, and files of runs are open to all. A seed has results as soon as
-    two of its runs have ended, because these can be compared. claims: each claim, and the runs that recorded it.
+
+def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
+    """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds."""
+    if not look.runs:
+        saw = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
+        return Seen(look.time, saw, margins=look.margins)
+    runs = {os.path.abspath(sweep / name): setting for setting, names in look.runs.items() for name in names}
+    runs |= {folder: known[folder].setting for folder in runs if folder in known}
+    return Seen(look.time, runs, frozenset(os.path.abspath(sweep / name) for name in look.awaited), look.margins)
+
+
+def _without_report(runs: pd.DataFrame, known: Mapping[str, Known], plans: Sequence[PlannedStudy]) -> list[Seen]:
+    """Return a look for each command that added runs when others had results that could be compared.
+
+    The terminal shows results at the end of a command, and files of runs are open to all.
     """
     if not plans:
         return []
-    finished = runs[(runs["status"] == "finished") & runs["seconds"].notna()].drop_duplicates("folder")
-    ended = pd.to_datetime(finished["started"], utc=True, format="ISO8601")
-    ended += pd.to_timedelta(finished["seconds"].astype(float), unit="s")
-    known = {seed: times.nsmallest(2).iloc[1] for seed, times in ended.groupby(finished["seed"]) if len(times) > 1}
-    seen, planned, found = {frozenset(look.seeds) for look in reports}, set[int](), list[Look]()
+    ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
+    ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
+    ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
+    planned, found = set[str](), []
     for plan in plans:
-        seeds = sorted(int(seed) for seed, time in known.items() if time <= datetime.fromisoformat(plan.time))
-        added = {*plan.seeds} - planned - {*seeds}
-        planned |= {*plan.seeds}
-        if added and len(seeds) > 1 and frozenset(seeds) not in seen:
-            seen.add(frozenset(seeds))
-            own = {name_of_test(claim): [s for s in finished_seeds(members) if s in seeds] for claim, members in claims}
-            found.append(Look(plan.time, seeds, {name: Seen(each, len(each)) for name, each in own.items()}))
+        added, planned = {*plan.runs} - planned, planned | {*plan.runs}
+        seen = {folder: known[folder] for folder in group_of(ended[ends <= datetime.fromisoformat(plan.time)])}
+        if added and _testable(seen.values()):
+            found.append(Seen(plan.time, {folder: run.setting for folder, run in seen.items()}))
     return found
 
 
@@ -200,47 +285,33 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
     return sorted({int(seed) for seed in runs.loc[runs["status"] == "finished", "seed"]}) if "seed" in runs else []
 
 
-def name_of_test(claim: ClaimConfig) -> str:
-    """Return the fingerprint of what a claim tests, which does not depend on its words."""
-    return digest_of({key: value for key, value in asdict(claim).items() if key not in ("text", "source")})
-
-
-def _with_names(look: Look, planned: Sequence[tuple[ClaimConfig, pd.DataFrame]]) -> Look:
-    """Return a look with the name of each test. One from before tests had names has the words of the claims instead.
-
-    Such a look does not say which seeds had recorded a claim. planned: each claim, and the runs that did.
-    """
-    known = {}
-    for claim, members in planned:
-        if seen := look.claims.get(claim.text):
-            recorded = finished_seeds(members)
-            known[name_of_test(claim)] = seen._replace(seeds=[seed for seed in seen.seeds if seed in recorded])
-    return look._replace(claims=known | look.claims)
-
-
-def record_look(runs: pd.DataFrame, claims: dict[str, Seen], margins: Mapping[str, object] | None = None) -> bool:
+def record_look(runs: pd.DataFrame, margins: Mapping[str, object] | None = None) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    claims: what the test of each claim saw. margins: those that the reader gave. A report in which no test is possible,
-    because there is a single seed, is no look.
+    margins: those that the reader gave. A report in which no test is possible, because no setting has two seeds, is no
+    look.
     """
-    experiment, seeds = str(runs["experiment"].iloc[0]), finished_seeds(runs)
-    if len(seeds) < 2:
+    experiment, known = str(runs["experiment"].iloc[0]), _known(runs)
+    present = Study(runs=known).present
+    if not _testable(known[folder] for folder in present.runs):
         return True
     look = Look(
         datetime.now(UTC).isoformat(timespec="seconds"),
-        seeds,
-        claims,
-        {name: str(size) for name, size in (margins or {}).items()},
+        finished_seeds(runs),
+        margins={name: str(size) for name, size in (margins or {}).items()},
     )
     written = True
     for folder in _sweeps(runs):
+        ended: dict[str, list[str]] = {}
+        for run, setting in sorted(present.runs.items()):
+            ended.setdefault(setting, []).append(os.path.relpath(run, folder))
+        here = look._replace(runs=ended, awaited=sorted(os.path.relpath(run, folder) for run in present.awaited))
         looks = looks_in(folder)
         of_experiment = looks.get(experiment, [])
-        if any(each._replace(time="") == look._replace(time="") for each in of_experiment):
+        if any(each._replace(time="") == here._replace(time="") for each in of_experiment):
             continue
         try:
-            LooksRecord(looks=looks | {experiment: [*of_experiment, look]}).write(folder / LooksRecord.FILE)
+            LooksRecord(looks=looks | {experiment: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
         except OSError:
             written = False
     return written

@@ -33,23 +33,19 @@ class PlannedStudy(NamedTuple):
         return digest_of(self._replace(time="")._asdict())
 
 
-class Seen(NamedTuple):
-    """What a test saw in a report: the seeds with finished runs that it may use, and how many of them it compared."""
-
-    seeds: list[int]
-    n: int
-
-
 class Look(NamedTuple):
-    """A report that was written: its time, the seeds that had finished runs, and what the test of each claim saw.
+    """A report that was written: its time, what it saw, and what the reader asked for.
 
-    claims: by `moe.analysis.looks.name_of_test`, so that a claim with other words is the same test; by the words of the
-    claim in a look that was written before tests had names. margins: metric -> the margin that a reader gave, as text.
+    seeds: those of the finished runs. runs: setting, such as "lb=0.01, noise=0.1" -> the folders of its runs that had
+    ended, from the sweep folder. awaited: the folders of runs that had not ended. Both are empty in a look that was
+    written before looks named their runs; it saw all runs of its seeds. margins: metric -> the margin that a reader
+    gave, as text.
     """
 
     time: str
     seeds: list[int]
-    claims: dict[str, Seen]
+    runs: dict[str, list[str]] = {}
+    awaited: list[str] = []
     margins: dict[str, str] = {}
 
 
@@ -79,20 +75,16 @@ class LooksRecord(Record):
 
     @classmethod
     def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return looks whose claims say which seeds they saw. Before, they had the number of seeds alone."""
+        """Return looks without what each claim saw, which is now told by the runs."""
         looks = content.get("looks")
         if not isinstance(looks, dict):
             return content
-        return content | {"looks": {name: _each_with_seeds(of_experiment) for name, of_experiment in looks.items()}}
+        return content | {"looks": {name: _without_claims(of_experiment) for name, of_experiment in looks.items()}}
 
     def __post_init__(self) -> None:
         for experiment, looks in self.looks.items():
             for number, look in enumerate(looks):
-                place = f"looks.{experiment}[{number}]"
-                _check_numbers(f"{place}.seeds", look.seeds)
-                _check_numbers(
-                    f"{place}.claims", (seed for seen in look.claims.values() for seed in (*seen.seeds, seen.n))
-                )
+                _check_numbers(f"looks.{experiment}[{number}].seeds", look.seeds)
 
 
 def plans_in(folder: Path) -> list[PlannedStudy]:
@@ -107,18 +99,14 @@ def looks_in(folder: Path) -> dict[str, list[Look]]:
     return LooksRecord.read(path).looks if path.exists() else {}
 
 
-def _each_with_seeds(looks: Any) -> Any:
-    """Return looks with the seeds of the look where a claim has a number alone. What is no look stays as it is."""
+def _without_claims(looks: Any) -> Any:
+    """Return looks without their claims. What is no look stays as it is."""
     if not isinstance(looks, list):
         return looks
-    found = []
-    for look in looks:
-        claims = look.get("claims") if isinstance(look, dict) else None
-        if isinstance(claims, dict):
-            seen = {name: {"seeds": look.get("seeds"), "n": n} for name, n in claims.items() if type(n) is int}
-            look = look | {"claims": claims | seen}
-        found.append(look)
-    return found
+    return [
+        {key: value for key, value in look.items() if key != "claims"} if isinstance(look, dict) else look
+        for look in looks
+    ]
 
 
 def _check_numbers(place: str, numbers: Iterable[int]) -> None:

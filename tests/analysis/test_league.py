@@ -1,6 +1,7 @@
 """Tests of the league of routers and of the share of the distance to the oracle, in reports about made-up runs."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.league import league_of
 from moe.analysis.learned import learned_little
 from moe.analysis.limits import covered
+from moe.analysis.looks import Seen
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.inputs import ReportInputs, collect_inputs
 from moe.analysis.report.question import question_of
@@ -29,7 +31,6 @@ from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import to_reference
 from moe.results.table import load_runs
-from moe.runs.planned import Look
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,8 @@ def test_a_later_look_at_a_league_has_less_of_its_level(tmp_path: Path) -> None:
     """The third seed was added after a report about two, so that look gets a fifth of the level."""
     inputs = inputs_of(tmp_path, {"topk": 3.0, "hash": 3.08, "random": 3.09})
     assert "is certainly the best of 3 routers" in order_of_routers(inputs)
-    later = inputs._replace(study=inputs.study._replace(earlier=[Look("2026-01-01", [1, 2], {})]))
+    before = {folder: run.setting for folder, run in inputs.study.runs.items() if run.seed < 3}
+    later = inputs._replace(study=replace(inputs.study, earlier=[Seen("2026-01-01", before)]))
     assert "random may be as good; the other one is worse than some router." in order_of_routers(later)
     blocks = list(league(later))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]

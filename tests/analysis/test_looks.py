@@ -11,14 +11,17 @@ import pytest
 from scipy import stats
 
 from moe.analysis.claims import planned_claims
+from moe.analysis.comparisons import groups_of_claim
 from moe.analysis.looks import (
     FURTHER,
     SMALLEST,
+    Known,
+    LooksOfTest,
+    Seen,
     Study,
-    name_of_test,
+    group_of,
     record_look,
     share_of_look,
-    share_of_next_look,
     spent,
     study_of,
 )
@@ -40,7 +43,7 @@ from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, Seen, digest_of, digest_of_run
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run
 from moe.runs.record import FORMAT, RecordError
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -60,35 +63,51 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
     assert sum(share_of_look(n, range(3, n), 3) for n in range(3, 40)) == pytest.approx(1.25)
-    alone = Study(seeds=[7])
-    assert share_of_look(0, (), None) == alone.share(alone.everything) == alone.next_share(alone.everything) == 1
-    assert share_of_next_look([3], None) == FURTHER
-    assert share_of_next_look([3, 5], None) == FURTHER**2
-    assert share_of_next_look([3], 8) == 1 - spent(3 / 8)
+    assert Study().share() == Study().next_share() == study({"a": [7]}).share() == 1
+    assert LooksOfTest([3], 0, 3).next_share == FURTHER
+    assert LooksOfTest([3, 5], 1, 3).next_share == FURTHER**2
+    assert LooksOfTest([3], 0, 8).next_share == 1 - spent(3 / 8)
 
 
-def looks_at(sets: list[list[int]], of_claim: list[list[int]] | None = None) -> list[Look]:
-    """Return looks at sets of seeds, one a day. of_claim: the seeds that the test "a" saw in each, by default all."""
-    seen = [Seen(seeds, len(seeds)) for seeds in of_claim or sets]
+Sets = dict[str, list[int]]  # setting -> its seeds
+
+
+def group(sets: Sets) -> frozenset[str]:
+    """Return the folders of runs."""
+    return frozenset(f"/{setting}/{seed}" for setting, seeds in sets.items() for seed in seeds)
+
+
+def study(now: Sets, *earlier: Sets, planned: int | None = None, awaited: Sets | None = None) -> Study:
+    """Return a study of the runs `now` after looks at others, one a day. awaited: runs that have not ended."""
+    runs = {f"/{setting}/{seed}": Known(setting, seed, True) for setting, seeds in now.items() for seed in seeds}
+    waiting = {
+        f"/{setting}/{seed}": Known(setting, seed, False)
+        for setting, seeds in (awaited or {}).items()
+        for seed in seeds
+    }
+    looks = [
+        Seen(f"2026-01-{day:02}", {f"/{setting}/{seed}": setting for setting, seeds in sets.items() for seed in seeds})
+        for day, sets in enumerate(earlier, 1)
+    ]
+    return Study(planned, runs | waiting, looks)
+
+
+def shares_at(sets: list[list[int]], planned: int | None) -> list[float]:
+    """Return the shares of looks at two settings, which have the same seeds. Other runs have no folder any more."""
+    looks: list[Sets] = [{"a": seeds, "b": seeds} for seeds in sets]
     return [
-        Look(f"2026-01-{day:02}", seeds, {"a": each})
-        for day, (seeds, each) in enumerate(zip(sets, seen, strict=True), 1)
+        study(now, *looks[:day], planned=planned).share([group({"a": now["a"]}), group({"b": now["b"]})])
+        for day, now in enumerate(looks)
     ]
 
 
-def shares_at(sets: list[list[int]], planned: int | None, claim: str | None = None) -> list[float]:
-    looks, seen = looks_at(sets), [Seen(seeds, len(seeds)) for seeds in sets]
-    return [Study(planned, sets[day], looks[:day]).share(each, claim) for day, each in enumerate(seen)]
-
-
-@pytest.mark.parametrize("claim", [None, "a"])
-def test_a_look_at_other_seeds_or_at_fewer_is_not_free(claim: str | None) -> None:
+def test_a_look_at_other_seeds_or_at_fewer_is_not_free() -> None:
     eight = list(range(8))
     others = [eight, [*range(8, 16)], eight[1:], eight[:4]]
-    assert shares_at(others, 8, claim) == shares_at(others, None, claim) == [1, FURTHER, FURTHER**2, FURTHER**3]
-    early = shares_at([[0, 1, 2], [3, 4, 5], [0, 4], eight], 8, claim)
+    assert shares_at(others, 8) == shares_at(others, None) == [1, FURTHER, FURTHER**2, FURTHER**3]
+    early = shares_at([[0, 1, 2], [3, 4, 5], [0, 4], eight], 8)
     assert early == [spent(3 / 8), spent(6 / 8) - spent(3 / 8), SMALLEST, 1 - spent(6 / 8)]
-    assert shares_at([[0, 1, 2], [3, 4, 5], [2, 1, 0], [3, 4, 5]], None, claim) == [1, FURTHER, 1, FURTHER]
+    assert shares_at([[0, 1, 2], [3, 4, 5], [2, 1, 0], [3, 4, 5]], None) == [1, FURTHER, 1, FURTHER]
 
 
 def test_choosing_among_sets_of_seeds_keeps_the_error() -> None:
@@ -100,37 +119,81 @@ def test_choosing_among_sets_of_seeds_keeps_the_error() -> None:
     assert (p <= 0.05 * np.array(shares_at(sets, 8))).any(1).mean() <= 0.0625
 
 
-def test_what_happens_to_other_claims_costs_a_claim_nothing() -> None:
-    """Another claim is changed, and the new one gets seeds of its own. The old claim sees the same runs again."""
-    seeds, of_old = [[0, 1, 2], [*range(8)], [*range(9)]], [[0, 1, 2]] * 3
-    for planned in (None, 3):
-        study = Study(planned, seeds[2], looks_at(seeds[:2], of_old[:2]))
-        assert study.share(Seen(of_old[2], 3), "a") == 1
-        assert study.share(study.everything) == FURTHER**2
-        assert study.share(Seen([*range(9)], 9), "a") == FURTHER  # the first new seeds of this test
-        assert study.share(Seen([3, 4, 5], 3), "a") == FURTHER
-        assert study.share(Seen(of_old[2], 2), "a") == FURTHER  # a run was left out
-        assert study.share(Seen(seeds[1], 8), "changed") == 1
-
-
-def test_a_test_is_known_by_what_it_tests() -> None:
-    assert name_of_test(CLAIM) == name_of_test(replace(CLAIM, text="in other words", source="a paper"))
-    others = [replace(CLAIM, kind="lower"), replace(CLAIM, metric="test/loss"), replace(CLAIM, levels=[0.1])]
-    assert len({name_of_test(each) for each in (CLAIM, *others)}) == 4
-
-
-def test_changing_other_claims_keeps_the_error_of_a_claim() -> None:
-    """A claim has looks at 3 seeds, at the same again, at 5, at the same 5 again and at 8; only three of them count."""
-    of_claim = [[*range(n)] for n in (3, 3, 5, 5, 8)]
-    all_seeds = [[*range(n)] for n in (3, 4, 6, 7, 8)]
-    looks = looks_at(all_seeds, of_claim)
-    p = p_of_looks((3, 3, 5, 5, 8), 0.0, studies := 4000)
+def test_runs_of_seeds_that_other_settings_had_are_a_look() -> None:
+    """Setting a has eight seeds from the start. Setting b gets its own one after the other, after three."""
+    eight, numbers = list(range(8)), (3, 4, 5, 6, 7, 8)
+    looks: list[Sets] = [{"a": eight, "b": eight[:n]} for n in numbers]
+    groups = [group({"a": eight}), group({"b": eight})]
+    p = p_of_looks(numbers, 0.0, studies := 4000)
+    assert (p <= 0.05).any(1).mean() > 0.13
     noise = 2 * np.sqrt(0.05 * 0.95 / studies)
     for planned, most in ((8, 0.05), (None, 0.0625)):
-        shares = [
-            Study(planned, all_seeds[day], looks[:day]).share(Seen(seeds, len(seeds)), "a")
-            for day, seeds in enumerate(of_claim)
-        ]
+        shares = [study(now, *looks[:day], planned=planned).share(groups) for day, now in enumerate(looks)]
+        assert (p <= 0.05 * np.array(shares)).any(1).mean() <= most + noise
+        two = [shares[0], study(looks[-1], looks[0], planned=planned).share(groups)]
+        assert two == [spent(5.5 / 8), 1 - spent(5.5 / 8)] if planned else [1, FURTHER]
+        assert (p[:, [0, -1]] <= 0.05 * np.array(two)).any(1).mean() <= most + noise
+
+
+def test_runs_in_one_combination_alone_are_a_look_at_what_is_averaged_over_combinations() -> None:
+    first: Sets = {"a, x": [1, 2, 3, 4], "b, x": [1, 2, 3, 4], "a, y": [1, 2], "b, y": [1, 2]}
+    now = first | {"a, y": [1, 2, 3, 4], "b, y": [1, 2, 3, 4]}
+    sides = [group({name: seeds for name, seeds in now.items() if name.startswith(side)}) for side in "ab"]
+    assert study(now, first).share(sides) == FURTHER
+    assert study(now, first, planned=4).share(sides) == 1 - spent(3 / 4)
+    only = {name: first[name] for name in ("a, x", "b, x")}
+    assert study(now, only, planned=4).share(sides) == FURTHER, "the planned seeds were there, at x"
+
+
+def test_what_happens_to_other_settings_costs_a_test_nothing() -> None:
+    """A setting is added, then it gets seeds of its own. The comparison of the old ones sees the same runs again."""
+    old: Sets = {"a": [0, 1, 2], "b": [0, 1, 2]}
+    with_new, now = old | {"c": [0, 1, 2]}, old | {"c": [*range(9)]}
+    a, b, c = (group({name: now[name]}) for name in "abc")
+    for planned in (None, 3):
+        later = study(now, old, with_new, planned=planned)
+        assert later.share([a, b]) == 1
+        assert later.share([a, c]) == FURTHER
+        assert later.share([a, b, c]) == FURTHER, "they were compared in the second look"
+        assert later.share() == FURTHER**2
+        assert study(with_new, old, planned=planned).share([a, c]) == 1, "no look could compare c"
+        fewer = {"a": [0, 1], "b": [0, 1]}
+        assert study(fewer, old, planned=planned).share([group({name: fewer[name]}) for name in "ab"]) == FURTHER
+
+
+def test_runs_that_are_gone_may_have_been_left_out_for_their_results() -> None:
+    old: Sets = {"a": [0, 1, 2], "b": [0, 1, 2]}
+    a, b = (group({name: old[name]}) for name in "ab")
+    assert study(old, old | {"c": [0, 1, 2]}).share([a, b]) == FURTHER, "c may be an earlier name of the same setting"
+    present = old | {"c": [3]}
+    assert study(present, old | {"c": [0, 1, 2]}).share([a, b]) == 1, "c is another setting"
+    assert study(old, {"a": [0, 1, 2, 3], "b": [0, 1, 2]}).share([a, b]) == FURTHER
+
+
+def test_a_report_while_runs_are_awaited_is_an_early_look() -> None:
+    """A sweep of three seeds at two settings has ended at one of them, and has one seed at the other."""
+    first: Sets = {"a": [0, 1, 2], "b": [0]}
+    early = study(first, awaited={"b": [1, 2]})
+    assert early.share() == spent(2 / 3)
+    [warning] = warnings_of_looks(early)
+    assert "a setting has 2 of the 3 planned seeds, on average" in warning.replace("\n", " ")
+    complete = {"a": [0, 1, 2], "b": [0, 1, 2]}
+    seen = Seen("2026-01-01", early.present.runs, early.present.awaited)
+    a, b = (group({name: complete[name]}) for name in "ab")
+    later = replace(study(complete), earlier=[seen])
+    assert later.share([a, b]) == 1, "a test of one seed was impossible"
+    assert later.share() == 1 - spent(2 / 3)
+
+
+def test_looks_at_other_runs_keep_the_error_of_a_test() -> None:
+    """A test has looks at 3 seeds, at the same again, at 5, at the same 5 again and at 8; only three of them count."""
+    numbers = (3, 3, 5, 5, 8)
+    looks = [both(*range(n)) | {"c": [*range(others)]} for n, others in zip(numbers, (3, 4, 6, 7, 8), strict=True)]
+    groups = [group({name: [*range(8)]}) for name in "ab"]
+    p = p_of_looks(numbers, 0.0, studies := 4000)
+    noise = 2 * np.sqrt(0.05 * 0.95 / studies)
+    for planned, most in ((8, 0.05), (None, 0.0625)):
+        shares = [study(now, *looks[:day], planned=planned).share(groups) for day, now in enumerate(looks)]
         assert shares[0] == shares[1]
         assert shares[2] == shares[3]
         decided = p <= 0.05 * np.array(shares)
@@ -139,30 +202,43 @@ def test_changing_other_claims_keeps_the_error_of_a_claim() -> None:
     assert (p <= 0.05).any(1).mean() > 0.09
 
 
+def both(*seeds: int) -> Sets:
+    return {"a": [*seeds], "b": [*seeds]}
+
+
+def one_line(of: Study) -> str:
+    return next(warnings_of_looks(of)).replace("\n", " ")
+
+
 def test_a_report_says_which_looks_leave_it_less() -> None:
-    study = Study(8, [0, 4], [Look("2026-01-01", [0, 1, 2], {}), Look("2026-01-02", [3, 4, 5], {})])
-    assert "look 3 at these runs, and it has no new seed" in next(warnings_of_looks(study))
-    other = Study(None, [7, 8, 9], study.earlier[:1])
-    assert "results of other seeds (0, 1, 2) could be" in next(warnings_of_looks(other))
-    assert list(warnings_of_looks(other._replace(seeds=[2, 1, 0]))) == []
-    [warning] = warnings_of_looks(Study(None, [0, 1, 2], unwritten=True))
+    nothing_new = study(both(0, 4), both(0, 1, 2), both(3, 4, 5), planned=8)
+    assert "look 3 at these runs, and it has no new run" in next(warnings_of_looks(nothing_new))
+    all_runs = study(both(*range(6)), both(0, 1, 2))
+    assert "On 2026-01-01, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
+    gone = study(both(7, 8, 9), both(0, 1, 2))
+    assert "the results of 6 runs could be seen" in one_line(gone)
+    assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
+    [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))
     assert "was not written down" in warning
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
     """Seeds cost nothing up to the plan. Each look after it has a fifth of the level of the one before."""
-    early = [Look("2026-01-01", [0, 1, 2], {})]
-    assert price_of_more(Study(8, [0])) == ""
-    assert price_of_more(Study(8, [0, 1, 2])).startswith("5 of the 8 planned seeds are left. Reports up to the planned")
-    assert price_of_more(Study(4, [0, 1, 2])).startswith("1 of the 4 planned seeds is left.")
-    assert error_of_more(Study(4, [0, 1, 2]), 4) == error_of_more(Study(4, [0, 1, 2]), float("nan")) == ""
-    more = error_of_more(Study(4, [0, 1, 2]), 16)
+    three, eight, early = both(0, 1, 2), both(*range(8)), both(0, 1, 2)
+    assert price_of_more(study(both(0), planned=8)) == ""
+    assert price_of_more(study(three, planned=8)).startswith(
+        "5 of the 8 planned seeds are left. Reports up to the planned"
+    )
+    of_four = study(three, planned=4)
+    assert price_of_more(of_four).startswith("1 of the 4 planned seeds is left.")
+    assert error_of_more(of_four, 4) == error_of_more(of_four, float("nan")) == ""
+    more = error_of_more(of_four, 16)
     assert more == "That is more than the 4 planned seeds; “More seeds” says what it costs."
-    assert "all together err in up to 6.25 %" in price_of_more(Study(4, [0, 1, 2]))
-    planned = price_of_more(Study(8, list(range(8)), early))
+    assert "all together err in up to 6.25 %" in price_of_more(of_four)
+    planned = price_of_more(study(eight, early, planned=8))
     assert "(8) are used up. The tests of a report with more seeds together have 1 % instead of 5 %" in planned
     assert "such reports err in up to 6.25 % of studies" in planned
-    second = price_of_more(Study(None, list(range(5)), early))
+    second = price_of_more(study(both(*range(5)), early))
     assert second.startswith(
         "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
     )
@@ -191,21 +267,25 @@ def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
 @pytest.fixture
 def runs(tmp_path: Path) -> pd.DataFrame:
     """Five seeds of a made-up experiment, in a sweep folder of its own, that started after all plans of these tests."""
-    folder = tmp_path / "sweeps" / "noise" / "run"
-    folder.mkdir(parents=True)
-    write_record(folder, "noise_lb_seed")
-    made_up = null_runs(str(folder), "noise_lb_seed", 5, "equal", np.random.default_rng(0))
-    return made_up.assign(started="2026-02-01T00:00:00+00:00")
+    made_up = null_runs("", "noise_lb_seed", 5, "equal", np.random.default_rng(0))
+    folders = [tmp_path / "sweeps" / "noise" / str(number) for number in range(len(made_up))]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        write_record(folder, "noise_lb_seed")
+    return made_up.assign(folder=list(map(str, folders)), started="2026-02-01T00:00:00+00:00")
 
 
 def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
     first = runs[runs["seed"] < 3]
     alone = collect_inputs(runs)[0]
-    assert record_look(first, dict(collect_inputs(first)[0].seen))
-    assert record_look(first, dict(collect_inputs(first)[0].seen))  # the same report again is the same look
+    assert record_look(first)
+    assert record_look(first)  # the same report again is the same look
     [look] = LooksRecord.read(tmp_path / "sweeps" / "noise" / "looks.json").looks["noise_lb_seed"]
     assert look.seeds == [0, 1, 2]
-    assert look.claims == {name_of_test(claim): Seen([0, 1, 2], 3) for claim, _ in planned_claims(runs)}
+    assert look.awaited == []
+    names = {Path(folder).name for folder in first["folder"]}
+    assert {each for setting in look.runs.values() for each in setting} == names
+    assert "lb=0.01, noise=0.5" in look.runs
     second = collect_inputs(runs)[0]
     assert second.claims["tests"].tolist() == (alone.claims["tests"] / FURTHER).tolist()
     assert (second.contrasts["tests"] == alone.contrasts["tests"] / FURTHER).all()
@@ -233,19 +313,18 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
         seconds=3600.0,
     )
     plans = [
-        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, [])
+        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, [f"of seed {s}" for s in seeds])
         for time, seeds in (("08:00", [0, 1, 2]), (of_second, [0, 1, 2, 3, 4]), ("20:00", [3, 4]))
     ]
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
     study = study_of(runs)
-    assert [look.seeds for look in study.earlier] == ([ended] if ended else [])
-    seen = Seen([*range(5)], 5)
-    tests = [None, *(name_of_test(claim) for claim, _ in planned_claims(runs))]
-    assert {study.share(seen, test) for test in tests} == {FURTHER if ended else 1.0}
-    assert study._replace(planned=5).share(seen) == pytest.approx(1 - spent(0.6) if ended else 1)
-    report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2], {})
+    assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
+    tests = [None, *(groups_of_claim(claim, members) for claim, members in planned_claims(runs))]
+    assert {study.share(test) for test in tests} == {FURTHER if ended else 1.0}
+    assert replace(study, planned=5).share() == pytest.approx(1 - spent(0.6) if ended else 1)
+    report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
-    assert study_of(runs).earlier == [report], "a report about these seeds is the same look"
+    assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
 
 
 def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
@@ -262,13 +341,14 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
     [look] = LooksRecord.read(path).looks["noise_lb_seed"]
     assert look.margins == {metric: "3%"}
     later = collect_inputs(runs, options)[0]
+    [seen] = later.study.earlier
     shared = (alone.dropna() / FURTHER).clip(upper=1)
     assert later.contrasts["p TOST Holm"].dropna().tolist() == pytest.approx(shared.tolist())
     assert list(warnings_of_margins(later)) == []
-    assert Study(earlier=[look]).late({metric: "3.0%"}) == [], "the same amount"
-    assert Study(earlier=[look]).late({metric: "3"}) == [metric], "units, and not a share"
-    assert Study(earlier=[look._replace(margins={metric: "0.50"})]).late({metric: 0.5}) == []
-    assert Study(earlier=[look._replace(margins={metric: "much"})]).late({metric: 0.5}) == [metric]
+    assert Study(earlier=[seen]).late({metric: "3.0%"}) == [], "the same amount"
+    assert Study(earlier=[seen]).late({metric: "3"}) == [metric], "units, and not a share"
+    assert Study(earlier=[seen._replace(margins={metric: "0.50"})]).late({metric: 0.5}) == []
+    assert Study(earlier=[seen._replace(margins={metric: "much"})]).late({metric: 0.5}) == [metric]
     LooksRecord(looks={"noise_lb_seed": [look._replace(margins={})]}).write(path)
     with pytest.raises(ValueError, match=f"^margin {metric}=0%: must be positive"):  # also if it came too late to judge
         collect_inputs(runs, options._replace(margins={metric: "0%"}))
@@ -280,13 +360,14 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
-    study = study_of(runs)._replace(planned=5, earlier=looks_at([[0, 1, 2]]))
-    seen = study.everything
-    assert study.share(seen) + spent(0.6) == pytest.approx(1)
-    assert study.share(seen, "a") == study.share(seen)
-    assert study.share(seen, "a claim that was added later") == 1
+    study = study_of(runs)
+    earlier = {run: known.setting for run, known in study.runs.items() if known.seed < 3}
+    study = replace(study, planned=5, earlier=[Seen("2026-01-01", earlier)])
+    assert study.share() + spent(0.6) == pytest.approx(1)
+    added_later = [group_of(runs[(runs["noise"] == noise) & (runs["seed"] > 2)]) for noise in (0.0, 0.5)]
+    assert study.share(added_later) == spent(2 / 5), "these runs were in no look"
     [warning] = warnings_of_looks(study)
-    assert "look 2 at these runs, of 5 planned seeds" in warning
+    assert "look 2 at these runs: a setting has 5 of the 5 planned seeds, on average" in warning.replace("\n", " ")
 
 
 def test_an_early_look_has_one_level_everywhere(runs: pd.DataFrame) -> None:
@@ -323,14 +404,11 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     seeds = {claim.text: 2, other.text: 4, "removed since": 4}
     look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
     path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
-    study = study_of(runs)
-    [known] = study.earlier
-    assert known.claims[name_of_test(claim)] == Seen([2, 3], 2)
-    assert known.claims[name_of_test(other)] == Seen([0, 1, 2, 3], 4)
-    assert study.share(Seen([2, 3], 2), name_of_test(claim)) == 1  # the same runs again
-    assert study.share(Seen([0, 1, 2, 3, 4], 5), name_of_test(other)) == FURTHER
-    assert record_look(runs, {name_of_test(other): Seen([0, 1, 2, 3, 4], 5)})
-    assert [each.seeds for each in study_of(runs).earlier] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    for first, share in ((runs[runs["seed"] < 4], 1.0), (runs, FURTHER)):  # the same runs again, and more
+        assert {study_of(first).share(groups_of_claim(*each)) for each in planned_claims(first)} == {share}
+    assert record_look(runs)
+    looks = LooksRecord.read(path).looks["noise_lb_seed"]
+    assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
 
 
 @pytest.mark.parametrize(
@@ -340,10 +418,10 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
         ("looks.json", '{"format": 1, "looks": {}}', "written by another version"),
         (
             "looks.json",
-            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": {"seeds": [1], "n": -3}}}]}}',
-            "claims has -3",
+            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "runs": {"c": 3}}]}}',
+            "must be a list",
         ),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "claims": {"c": "3"}}]}}', "must be an object"),
+        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "runs": ["c"]}]}}', "must be an object"),
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": 2, "claims": {"c": 2}}]}}', "must be a list"),
         ("looks.json", '{"looks": {"a": [{"time": "", "claims": {"c": 2}}]}}', "seeds is missing"),
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
@@ -363,7 +441,7 @@ def test_a_damaged_file_is_named_and_kept(
     assert "move this file away" in str(error.value)
     if name == "looks.json":
         with pytest.raises(RecordError):
-            record_look(runs, {})
+            record_look(runs)
     assert path.read_text() == damaged
 
 
@@ -393,7 +471,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert study_of(runs).changed == [(other, 1)]
     PlansRecord(plans=[other._replace(time="2026-01-04T00:00:00+00:00")]).write(elsewhere / "plans.json")
     assert study_of(runs).changed == []  # the claims of that later plan were changed, not these
-    [(_, fact)] = planned_facts(study._replace(plans=[plan, later]))
+    [(_, fact)] = planned_facts(replace(study, plans=[plan, later]))
     assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest[:8])}; " in fact
     assert plan.digest == plan._replace(time="later").digest != other.digest
 
@@ -440,9 +518,9 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     assert study.changed == []
     [told] = warnings_of_looks(study)
     assert f"On {old.time}, noise_lb_seed was planned with 8 claims, and on {new.time}\nwith others" in told
-    assert list(warnings_of_looks(study._replace(plans=[old, old._replace(seeds=[2])]))) == []
+    assert list(warnings_of_looks(replace(study, plans=[old, old._replace(seeds=[2])]))) == []
     turned = new._replace(claims=[asdict(CLAIM) | {"kind": "lower"}])
-    [told] = warnings_of_looks(study._replace(plans=[old._replace(claims=[asdict(CLAIM)]), turned]))
+    [told] = warnings_of_looks(replace(study, plans=[old._replace(claims=[asdict(CLAIM)]), turned]))
     assert "with others: “a” had kind higher then, and has lower now. Each claim" in told
     [(_, fact)] = planned_facts(study)
     assert (
@@ -457,14 +535,14 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
 
 
 def test_without_records_beside_the_runs_the_report_says_that_it_takes_its_look_for_the_first() -> None:
-    alone, [look] = Study(seeds=[1, 2]), looks_at([[1, 2]])
+    alone = study(both(1, 2))
     [(name, fact)] = planned_facts(alone)
     assert name == "Planned"
     assert "no record of a plan or of an earlier look was found beside the runs" in fact
-    assert planned_facts(alone._replace(earlier=[look])) == [
+    assert planned_facts(replace(alone, earlier=[alone.present])) == [
         ("Planned", "unknown: no record of a plan was found beside the runs")
     ]
-    assert planned_facts(alone._replace(seeds=[1])) == planned_facts(alone._replace(here=False)) == []
+    assert planned_facts(study(both(1))) == planned_facts(replace(alone, here=False)) == []
 
 
 def test_the_planned_number_of_seeds_is_that_of_the_run_that_started_first() -> None:

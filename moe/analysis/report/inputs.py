@@ -14,10 +14,11 @@ from moe.analysis.claims import claim_families, decided, measured_claims, planne
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.figures.style import MOST_LINES
 from moe.analysis.learned import learned_little, withheld
-from moe.analysis.looks import Study, finished_seeds, name_of_test, study_of
+from moe.analysis.looks import Study, group_of, study_of
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import (
+    comparisons,
     contrasts,
     corrected,
     divisors,
@@ -28,7 +29,7 @@ from moe.analysis.statistics import (
     with_correction,
 )
 from moe.analysis.tuned import is_judged, trials_of, tuned_keys, values_of
-from moe.analysis.variance import anova
+from moe.analysis.variance import anova, factors_of_terms
 from moe.checks import require, unknown
 from moe.config.claim import amount_of
 from moe.metrics.catalog import select
@@ -47,7 +48,6 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.table import EventTables, level, read_event_tables
-from moe.runs.planned import Seen
 from moe.runs.record import RunRecord
 
 # The families into which all tests of a report fall, in the order in which they take their shares of 5 %. The last one
@@ -101,6 +101,7 @@ class ReportInputs(NamedTuple):
     metrics: list[str]  # those of the headline metrics and of the options that some run has and that are comparable
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
     judgments: list[Judgment]  # on the claims, or else on the contrasts of the first tested metric
+    # The next three are tables of tests. Each has a column `groups` until it is corrected for looks and other tests.
     claims: pd.DataFrame  # from `moe.analysis.claims.decided`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
@@ -129,20 +130,7 @@ class ReportInputs(NamedTuple):
     @property
     def later(self) -> float:
         """The factor by which the level of a comparison is divided more in a later report with more seeds."""
-        seen = self.study.everything
-        return self.study.share(seen) / self.study.next_share(seen)
-
-    @property
-    def seen(self) -> list[tuple[str, Seen]]:
-        """The test of each claim (`moe.analysis.looks.name_of_test`), and what it sees."""
-        if self.claims.empty:
-            return []
-        planned = planned_claims(self.loaded[~self.loaded["folder"].isin(self.searched)])
-        numbers = self.claims["n"].astype(int)
-        return [
-            (name_of_test(claim), Seen(finished_seeds(runs), n))
-            for (claim, runs), n in zip(planned, numbers, strict=True)
-        ]
+        return self.study.share() / self.study.next_share()
 
     @property
     def observed(self) -> bool:
@@ -284,6 +272,13 @@ def _with_comparisons(inputs: ReportInputs) -> ReportInputs:
     ]
     if is_crossed(runs):  # no seed is better than another
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
+    groups = {
+        tuple(names.values()): [group_of(treated), group_of(baseline)]
+        for names, treated, baseline in comparisons(runs, factors, references)
+    }
+    for table in tables:
+        names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
+        table["groups"] = [groups[each] for each in names]
     variance, refusals = _variance(inputs, runs)
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
@@ -328,7 +323,7 @@ def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
     These tests have 5 % of their own. A contrast without a margin has NaN.
     """
     p = [
-        (inputs.contrasts["p TOST"] / inputs.study.share(inputs.study.everything)).clip(upper=1)
+        (inputs.contrasts["p TOST"] / inputs.contrasts["groups"].map(inputs.study.share)).clip(upper=1)
         if "p TOST" in inputs.contrasts
         else pd.Series(np.nan, index=inputs.contrasts.index)
         for inputs in parts
@@ -347,10 +342,9 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
-            tests = inputs.seen if field == "claims" else [(None, inputs.study.everything)] * len(table)
             both = {
-                "share": [inputs.study.share(seen, test) for test, seen in tests],
-                "next share": [inputs.study.next_share(seen, test) for test, seen in tests],
+                "share": table["groups"].map(inputs.study.share).to_numpy(),
+                "next share": table["groups"].map(inputs.study.next_share).to_numpy(),
             }
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
@@ -363,6 +357,10 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarra
     if len(claims):
         found = [claims[name].to_numpy() for name in ("holm", "tests", "later")]
         inputs = inputs._replace(claims=decided(inputs.claims, *found))
+    inputs = inputs._replace(
+        contrasts=inputs.contrasts.drop(columns="groups", errors="ignore"),
+        variance=inputs.variance.drop(columns="groups", errors="ignore"),
+    )
     if len(compared):
         columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy(), equivalence
         inputs = inputs._replace(contrasts=with_correction(inputs.contrasts, *columns))
@@ -377,11 +375,16 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarra
 def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return the analysis of variance of every tested metric over these runs, and why a metric has none."""
     tables, refusals = [], []
+    groups = {
+        term: [group_of(members) for _, members in conditions(runs, factors)]
+        for term, factors in factors_of_terms(inputs.factors).items()
+    }
     for metric in inputs.tested:
         try:
             if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
                 raise ValueError(reason)
-            tables.append(anova(runs, metric, inputs.factors))
+            tables.append(table := anova(runs, metric, inputs.factors))
+            table["groups"] = table["term"].map(lambda term: groups.get(term, []))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
     return stack(tables), refusals

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,8 +228,8 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _with_look(inputs: ReportInputs) -> ReportInputs:
     """Write the look down, and return the inputs, which then say whether that was possible."""
-    looked = inputs.search or inputs.observed or record_look(inputs.loaded, dict(inputs.seen), inputs.options.margins)
-    return inputs._replace(study=inputs.study._replace(unwritten=not looked))
+    looked = inputs.search or inputs.observed or record_look(inputs.loaded, inputs.options.margins)
+    return inputs._replace(study=replace(inputs.study, unwritten=not looked))
 
 
 def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -25,7 +25,7 @@ from moe.analysis.league import (
 )
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.limits import ORACLE, RANDOM, Share, covered
-from moe.analysis.looks import SMALLEST
+from moe.analysis.looks import SMALLEST, group_of
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
@@ -133,7 +133,8 @@ def order_of_routers(inputs: ReportInputs) -> str:
         return ""
     lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
     found = {place: each.found for place, each in leagues.items()}
-    order = _order(found, noun(str(league_metric(inputs))), _reference(inputs), _confidence(_level(inputs)))
+    confidence = _confidence(max(each.level for each in found.values()))
+    order = _order(found, noun(str(league_metric(inputs))), _reference(inputs), confidence)
     return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
 
 
@@ -147,17 +148,17 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
     metric = league_metric(inputs)
     if metric is None or inputs.contrasts.empty:
         return {}
-    leagues, reference, level = {}, _reference(inputs), _level(inputs)
+    leagues, reference = {}, _reference(inputs)
     for cell, members in _cells(inputs, inputs.runs):
-        finished = members[members["status"] == "finished"]
+        finished, level = members[members["status"] == "finished"], _level(inputs, members)
         if (found := league_of(finished, metric, reference, level)) is not None:
             leagues[name_cell(cell)] = _Placed(found, finished, without_place(members, found, metric))
     return leagues
 
 
-def _level(inputs: ReportInputs) -> float:
-    """Return the level of a league in this look; 0 if nothing is left, or if the models have learned too little."""
-    share = inputs.study.share(inputs.study.everything)
+def _level(inputs: ReportInputs, runs: pd.DataFrame) -> float:
+    """Return the level of a league of these runs; 0 if nothing is left in this look, or if they learned too little."""
+    share = inputs.study.share([group_of(members) for _, members in conditions(runs, [ROUTER])])
     return 0.0 if inputs.learned_little or share <= SMALLEST else SIGNIFICANCE * share
 
 

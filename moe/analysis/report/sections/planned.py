@@ -1,8 +1,8 @@
 """What was planned before the runs, and what follows from earlier looks at their results."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import takewhile
 
 from moe.analysis.looks import FURTHER, Study, alike
 from moe.analysis.power import SIGNIFICANCE
@@ -20,10 +20,11 @@ CHANGED_SINCE = """\
 **The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
 with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
 by results of the earlier runs."""
+ALONE = "A test of settings that no earlier look could compare has all of its level."
 BEYOND = """\
-**This is look {number} at these runs, after {reached}.** Before {time}, the results of other seeds ({seeds}) could be
-seen, in a report or when a command had ended. In this look, the tests of a report together have {share:.3g} % instead
-of 5 %. Together with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan
+**This is look {number} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
+report or because a command had ended. In this look, the tests of a report together have {share:.3g} % instead of 5 %.
+Together with the looks before, chance decides something in at most {total:.3g} % of studies. {alone} To keep 5 %, plan
 the number of seeds before the first run (`planned_seeds=8`)."""
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
@@ -33,12 +34,12 @@ REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "{planned} seeds, those of the first look, which count as planned because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
 WITHIN = """\
-This is look {number} at these runs, of {planned} planned seeds. In this look, the tests of a report together have
-{share:.3g} % instead of 5 %, and all looks together keep the 5 %."""
+This is look {number} at these runs: a setting has {now} of the {planned} planned seeds, on average. In this look, the
+tests of a report together have {share:.3g} % instead of 5 %, and all looks together keep the 5 %. {alone}"""
 NOTHING_NEW = """\
-**This is look {number} at these runs, and it has no new seed.** Earlier reports had all its seeds, beside others.
+**This is look {number} at these runs, and it has no new run.** Earlier reports had all its runs, beside others.
 Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
-ones, do."""
+ones, do. {alone}"""
 USED_UP = """\
 {which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
 numbers of seeds above take into account. Together with the looks before,
@@ -76,14 +77,14 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     """
     if not study.plans:
         records = NO_PLAN if study.earlier else NO_RECORD
-        return [("Planned", records)] if study.here and study.everything.n > 1 else []
+        return [("Planned", records)] if study.here and study.testable else []
     until = f"the study decides after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
     first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
     return [("Planned", literal(f"{first}{newest}; {until}"))]
 
 
-def _plan_in_words(plan: PlannedStudy, starts: dict[int, datetime]) -> str:
+def _plan_in_words(plan: PlannedStudy, starts: Mapping[int, datetime]) -> str:
     """Return what a plan says, and before the first step of which runs. starts: when the first run of a seed started.
 
     Runs that had begun when the plan was written down are not among the runs that it names by their fingerprints.
@@ -96,7 +97,7 @@ def _plan_in_words(plan: PlannedStudy, starts: dict[int, datetime]) -> str:
     return f"{_claims(len(plan.claims))}, seeds {_numbers(plan.seeds)}, {written}"
 
 
-def _numbers(numbers: list[int]) -> str:
+def _numbers(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -120,27 +121,32 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
             newest=newest[0].time,
             changes=_changes(earlier, newest[0]),
         )
-    seen = study.everything
-    if seen.n < 2:
-        return  # no test is possible
+    looks = study.looks_of()
+    if looks is None or not study.testable:
+        return
     if study.unwritten:
         yield NOT_WRITTEN
-    looks, place = study.looks_of(seen)
-    planned, before = study.planned or looks[0], looks[:place]
-    if not before and seen.n >= planned:
+    now, before = looks.seeds[looks.place], looks.seeds[: looks.place]
+    if not before and now >= looks.planned:
         return
-    share = 100 * SIGNIFICANCE * study.share(seen)
-    facts = {"number": place + 1, "planned": planned, "share": share}
-    if beyond := sum(each >= planned for each in before):
-        *_, last = takewhile(lambda look: set(look.seeds) != set(study.seeds), study.earlier)
+    facts = {"number": looks.place + 1, "planned": f"{looks.planned:.3g}", "share": 100 * SIGNIFICANCE * looks.share}
+    facts |= {"alone": ALONE}
+    if beyond := sum(each >= looks.planned for each in before):
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
-        reached = (REACHED if study.planned else FIRST_LOOK).format(planned=planned)
-        seeds = ", ".join(map(str, last.seeds))
-        yield BEYOND.format(**facts, reached=reached, seeds=seeds, time=last.time, total=total)
-    elif looks[place] in before:
+        reached = (REACHED if study.planned else FIRST_LOOK).format(**facts)
+        time, which = _seen_before(study)
+        yield BEYOND.format(**facts, reached=reached, time=time, which=which, total=total)
+    elif now in before:
         yield NOTHING_NEW.format(**facts)
     else:
-        yield WITHIN.format(**facts)
+        yield WITHIN.format(**facts, now=f"{now:.3g}")
+
+
+def _seen_before(study: Study) -> tuple[str, str]:
+    """Return when the last look at other runs than now was, and which runs it saw."""
+    last = next(look for look in reversed(study.earlier) if look.runs.keys() != study.present.runs.keys())
+    seeds = sorted({study.runs[folder].seed for folder in last.runs if folder in study.runs})
+    return last.time, f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
 
 
 def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
@@ -159,28 +165,27 @@ def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
 
 def price_of_more(study: Study) -> str:
     """Return what a report about more seeds costs, as a share of the 5 %; if planned seeds are left, how many."""
-    seen = study.everything
-    looks, _ = study.looks_of(seen)
-    planned = study.planned or looks[0]
-    if seen.n < 2:
+    looks = study.looks_of()
+    if looks is None or not study.testable:
         return ""
+    planned = f"{looks.planned:.3g}"
     total = 100 * SIGNIFICANCE / (1 - FURTHER)
     if left := seeds_left(study):
         return LEFT.format(left=left, planned=planned, are="is" if left == 1 else "are", total=total)
     which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
-    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * study.next_share(seen), total=total)
+    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * looks.next_share, total=total)
 
 
 def seeds_left(study: Study) -> int:
     """Return how many of the planned seeds no look has seen."""
-    looks, _ = study.looks_of(study.everything)
-    return max(0, (study.planned or looks[0]) - looks[-1])
+    looks = study.looks_of()
+    return max(0, math.ceil(looks.planned - looks.seeds[-1])) if looks else 0
 
 
 def error_of_more(study: Study, seeds: int | float) -> str:
     """Return that so many seeds are more than planned; "" up to the planned number, and for NaN."""
-    planned = study.planned or study.looks_of(study.everything)[0][0]
-    return BEYOND_PLAN.format(planned=planned) if seeds > planned else ""
+    looks = study.looks_of()
+    return BEYOND_PLAN.format(planned=f"{looks.planned:.3g}") if looks and seeds > looks.planned else ""
 
 
 def _claims(number: int) -> str:
