@@ -60,7 +60,7 @@ MADE = """\
 The plan was made on {time}, {order} the first run started (on {started}). The fingerprint of the plan is
 {fingerprint}. The smallest effect that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
 WANTED = "It names the seeds {seeds} and {runs} runs: {settings} settings with each seed{tuning}."
-NOT_WANTED = "It names no seeds, because no claim has a number of them."
+NOT_WANTED = "No claim has a number of seeds, so it names none that decide."
 PLANNED = """\
 `moe plan` said {order} how many seeds each claim needs to be supported in {power:.0f} % of cases, if the true
 difference is inside of what the claim allows, at the given distance to the nearest bound. """
@@ -272,7 +272,7 @@ def _made(plan: dict[str, Any], made: datetime, started: datetime, trained: list
         order="before" if made < started else "after",
         started=_moment(started),
         fingerprint=short(plan["digest"]),
-        wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] else NOT_WANTED,
+        wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] and not plan.get("note") else NOT_WANTED,
         effect=_effects_in_words(plan),
         trained=numbers_in_words(trained),
     )

@@ -79,6 +79,17 @@ class Start(NamedTuple):
         presets = [parse_override(f"{key}={value}") for key, value in levels_of(base, arguments).items()]
         return cls(launch, own, base, multirun or str(base.hydra.mode) == "RunMode.MULTIRUN", presets)
 
+    def replacing(self, word: str) -> "Start":
+        """Return the start with an override in place of those of the same key, in the experiment's grid if it is there.
+
+        What the command gives itself comes after the grid.
+        """
+        new = parse_override(word)
+        own, presets = ([o for o in part if o.key_or_group != new.key_or_group] for part in (self.own, self.presets))
+        if len(presets) < len(self.presets) and len(own) == len(self.own):
+            return self._replace(presets=[*presets, new])
+        return self._replace(own=[*own, new])
+
     @property
     def launcher(self) -> str:
         return str(self.base.hydra.runtime.choices["hydra/launcher"])

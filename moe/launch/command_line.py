@@ -77,12 +77,13 @@ def read_cells(arguments: list[str]) -> list[Cell] | None:
     return read_command(arguments).cells
 
 
-def read_command(arguments: list[str], *, check: Callable[[Start], None] = lambda start: None) -> Command:
+def read_command(arguments: list[str], *, prepare: Callable[[Start], Start] = lambda start: start) -> Command:
     """Read and check a command line.
 
-    check: raises ConfigError for a start that the caller cannot use. It is called before the cells are composed, which
-    takes long. Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one
-    line.
+    prepare: returns the start from which the cells are composed, which takes long. It raises ConfigError for one that
+    the caller cannot use.
+
+    Raises ConfigError, or RecordError for a run folder that cannot be read, both with a message of one line.
     """
     args = _parse_flags(arguments)
     left_out = (*args.overrides, "--", "--config-dir", "-cd", args.config_dir, f"--config-dir={args.config_dir}")
@@ -107,9 +108,7 @@ def read_command(arguments: list[str], *, check: Callable[[Start], None] = lambd
             return Command(None, [*lines_of(overrides), *flags])
         if searching:
             return Command([], [], read_search(overrides, multirun=args.multirun))
-        start = Start.of(overrides, multirun=args.multirun)
-        check(start)
-        return Command(*expand_tuned(start))
+        return Command(*expand_tuned(prepare(Start.of(overrides, multirun=args.multirun))))
 
 
 def _parse_flags(arguments: list[str]) -> argparse.Namespace:

@@ -123,7 +123,7 @@ def typed(composed: DictConfig, choices: dict[str, str | None]) -> Config:
             model.update(imported.resolve(given, told))
     sized = not OmegaConf.is_missing(config.model, "dim")
     key = "model.checkpoint" if choices.get("model") == "imported" else "model.dense"
-    require(sized, key, None, "the folder or hub name of a checkpoint, which has the sizes")
+    require(sized, key, None, f"the folder or hub name of a checkpoint, which has the sizes; add {key}=NAME")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Config)
     if settings.router.get("_target_") == REPLAY and isinstance(settings.router.get("run"), str):

@@ -17,13 +17,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from moe.checks import ConfigError
-from moe.config.options import search_path
+from moe.config.options import CONF, search_path
 from moe.config.schema import Config
-from moe.files import open_file
+from moe.files import open_file, shown
 from moe.launch.flops import equal_flops, steps_of
 
 SHIPPED = "runs.csv.gz"  # as `moe.results.shipped.RUNS`, which imports pandas
 MISSING = "run that experiment first, or name the folder above its own by results=DIR"
+STUDIES = CONF.parent / "docs" / "studies"  # as `moe.results.shipped.STUDIES`
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
 
 
@@ -93,7 +94,9 @@ def _rows(results: str, key: str, *, column: str) -> list[dict[str, str]]:
     Raises ConfigError, naming the key that needs it, if there is no such file, or if it has no rows or no such column.
     """
     if not Path(results).exists():
-        raise ConfigError(f"{key} comes from {results}, which does not exist: {MISSING}")
+        known = (STUDIES / Path(results).parent.name / SHIPPED).exists()
+        shipped = f", such as results={shown(STUDIES)}, which has its shipped runs" if known else ""
+        raise ConfigError(f"{key} comes from {results}, which does not exist: {MISSING}{shipped}")
     with open_file(Path(results), "rb") as file:
         content = file.read()
     text = (gzip.decompress(content) if results.endswith(".gz") else content).decode()

@@ -56,8 +56,8 @@ class Tuning(NamedTuple):
             groups = [o for o in start.own if is_group(o) and not o.is_sweep_override()]
             base = compose_config(lines_of([*start.launch, *groups, *given]))
         if start.base.tune is None:
-            _check_apart(start, _seeds_that_choose(start.base, start))
-        seeds = _seeds_that_choose(base, start)
+            _check_apart(start, seeds_that_choose(start.base, start))
+        seeds = seeds_that_choose(base, start)
         if base.tune is None:
             useless = seeds and given and all(o.key_or_group != "tune" for o in given)
             require(not useless, "tune_seeds", seeds, "left out without tune")
@@ -74,7 +74,7 @@ class Tuning(NamedTuple):
             if override.key_or_group in self.values:
                 raise ConfigError(f"{override.input_line}: this key is tuned; leave it out, or add tune=null")
         _check_one_seed(start, "null with tune, because both stages would share it")
-        judging = _seeds_of(start)
+        judging = seeds_of(start)
         allowed = f"one or more different seeds >= 0 that are not those of the sweep, which are {', '.join(judging)}"
         ok = self.seeds and len({*self.seeds}) == len(self.seeds) and not {*self.seeds} & {*_numbers(judging)}
         require(bool(ok), "tune_seeds", self.seeds, allowed)
@@ -165,7 +165,7 @@ def seeds_after(last: int, taken: Iterable[int], number: int) -> list[int]:
     return [*islice((seed for seed in after if seed not in known), number)]
 
 
-def _seeds_that_choose(base: DictConfig, start: Start) -> list[int]:
+def seeds_that_choose(base: DictConfig, start: Start) -> list[int]:
     """Return `tune_seeds`, which an experiment may read from the results of another one."""
     try:
         return list(base.tune_seeds)
@@ -173,7 +173,7 @@ def _seeds_that_choose(base: DictConfig, start: Start) -> list[int]:
         raise explain(error, lines_of(start.own)) from None
 
 
-def _seeds_of(start: Start) -> list[str]:
+def seeds_of(start: Start) -> list[str]:
     """Return the seeds of a sweep as the command or its experiment writes them."""
     words = [*start.presets, *start.own]
     return next((values_of(o) for o in reversed(words) if o.key_or_group == "seed"), [str(start.base.seed)])
@@ -200,7 +200,7 @@ def _check_apart(start: Start, seeds: list[int]) -> None:
     if not seeds:
         return
     _check_one_seed(start, "null, because seeds chose a value of this experiment, and this key could bring them back")
-    judging = _numbers(_seeds_of(start))
+    judging = _numbers(seeds_of(start))
     both = sorted({*judging} & {*seeds})
     free = seeds_after(max([*judging, *seeds], default=0), (), len(judging))
     chose, named, others = (", ".join(map(str, each)) for each in (sorted({*seeds}), both, free))

@@ -2,7 +2,8 @@
 
 All other words are overrides, as `moe train` takes them. `effect` is the smallest difference that matters: a share of
 the mean (0.5%), units of the metric (0.02), or standard deviations of the differences between runs of one seed (1.5sd).
-The plan is printed, and written to a file.
+A share or units are for metrics of quality, such as losses; `--effect METRIC=SIZE` is for one metric. The plan is
+printed, and written to a file. An earlier plan there gets a number in its name.
 """
 
 import argparse
@@ -13,30 +14,24 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import redirect_stdout
-from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from moe.analysis.sentences import level_text, numbers_in_words
+from moe.analysis.sentences import enumerated, level_text, numbers_in_words
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
-from moe.config.claim import ClaimConfig, amount_of
 from moe.config.options import named_folders
-from moe.config.words import SEARCHED, as_word, with_words
-from moe.files import read_text, shown, write_json
-from moe.launch.cells import Start
-from moe.launch.command_line import read_command
+from moe.config.words import SEARCHED, as_word
+from moe.files import read_text, shown
 from moe.launch.listing import number_text
-from moe.launch.tuning import SEEDS
+from moe.planning.cells import planned_cells
 from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_runs
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
-from moe.planning.seeds import UNIT, Effect, Need
+from moe.planning.seeds import NOT_TOLD, UNIT, Effect, Need, has_range
 from moe.planning.sources import Source, Sources
-from moe.planning.written import as_written
+from moe.planning.written import write_plan
 from moe.program import ended, program
 from moe.results.shipped import STUDIES
 from moe.runs.place import duration
@@ -44,34 +39,39 @@ from moe.runs.planned import is_plan
 from moe.runs.record import RecordError
 
 WIDTH = 110
+PERCENT = "\N{NO-BREAK SPACE}%"
 DIFFERENCES = 8  # differing settings that are named
 WITHOUT_PILOT = """\
 This plan has no pilot. So how much runs differ by chance is read from finished runs of this experiment or, without \
 them, from shipped runs. Train a pilot of three seeds to know it better, and pass it:"""
-UNKNOWN = """\
-No runs tell how much runs differ by chance{why}. So only an effect in standard deviations of the differences between \
-runs of one seed, such as 1.5{unit}, has a number of seeds."""
+UNTOLD = "No runs tell how much {metrics} {differ} by chance{why}. "
+UNTOLD_RANGE = "A claim with a range then has no number of seeds. "
+UNTOLD_EFFECT = """\
+An effect then has a number of seeds only in standard deviations of the differences between runs of one seed, such as \
+1.5{unit}."""
 NO_TABLES = ", and an installed package has no tables of finished studies, as docs/studies of a checkout"
-GUIDE = "This is only a guide, because"
+POWER = """\
+With its number of seeds, a claim that is true is supported by the report with probability {power:g} (the power). This \
+is a mean over the spreads that the runs below leave open: the fewer their seeds, the more seeds the study needs."""
+TOLD = "How much runs differ by chance is read from {name} ({runs} runs, seeds {seeds})"
+GUIDE = "They are only a guide, because"
 LEFT_OUT = """\
 Seeds {seeds} told the spread, so they judge nothing. To judge by them too would be a look at the study that no report \
 counts."""
 ELSEWHERE = """\
 The command has a folder of its own, because a report about the present one would judge by these seeds. A report about \
 the present folder says how many seeds it lacks, and counts as a look."""
-WITHOUT_CLAIMS = """\
-experiment={}: has no claims, and a plan counts the seeds that claims need; write claims first (docs/reports.md), or \
-see its runs, tokens and FLOPs with `python train.py --list`"""
 LEGEND = """\
-In parentheses: the number of seeds for each end of the 95 % interval of the spread.
+In parentheses: the 95 % interval of the spread, and the numbers of seeds for its two ends.
 distance to the bound: from the true difference that is assumed to what the claim does not allow. It is the
   effect; or half of the range, if the claim has one.
 spread: the standard deviation of the difference between two settings, from seed to seed.
 level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
-A claim that needs over {most} seeds is out of reach. Fewer do for longer runs, which differ less."""
-LARGER = " {most} seeds are also enough for an effect of this size or more:"
-NO_NUMBER = "no claim has a number of seeds"
+A claim that needs over {most} seeds is out of reach. Longer runs differ less, so they need fewer seeds."""
+LARGER = "{most} seeds are enough for all claims about the metric, if its effect has this size or more:"
+OWN_SEEDS = "{note}. So what follows is for as many seeds as the experiment has."
+TWICE = "commands, one after the other: the first trains the {trials} runs that tune, the second those that judge"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
 other tests of its family passed, fewer seeds would do."""
@@ -81,18 +81,18 @@ def main() -> int:
     """Carry out the command in `sys.argv`, and return the exit status."""
     try:
         arguments, request = _read(sys.argv[1:])
-        cells, trials = _cells(request)
+        cells, trials = planned_cells(request)
         request = _with_folders(request)
         sources = Sources(cells, arguments.pilot)
         if sources.pilot is None:
             _say_without_pilot(request, cells, sys.argv[1:])
         plan = make_plan(request, cells, sources, lambda: _speed(cells, sources), trials)
-        write_json(arguments.out, as_written(plan.as_json()))
+        written = write_plan(arguments.out, plan.as_json())
     except (ConfigError, RecordError) as error:
         print(f"{program('moe plan')}: {error}", file=sys.stderr)
         return 2
     print("\n".join(_lines(plan)))
-    print(f"\nplan: {shown(arguments.out)}")
+    print(f"\n{written}")
     return 0
 
 
@@ -106,7 +106,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     add("--effect", action="append", default=[], metavar="METRIC=SIZE", help="effect for one metric: val/loss=1%%")
     add("--power", type=float, default=0.8, help="wanted probability that a claim is supported if it is true (0.8)")
     add("--most", type=whole, default=32, help="seeds beyond which a claim is out of reach (32)")
-    add("--out", type=Path, default=Path("plan.json"), help="file to write the plan to (plan.json)")
+    add("--out", type=Path, default=Path("plan.json"), help="file for the plan (plan.json)")
     arguments = parser.read(words)
     effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
     require(len(effects) == 1, "effect", effects[-1] if effects else None, "given once, such as effect=0.5%")
@@ -134,8 +134,9 @@ def _with_folders(request: Request) -> Request:
 
 
 def _check_out(path: Path) -> None:
-    """Raise ConfigError unless the file is new or an earlier plan, so that no other file is overwritten."""
+    """Raise ConfigError unless the file is new or an earlier plan, so that no other file is moved."""
     require(path.parent.is_dir() and not path.is_dir(), "--out", path, "a file in a folder that exists")
+    require(os.access(path.parent, os.W_OK), "--out", path, "a file in a folder to which you may write")
     if not path.exists():
         return
     try:
@@ -143,55 +144,6 @@ def _check_out(path: Path) -> None:
     except (OSError, ValueError):
         content = None
     require(is_plan(content), "--out", path, "a new file, or an earlier plan: this file holds something else")
-
-
-def _cells(request: Request) -> tuple[list[Cell], list[Cell]]:
-    """Return the cells of the experiment with its own seeds, and the runs that tune, unless all have ended.
-
-    The cells have the usual values of the tuned keys, because the best ones are not known yet.
-    """
-    with redirect_stdout(StringIO()):  # the next stage of a command that tunes is no news here
-        cells = read_command(["-m", *request.words], check=_check_start).cells
-    trials, tune = [], cells[0].config.tune if cells else None
-    if cells and tune:
-        trials = cells if cells[0].grid and cells[0].grid.search else []
-        cells = read_command(["-m", *with_words(request.words, "tune=null")]).cells
-    require(bool(cells), "experiment", None, "a grid of runs; a search for good settings has no claims to plan for")
-    assert cells is not None
-    for key in SEEDS[1:]:
-        values = list(dict.fromkeys(getattr(cell.config, key) for cell in cells))
-        swept = cells[0].grid and key in cells[0].grid.factors
-        if not swept and all(getattr(cell.config, key) == cell.config.seed for cell in cells):
-            continue  # such as data_seed=${seed}, which means null
-        allowed = "one value for all runs: a plan counts runs by seed alone, and its pilot would repeat these values"
-        require(len(values) == 1, key, ",".join(map(as_word, values)), allowed)
-    measured = {claim.metric for claim in cells[0].config.claims}
-    for metric in request.effects:
-        require(metric in measured, "--effect", metric, f"a metric of the claims: {', '.join(sorted(measured))}")
-    for claim in cells[0].config.claims:
-        _check_fall(request, claim)
-    if planned := cells[0].config.planned_seeds:
-        print(f"planned_seeds={planned} plays no part in a plan: its command has the number that the claims need")
-    return [cell._replace(config=replace(cell.config, planned_seeds=None, tune=tune)) for cell in cells], trials
-
-
-def _check_start(start: Start) -> None:
-    """Raise ConfigError for an experiment without claims."""
-    given = [o.value() for o in start.own if o.key_or_group == "claims"]
-    if not (given[-1] if given else start.base.claims):
-        raise ConfigError(WITHOUT_CLAIMS.format(start.base.hydra.runtime.choices["experiment"]))
-
-
-def _check_fall(request: Request, claim: ClaimConfig) -> None:
-    """Raise ConfigError if an effect is all of the mean or more, and a claim without a range says that it falls."""
-    falls = claim.kind in ("lower", "lowest") or (claim.kind == "mixed" and claim.direction == "lower")
-    if not falls or claim.size:
-        return
-    own = request.effects.get(claim.metric)
-    text = (own or request.effect).text
-    allowed = f"below 100%: “{claim.text}” claims a fall of {claim.metric}"
-    possible = not text.endswith("%") or amount_of(text).share < 1
-    require(possible, f"--effect {claim.metric}" if own else "effect", text, allowed)
 
 
 def _say_without_pilot(request: Request, cells: list[Cell], typed: list[str]) -> None:
@@ -218,8 +170,7 @@ def _speed(cells: list[Cell], sources: Sources) -> Speed:
 def _lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as text."""
     request = plan.request
-    yield f"power {request.power:g}, after the correction for all tests that the report will make, and on average over"
-    yield "the spreads that the runs below leave open: the fewer their seeds, the more seeds the study needs"
+    yield from _wrapped(POWER.format(power=request.power))
     if plan.replaced:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)
@@ -236,13 +187,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from _wrapped(_basis(each), indent)
     if not all(each.reason for each in plan.needs):
         yield from ("", *LEGEND.splitlines())
-    if any(each.seeds is None and not each.reason for each in plan.needs):
-        larger = _within_reach(plan)
-        advice = OUT_OF_REACH + (LARGER if larger else "")
-        yield from ("", *_wrapped(advice.format(most=request.most)), *(f"  {each}" for each in larger))
+    far = any(each.seeds is None and not each.reason for each in plan.needs)
+    larger = _within_reach(plan)
+    if far or larger:
+        advice = f"{OUT_OF_REACH if far else ''} {LARGER if larger else ''}"
+        yield from ("", *_wrapped(advice.strip().format(most=request.most)), *(f"  {each}" for each in larger))
+    if any(each.spread.source == NOT_TOLD.source for each in plan.needs):
+        yield from ("", *_wrapped(_untold(plan)))
     if plan.table:
-        why = "" if STUDIES.is_dir() else NO_TABLES
-        yield from ("", *_wrapped(UNKNOWN.format(why=why, unit=UNIT)))
         yield from ("", "seeds of a paired test for effects in standard deviations of the differences between runs:")
         sizes = list(next(iter(plan.table.values())))
         yield "  level    " + "".join(f"{size:>7g}" for size in sizes)
@@ -255,15 +207,29 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from _wrapped(LEFT_OUT.format(seeds=numbers_in_words(plan.left_out)))
     if plan.elsewhere and plan.command:
         yield from _wrapped(ELSEWHERE)
-    seeds = f"{len(plan.seeds)} seeds{tuned} = {plan.runs}" if plan.seeds else f"1 seed{tuned}"
+    if plan.note:
+        yield from _wrapped(OWN_SEEDS.format(note=plan.note))
+    elif lacking := sum(not each.seeds for each in plan.needs):
+        yield f"What follows is for the {len(plan.needs) - lacking} of {len(plan.needs)} claims with a number of seeds."
+    seeds = f"{len(plan.seeds)} {'seed' if len(plan.seeds) == 1 else 'seeds'}{tuned} = {plan.runs}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
-    if not plan.seeds:
-        yield f"{NO_NUMBER}, so these are the runs and tokens of one seed"
-    if plan.seconds is not None:
-        about = f"time: about {duration(plan.seconds)} on this machine if one run is trained at a time"
-        yield from _wrapped(f"{about}, from {plan.seconds_from}")
-        yield from _wrapped(NOTES)
-    yield f"command: {plan.command or f'none, because {NO_NUMBER}'}"
+    about = f"time: about {duration(plan.seconds)} on this machine if one run is trained at a time"
+    yield from _wrapped(f"{about}, from {plan.seconds_from}")
+    yield from _wrapped(NOTES)
+    if plan.trials:
+        yield from (*_wrapped(TWICE.format(trials=plan.trials)), f"  {plan.command}", f"  {plan.command}")
+    else:
+        yield f"command: {plan.command}"
+
+
+def _untold(plan: Plan) -> str:
+    """Return of which metrics no runs tell the spread, and what follows for their claims."""
+    untold = [each.claim for each in plan.needs if each.spread.source == NOT_TOLD.source]
+    metrics = list(dict.fromkeys(claim.metric for claim in untold))
+    why = "" if STUDIES.is_dir() else NO_TABLES
+    text = UNTOLD.format(metrics=enumerated(metrics), differ="differ" if len(metrics) > 1 else "differs", why=why)
+    text += UNTOLD_RANGE if any(map(has_range, untold)) else ""
+    return text + (UNTOLD_EFFECT.format(unit=UNIT) if plan.table else "")
 
 
 def _within_reach(plan: Plan) -> list[str]:
@@ -294,7 +260,7 @@ def _at_least(each: Need, request: Request) -> str:
 def _about(source: Source) -> Iterator[str]:
     """Yield which runs tell a spread, and in what they differ from the planned ones."""
     seeds = numbers_in_words(sorted(source.seeds))
-    yield f"the spread is that of {source.name} ({len(source.runs)} runs, seeds {seeds})"
+    yield from _wrapped(TOLD.format(name=source.name, runs=len(source.runs), seeds=seeds))
     if source.differs:
         yield GUIDE
         yield from (f"  {each}" for each in source.differs[:DIFFERENCES])
@@ -313,15 +279,19 @@ def _number(each: Need, most: int) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    """Return lines of at most `WIDTH` characters. A path and a setting stay whole, so that they can be copied."""
-    return textwrap.wrap(
-        text,
+    """Return lines of at most `WIDTH` characters. A path and a setting stay whole, so that they can be copied.
+
+    So does a number with its percent sign.
+    """
+    lines = textwrap.wrap(
+        text.replace(" %", PERCENT),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(PERCENT, " %") for line in lines]
 
 
 def _basis(each: Need) -> str:

@@ -11,9 +11,10 @@ from moe.config.cell import Cell
 from moe.config.schema import Config
 from moe.config.words import as_word, key_of, quoted, with_words
 from moe.launch.tuning import seeds_after
+from moe.metrics.catalog import is_quality
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.report_ahead import tests_ahead
-from moe.planning.seeds import NOT_TOLD, Effect, Need, need
+from moe.planning.seeds import NOT_TOLD, UNIT, Effect, Need, has_range, need
 from moe.planning.sources import Source, Sources
 
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # where no spread is known: standard deviations of the differences
@@ -23,8 +24,8 @@ class Request(NamedTuple):
     """What a plan is asked for.
 
     words: the overrides of the command, without those of the plan. effects: metric -> the difference that matters;
-    `effect` is that of all other metrics. power: the probability with which a claim is decided. most: the number of
-    seeds beyond which a claim is out of reach.
+    `effect` is that of all other metrics of quality, and of every other metric if it is in `UNIT`. power: the
+    probability with which a claim is decided. most: the number of seeds beyond which a claim is out of reach.
     """
 
     words: Sequence[str]
@@ -32,6 +33,11 @@ class Request(NamedTuple):
     effects: dict[str, Effect]
     power: float
     most: int
+
+    def effect_on(self, metric: str) -> Effect | None:
+        """Return the smallest difference in a metric that matters; None if nobody said."""
+        applies = is_quality(metric) or self.effect.text.endswith(UNIT)
+        return self.effects.get(metric, self.effect if applies else None)
 
     def command(self, *words: str, without: Sequence[str] = ()) -> str:
         """Return the command of a sweep with these words. without: keys that are left out."""
@@ -43,12 +49,12 @@ class Request(NamedTuple):
 class Plan(NamedTuple):
     """The seeds that the claims need, and the runs that all claims within reach need together.
 
-    seeds: empty if no claim has a number of seeds. command and seconds are then null, and tokens are those of one seed.
+    If no claim has a number of seeds, they are as many seeds and runs as the experiment has. Then note says why.
     elsewhere: whether the command has a folder of its own, because runs that tell the spread are in the usual one.
     trials: the number of runs that tune. replaced: settings in the experiment's file that the command overrules, in
     words. sources: the runs that tell a spread, by their names. passed_over: see `Sources`. left_out: the seeds of the
     sources, which judge nothing. pilot: the command of a pilot; None if the plan has one. table: for each level of a
-    test, the seeds that effects of several sizes need; empty if all spreads are known.
+    test whose spread is unknown, the seeds that effects of several sizes need; of claims without a range.
     """
 
     request: Request
@@ -57,9 +63,9 @@ class Plan(NamedTuple):
     settings: int
     trials: int
     tokens: int
-    seconds: float | None
-    seconds_from: str | None
-    command: str | None
+    seconds: float
+    seconds_from: str
+    command: str
     elsewhere: bool
     replaced: list[str]
     sources: dict[str, Source]
@@ -69,8 +75,18 @@ class Plan(NamedTuple):
     table: dict[int, dict[float, int | None]]
 
     @property
-    def runs(self) -> int | None:
-        return self.settings * len(self.seeds) + self.trials if self.seeds else None
+    def runs(self) -> int:
+        return self.settings * len(self.seeds) + self.trials
+
+    @property
+    def note(self) -> str:
+        """Why no claim has a number of seeds; "" if one has."""
+        if any(each.seeds for each in self.needs):
+            return ""
+        over = sum(not each.reason for each in self.needs)
+        counts = {f"over {self.request.most}": over, "unknown": len(self.needs) - over}
+        parts = [f"{words} for {number} of {len(self.needs)}" for words, number in counts.items() if number]
+        return f"No claim has a number of seeds: it is {' and '.join(parts)}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plan.json has it.
@@ -78,7 +94,7 @@ class Plan(NamedTuple):
         `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
         Effects, spreads and means are in units of the metric. If no runs tell a spread, it is null, and effects are in
         standard deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that
-        cannot be planned, and runs, tokens, seconds and the command if there is no such number for any claim.
+        cannot be planned, whose `note` says why. If all claims lack a number, `note` of the plan says why.
         """
         return {
             "claims": [_need_as_json(each) for each in self.needs],
@@ -87,8 +103,9 @@ class Plan(NamedTuple):
             "seeds": self.seeds,
             "settings": self.settings,
             "runs_that_tune": self.trials,
-            "tokens": self.tokens if self.seeds else None,
-            "seconds": None if self.seconds is None else round(self.seconds),
+            "note": self.note or None,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds),
             "seconds_from": self.seconds_from,
             "replaced": self.replaced,
             "sources": [source.as_json() for source in self.sources.values()],
@@ -136,25 +153,27 @@ def make_plan(
     """Return the plan for the cells of a sweep, whose experiment has claims.
 
     sources: the runs that may tell the spread; None if it is unknown. speed: measures that of training here, which
-    takes a while. It is called only if some claim has a number of seeds. trials: the runs that tune.
+    takes a while. trials: the runs that tune.
     """
     claims = cells[0].config.claims
     needs, used = [], [sources.pilot if sources else None]
     for claim, ahead in zip(claims, tests_ahead(cells), strict=True):
         spread, source = sources.spread(claim) if sources else (NOT_TOLD, None)
-        effect = request.effects.get(claim.metric, request.effect)
-        needs.append(need(claim, ahead, spread, effect, power=request.power, most=request.most))
+        needs.append(
+            need(claim, ahead, spread, request.effect_on(claim.metric), power=request.power, most=request.most)
+        )
         used.append(source)
     known = {source.name: source for source in used if source}
     told = set[int]().union(*(source.seeds for source in known.values()))
     own = list(dict.fromkeys(cell.config.seed for cell in cells))
-    wanted = max((each.seeds for each in needs if each.seeds), default=0)
-    seeds = free_seeds(own, {*told, *cells[0].config.tune_seeds}, wanted)
+    wanted = max((each.seeds for each in needs if each.seeds), default=None)
+    seeds = free_seeds(own, {*told, *cells[0].config.tune_seeds}, wanted or len(own))
     of_one_seed = [cell for cell in cells if cell.config.seed == own[0]]
-    runs = [cell.config for cell in (*trials, *of_one_seed * max(1, wanted))]
-    measured = speed() if seeds else None
+    runs = [cell.config for cell in (*trials, *of_one_seed * len(seeds))]
+    measured = speed()
     elsewhere = _in_folder_of(cells, known.values())
-    levels_of_tests = sorted({each.tests for each in needs if each.spread.source == NOT_TOLD.source})
+    untold = [each for each in needs if each.spread.source == NOT_TOLD.source]
+    levels_of_tests = sorted({each.tests for each in untold if not has_range(each.claim)})
     table = {each: {effect: _seeds_alone(request, each, effect) for effect in EFFECTS} for each in levels_of_tests}
     return Plan(
         request=request,
@@ -163,9 +182,9 @@ def make_plan(
         settings=len(of_one_seed),
         trials=len(trials),
         tokens=sum(map(tokens_of, runs)),
-        seconds=sum(map(measured.seconds, runs)) if measured else None,
-        seconds_from=measured.source if measured else None,
-        command=study_command(request, cells[0].config, seeds, elsewhere=elsewhere) if seeds else None,
+        seconds=sum(map(measured.seconds, runs)),
+        seconds_from=measured.source,
+        command=study_command(request, cells[0].config, seeds, decides=wanted is not None, elsewhere=elsewhere),
         elsewhere=elsewhere,
         replaced=cells[0].grid.replacements() if cells[0].grid else [],
         sources=known,
@@ -176,9 +195,12 @@ def make_plan(
     )
 
 
-def study_command(request: Request, config: Config, seeds: list[int], *, elsewhere: bool) -> str:
-    """Return the command of the study with these seeds, after which it decides. elsewhere: see `Plan`."""
-    words = [f"planned_seeds={len(seeds)}", f"seed={','.join(map(str, seeds))}"]
+def study_command(request: Request, config: Config, seeds: list[int], *, decides: bool, elsewhere: bool) -> str:
+    """Return the command of the study with these seeds. decides: whether it says that it decides after them.
+
+    elsewhere: see `Plan`.
+    """
+    words = [*([f"planned_seeds={len(seeds)}"] if decides else []), f"seed={','.join(map(str, seeds))}"]
     return request.command(*words, *(_elsewhere(request, config, f"{_out(config)}_study") if elsewhere else []))
 
 

@@ -83,6 +83,9 @@ class Need(NamedTuple):
     within_reach: float = math.nan
 
 
+NOT_GIVEN = """\
+`effect` is for metrics of quality, so say which difference in {metric} matters, such as --effect {metric}=10%"""
+TAKE_TURNS = "; the runs of a pilot do if they are trained one after another"
 NOT_TOLD = Spread(1.0, math.nan, math.nan, math.nan, "no runs tell the spread")
 NOT_IN_PLAN = "the plan lacks what the claim compares: {absent}"
 
@@ -137,24 +140,44 @@ def _independent(pairs: int, levels: int) -> float:
     return 4 * pairs / (levels + rivals + 2) if rivals >= 1 else 1.0
 
 
-def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, power: float, most: int) -> Need:
+def has_range(claim: ClaimConfig) -> bool:
+    """Return whether a claim has a margin or a size, so that it says itself how large its difference is."""
+    return claim.margin is not None or bool(claim.size)
+
+
+def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None, *, power: float, most: int) -> Need:
     """Return how many seeds a claim needs for this power, on average over the true spreads that the runs leave open.
 
     Of a claim with a range (a margin, or a size), the true difference is assumed to be the middle of the range, and the
-    effect plays no part. ahead: what is known of the claim's test in the planned report.
+    effect plays no part. ahead: what is known of the claim's test in the planned report. effect: None if nobody said
+    which difference in this metric matters.
     """
-    ranged = claim.margin is not None or bool(claim.size)
-    comparable = not math.isnan(spread.mean) or (effect.text.endswith(UNIT) and not ranged)
-    compared_with = "its range" if ranged else f"an effect of {effect.text}"
-    unknown = "" if comparable else f"{compared_with} can be compared only with a spread"
+    ranged = has_range(claim)
+    in_spreads = effect is not None and effect.text.endswith(UNIT) and not ranged  # whatever the true spread is
+    compared_with = "its range" if ranged else f"an effect of {effect.text}" if effect else "an effect"
+    known_by = math.inf if in_spreads else spread.freedom
+    tests, named, rivals = ahead.tests, len(claim.levels), ahead.rivals
+
+    def least_effect() -> float:
+        return spread.value * detectable_effect(
+            most, tests=tests, named=named, rivals=rivals, known_by=known_by, power_wanted=power
+        )
+
+    unknown = ""
+    if math.isnan(spread.mean) and not in_spreads:
+        unknown = f"{compared_with} can be compared only with a spread, and no runs tell that of {claim.metric}"
+        unknown += TAKE_TURNS if timed(claim) else ""
     if not math.isnan(spread.mean) and math.isnan(spread.low):
         unknown = NO_SPREAD
     if absent := "; ".join(ahead.absent):
         spread = NOT_TOLD._replace(source=NOT_IN_PLAN.format(absent=absent))
     if reason := absent or unknown:
         return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason)
+    if effect is None and not ranged:
+        reason = NOT_GIVEN.format(metric=claim.metric)
+        return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason, within_reach=least_effect())
     low, high = (end.at(spread.mean) for end in claimed_range(claim))
-    effect_size = (high - low) / 2 if ranged else effect.in_units(spread)
+    effect_size = (high - low) / 2 if effect is None or ranged else effect.in_units(spread)
     if effect_size > (widest := span(claim.metric)):
         reason = f"{compared_with} is larger than {claim.metric} can change, which is {widest:g}"
         return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)
@@ -162,17 +185,10 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect, *, po
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
         ends = low / of_spread, high / of_spread, true / of_spread
-        prediction = Prediction(*ends, ahead.tests, len(claim.levels), ahead.rivals, known_by=known_by)
+        prediction = Prediction(*ends, tests, named, rivals, known_by=known_by)
         return seeds_for(prediction, power_wanted=power, most=most)
 
     least, most_seeds = (None if math.isnan(end) else seeds(end) for end in (spread.low, spread.high))
-    scales = effect.text.endswith(UNIT) and not ranged  # an effect in units of the true spread, whatever that is
-    known_by = math.inf if scales else spread.freedom
     wanted = seeds(spread.value, known_by)
-    reach = math.nan
-    if wanted is None and not ranged:
-        compared_levels = {"named": len(claim.levels), "rivals": ahead.rivals}
-        reach = spread.value * detectable_effect(
-            most, tests=ahead.tests, **compared_levels, known_by=known_by, power_wanted=power
-        )
+    reach = least_effect() if wanted is None and not ranged else math.nan
     return Need(claim, ahead.tests, spread, effect_size, wanted, least, most_seeds, within_reach=reach)

@@ -1,17 +1,47 @@
 """plan.json: a plan with its time and fingerprint, and without paths of the machine on which it was made."""
 
+import json
 import re
 import shlex
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from moe.checks import ConfigError
 from moe.config.words import key_of
-from moe.files import shown
+from moe.files import read_text, shown, write_json
 from moe.runs.planned import digest_of_plan
 
+MEASURED = ("time", "digest", "seconds", "seconds_from")  # what differs between two plans that plan the same
 PLACES = ("out", "data.cache")  # keys that only say where files lie on a machine
 ABSOLUTE = re.compile(r"(?<![\w.~}$/])/+(?=[^/\s])[^\s,\]\"'}]*")
+
+
+def write_plan(path: Path, plan: dict[str, Any]) -> str:
+    """Write a plan, and return in words what is in the file now. No earlier plan is lost.
+
+    A file that plans the same stays as it is, with the time at which that was planned first. Any other plan in its
+    place gets the next free number in its name. Raises ConfigError if the file cannot be written.
+    """
+    content, kept = as_written(plan), None
+    try:
+        if path.exists():
+            earlier = json.loads(read_text(path))
+            if _same(earlier) == _same(json.loads(json.dumps(content))):
+                return f"plan: {shown(path)}, which plans the same since {earlier.get('time', 'an earlier time')}"
+            numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+            kept = next(each for each in numbered if not each.exists())
+            path.rename(kept)
+        write_json(path, content)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error})") from error
+    return f"plan: {shown(path)}" + (f" (the earlier plan is now {shown(kept)})" if kept else "")
+
+
+def _same(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what two plans that plan the same have in common: all but times, and the fingerprint, which has them."""
+    return {key: value for key, value in plan.items() if key not in MEASURED}
 
 
 def as_written(plan: dict[str, Any]) -> dict[str, Any]:

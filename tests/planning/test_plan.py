@@ -31,8 +31,8 @@ from moe.config.cell import Cell, Grid
 from moe.config.claim import ClaimConfig
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
-from moe.planning.__main__ import _cells as planned_cells
 from moe.planning.__main__ import _lines, _read, _with_folders, main
+from moe.planning.cells import planned_cells
 from moe.planning.cost import Speed, flops_of, flops_of_token, measured_speed, speed_of_runs, tokens_of
 from moe.planning.differences import differences
 from moe.planning.plan import Request, free_seeds, make_plan, pilot_command
@@ -168,7 +168,8 @@ def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
     spread = NOT_TOLD._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
     found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
     assert found[0] == found[1] == found[2] == need(CLAIM, Ahead(1), NOT_TOLD, Effect("2sd"), **MORE).seeds == 5
-    assert need(CLAIM, Ahead(1), NOT_TOLD, Effect("5%"), **MORE).reason.endswith("only with a spread")
+    untold = "an effect of 5% can be compared only with a spread, and no runs tell that of val/loss"
+    assert need(CLAIM, Ahead(1), NOT_TOLD, Effect("5%"), **MORE).reason == untold
     of_share = replace(CLAIM, metric="val/accuracy")
     too_large = need(of_share, Ahead(1), spread, Effect("1.5"), **MORE)
     assert too_large.reason == "an effect of 1.5 is larger than val/accuracy can change, which is 1"
@@ -226,18 +227,24 @@ def test_tokens_are_those_of_each_setting_and_time_follows_from_its_flops() -> N
 def test_without_a_pilot_an_effect_in_other_units_has_no_number_of_seeds() -> None:
     """A command for another effect than the one that was asked for would be wrong. The table of effects in sd stays."""
     request = REQUEST._replace(effect=Effect("0.5%"))
-    plan = make_plan(request, cells_of([7, 8]), None, lambda: pytest.fail("the speed was measured in vain"))
+    plan = make_plan(request, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
     written, printed = plan.as_json(), "\n".join(_lines(plan))
     [claim] = written["claims"]
     assert (claim["seeds"], claim["reachable"], claim["effect"]) == (None, None, None)
-    assert [written[key] for key in ("runs", "tokens", "seconds", "command")] == [None] * 4
+    assert (written["runs"], written["seeds"]) == (2, [7, 8])  # those of the experiment
+    assert written["tokens"] == 2 * tokens_of(base()) * 4 // base().steps
+    assert written["command"] == "python train.py -m experiment=x seed=7,8"
+    assert written["note"] == "No claim has a number of seeds: it is unknown for 1 of 1"
     assert "unknown  a\n" in printed
     assert "an effect of 0.5% can be compared only with a spread" in printed
-    assert "\nno claim has a number of seeds, so these are the runs and tokens of one seed\n" in printed
-    assert "command: none" in printed
-    assert "time:" not in printed
+    assert "No runs tell how much val/loss differs by chance. An effect then has a number of seeds only in" in printed
+    assert f"{written['note']}. So what follows is for as many seeds as the experiment has." in printed.replace(
+        "\n", " "
+    )
+    assert f"command: {written['command']}" in printed
     in_sd = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
     assert in_sd.as_json()["claims"][0]["reachable"]
+    assert in_sd.as_json()["note"] is None
     text = "\n".join(_lines(in_sd))
     assert "distance to the bound 2 sd, level 5 %; no runs tell the spread" in text
 
@@ -255,7 +262,7 @@ def test_what_a_plan_lacks_without_a_pilot_is_said_before_any_work(
         raise ConfigError("no more")
 
     monkeypatch.setattr("moe.planning.__main__.make_plan", work)
-    monkeypatch.setattr("moe.planning.__main__._cells", lambda request: (cells_of([42]), []))
+    monkeypatch.setattr("moe.planning.__main__.planned_cells", lambda request: (cells_of([42]), []))
     words = ["experiment=noise_lb_seed", "--power", "0.9", "--most=64", "effect=2sd", f"--out={tmp_path / 'x'}"]
     words += ["--effect", "val/perplexity=1%"]
     monkeypatch.setattr("sys.argv", ["moe plan", *words])
@@ -405,9 +412,9 @@ def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, 
             request, cells, Sources(cells, studies=tmp_path / "studies"), lambda: Speed(1e-9, 0.0, "a test")
         )
         [told] = made.as_json()["claims"]
-        return told["spread_from"], made.command or "", "\n".join(_lines(made))
+        return told["spread_from"], made.command, "\n".join(_lines(made))
 
-    assert plan()[:2] == ("no runs tell the spread", "")
+    assert plan()[:2] == ("no runs tell the spread", "python train.py -m experiment=x seed=1,7")
     ship(load_runs([pilot]), tmp_path / "studies" / "y")
     found, command, text = plan()
     assert found == "the shipped runs of y, only a guide: paired differences of 3 seeds"
@@ -632,6 +639,108 @@ def test_a_plan_says_what_brings_a_claim_within_reach_in_lines_that_a_terminal_s
     assert max(len(line) for line in lines if not line.startswith("command: ")) <= 110
     plan = plan._replace(needs=plan.needs[1:])
     assert "out of reach" not in " ".join(_lines(plan))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_share_or_units_count_for_metrics_of_quality_alone(pilot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a percent of a load CV matters to nobody. A spread is known for it here, so its reach is too."""
+    load = replace(CLAIM, text="load", metric="routing/load_gini/pooled", kind="lower")
+    ranged = replace(load, text="range", kind="equivalent", margin="50%", levels=[0.5], than=[0.0])
+    runs = load_runs([pilot])
+    runs["routing/load_gini/pooled"] = runs["val/perplexity"] / 500
+    spread = spread_of(load, runs)
+    for text, told in (("0.5%", False), ("0.02", False), ("2sd", True)):
+        request = REQUEST._replace(effect=Effect(text))
+        assert request.effect_on("test/loss") == request.effect
+        found = need(load, Ahead(1), spread, request.effect_on(load.metric), **MORE)
+        assert (found.seeds is not None) == told
+        assert ("--effect routing/load_gini/pooled=10%" in found.reason) != told
+        assert math.isnan(found.within_reach) == told
+        assert need(ranged, Ahead(1), spread, request.effect_on(load.metric), **MORE).seeds is not None
+    own = REQUEST._replace(effect=Effect("0.5%"), effects={load.metric: Effect("20%")})
+    assert need(load, Ahead(1), spread, own.effect_on(load.metric), **MORE).seeds is not None
+    cells = [cell._replace(config=replace(cell.config, claims=[load])) for cell in cells_of([7, 8])]
+    request = REQUEST._replace(effect=Effect("0.5%"))
+    sources = Sources(cells, pilot)
+    monkeypatch.setattr(sources, "spread", lambda _: (spread, sources.pilot))
+    plan = make_plan(request, cells, sources, lambda: Speed(1e-9, 0.0, "a test"))
+    printed = "\n".join(_lines(plan))
+    assert "out of reach" not in printed
+    [advice] = [line.split()[-1] for line in printed.splitlines() if line.startswith("  --effect ")]
+    metric, _, size = advice.rpartition("=")
+    assert need(load, Ahead(1), spread, Effect(size), **MORE).seeds in (31, 32)
+    assert metric == load.metric
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_no_runs_tell_is_said_of_its_metrics_alone(pilot: Path) -> None:
+    """A table of effects in standard deviations says nothing about a claim with a range."""
+    told = replace(CLAIM, text="told", metric="val/perplexity")
+    speed = replace(CLAIM, text="speed", metric="time/tokens_per_s", kind="equivalent", margin="1%")
+    cells = [cell._replace(config=replace(cell.config, claims=[told, speed])) for cell in cells_of([7, 8])]
+    request = REQUEST._replace(effect=Effect("5%"))
+    plan = make_plan(request, cells, Sources(cells, pilot), lambda: Speed(1e-9, 0.0, "a test"))
+    printed = " ".join("\n".join(_lines(plan)).split())
+    assert plan.table == {}
+    assert "No runs tell how much time/tokens_per_s differs by chance. A claim with a range then has no" in printed
+    assert "no runs tell that of time/tokens_per_s; the runs of a pilot do if they are trained one after" in printed
+    assert "What follows is for the 1 of 2 claims with a number of seeds." in printed
+
+
+def test_one_seed_of_each_setting_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies are the runs that the command trains, beside their folders."""
+    words, composed = ["experiment=noise_lb_seed", "noise=0.0,0.5"], []
+    whole = read_cells(words) or []
+    monkeypatch.setattr("moe.launch.cells.check_claims", lambda cells, *_, **__: composed.append(len(cells)))
+    cells, _ = planned_cells(REQUEST._replace(words=words))
+    assert [cell.config for cell in cells] == [cell.config for cell in whole]
+    assert len({cell.folder for cell in cells}) == len(cells) == 12
+    assert (cells[0].grid and cells[0].grid.replacements()) == (whole[0].grid and whole[0].grid.replacements())
+    assert composed == [4]
+    tune = [*words, "tune={optimizer.muon_lr: [0.01, 0.02]}", "tune_seeds=[1,2]"]
+    trials = read_cells(tune) or []
+    copies = [cell.config for cell in planned_cells(REQUEST._replace(words=tune))[1]]
+    assert sorted(map(repr, copies)) == sorted(repr(replace(cell.config, tune_seeds=[1])) for cell in trials)
+    assert composed[-2:] == [8, 4]
+    own_seeds = ["experiment=noise_lb_seed", "noise=0.0,0.5", "seed=1,2", "init_seed=7"]
+    assert len(planned_cells(REQUEST._replace(words=own_seeds))[0]) == composed[-1] == 8
+
+
+def test_trials_of_which_only_the_first_seed_has_ended_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["experiment=noise_lb_seed", "noise=0.0", "lb=0.0", "tune={optimizer.muon_lr: [0.01, 0.02]}"]
+    ended = {1}
+    monkeypatch.setattr("moe.launch.tuning.finished", lambda cell: cell.config.seed in ended)
+    monkeypatch.setattr("moe.launch.tuning.objective", lambda cells, _: 1.0)
+    request = REQUEST._replace(words=[*words, "tune_seeds=[1,2]"])
+    assert sorted(cell.config.seed for cell in planned_cells(request)[1]) == [1, 1, 2, 2]
+    ended.add(2)
+    cells, trials = planned_cells(request)
+    assert (len(cells), trials) == (3, [])
+
+
+def test_seeds_that_chose_a_value_give_way_to_free_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """The experiment's own seeds chose its temperature, in the shipped runs, so the plan begins with others."""
+    words = ["experiment=temperature_best_long", "results=docs/studies"]
+    cells, _ = planned_cells(REQUEST._replace(words=words))
+    chose = {*cells[0].config.tune_seeds}
+    assert {45, 46, 47} < chose
+    assert not chose & {cell.config.seed for cell in cells}
+    assert len(cells) == 6
+    with pytest.raises(ConfigError, match=r"by results=DIR, such as results=docs/studies, which has its shipped runs$"):
+        planned_cells(REQUEST._replace(words=[words[0], "results=nowhere"]))
+    with pytest.raises(ConfigError, match=r"which has the sizes; add model\.checkpoint=NAME$"):
+        planned_cells(REQUEST._replace(words=["experiment=finetuning"]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_plan_with_runs_that_tune_prints_both_commands() -> None:
+    plan = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"), cells_of([1]))
+    lines = [*_lines(plan)]
+    assert lines[-3:] == [
+        "commands, one after the other: the first trains the 1 runs that tune, the second those that judge",
+        f"  {plan.command}",
+        f"  {plan.command}",
+    ]
 
 
 @pytest.mark.parametrize("words", ["--help", "experiment=scaling effect=1%"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe.planning.written import as_written, without_paths
+from moe.checks import ConfigError
+from moe.planning.written import as_written, without_paths, write_plan
 from moe.runs.planned import digest_of_plan
 
 COMMAND = "python train.py -m experiment=x out=/tmp/a/runs data.cache=~/c 'lab=[/home/me/lab,b/c]'"
@@ -33,6 +34,22 @@ def test_a_plan_has_its_time_and_digest_and_no_absolute_path(tmp_path: Path, mon
     assert digest_of_plan(written | {"time": "later"}) == written["digest"]
     assert digest_of_plan(written | {"seeds": [2]}) != written["digest"]
     assert as_written(plan | {"command": None})["command"] is None
+
+
+def test_no_plan_takes_the_place_of_another_one(tmp_path: Path) -> None:
+    """The same plan at a later time, and with another measured time, is no other plan."""
+    path, plan = tmp_path / "plan.json", {"command": COMMAND, "pilot": None, "claims": [], "runs": 3, "seconds": 60}
+    assert write_plan(path, plan) == f"plan: {path}"
+    first = path.read_text()
+    assert write_plan(path, plan | {"seconds": 70}).startswith(f"plan: {path}, which plans the same since 20")
+    assert path.read_text() == first
+    assert write_plan(path, plan | {"runs": 4}).endswith(f"(the earlier plan is now {tmp_path}/plan-1.json)")
+    assert write_plan(path, plan | {"runs": 5}).endswith(f"now {tmp_path}/plan-2.json)")
+    kept = [json.loads(each.read_text())["runs"] for each in sorted(tmp_path.iterdir())]
+    assert kept == [3, 4, 5]  # plan-1.json, plan-2.json, plan.json
+    assert (tmp_path / "plan-1.json").read_text() == first
+    with pytest.raises(ConfigError, match=r"^--out .*/none/plan.json: cannot be written"):
+        write_plan(tmp_path / "none" / "plan.json", plan)
 
 
 @pytest.mark.parametrize("text", ["effect=0.5%", "val/loss=1%", "out=../runs", "${oc.env:HOME}/x", "a // b"])

@@ -146,7 +146,7 @@ def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
     runs = pd.DataFrame({"seed": [1, 2, 3], "status": "finished", "started": "2026-01-01T00:00:00+00:00"})
     _, made, text, table = map(block_as_markdown, pages.planned(plan, runs))
     assert "after the first run started (on 2026-01-01 at 00:00 UTC)." in made
-    assert "It names no seeds, because no claim has a number of them. Trained were the seeds 1 to 3." in made
+    assert "No claim has a number of seeds, so it names none that decide. Trained were the seeds 1 to 3." in made
     assert text.startswith("`moe plan` said afterward how many seeds")
     assert text.endswith(
         "There was no pilot. So a distance is in standard deviations of the differences between runs of one seed (sd)."
