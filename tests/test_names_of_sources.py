@@ -9,7 +9,8 @@ from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Attachment, ReportBlock
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.studies.routing_bench import quality_against_speed
 from moe.analysis.studies.temperature.section import temperature_section
 from moe.results.sweep_tables import write_sweep_tables

@@ -30,7 +30,8 @@ from moe.analysis.claims import evidence_sentence, planned_claims
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.looks import finished_seeds
 from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.answer import answer

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.power import SIGNIFICANCE
-from moe.analysis.report.inputs import TESTED, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import TESTED
 from moe.analysis.sentences import SIGNIFICANT, standing
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record

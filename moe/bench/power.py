@@ -13,7 +13,7 @@ import pandas as pd
 
 from moe.analysis.comparisons import claimed_range
 from moe.analysis.power import Prediction, power, seeds_for
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.errors import GRIDS, MEAN, null_runs, write_record
 from moe.bench.options import positive, whole

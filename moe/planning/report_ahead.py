@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.comparisons import compared
-from moe.analysis.report.inputs import collect_inputs, tested_metrics
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import tested_metrics
 from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.config.claim import DOMAIN, ClaimConfig

@@ -15,7 +15,8 @@ from moe.analysis.claims import judge_planned
 from moe.analysis.league import League
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
-from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs, reference_levels
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs, ReportOptions, reference_levels
 from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.question import question_of

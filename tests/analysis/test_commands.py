@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.sections.commands import command_for_more, fixed_settings, grid_of, training_command
 from moe.analysis.report.sections.setup import _replaced
 from moe.config.cell import Cell

@@ -11,7 +11,8 @@ from scipy import stats
 
 from moe.analysis.components import is_crossed, mean_squares, of_difference, variance_components
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
-from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.verdicts import contrast_verdicts
 from moe.analysis.statistics import spread_interval

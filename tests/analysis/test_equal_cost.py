@@ -29,7 +29,8 @@ from moe.analysis.equal_cost import (
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Paragraph, TableBlock
-from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, equal_flops, speed_ups
 from moe.analysis.sentences import UNTESTED
 from moe.checks import plain

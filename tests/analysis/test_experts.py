@@ -9,7 +9,8 @@ import pytest
 from run_folders import write_metrics, write_record
 from scipy.stats import norm
 
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline

@@ -17,7 +17,8 @@ from moe.analysis.learned import learned_little
 from moe.analysis.limits import covered
 from moe.analysis.looks import Seen
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections.best_setting import (
     NOT_COMPARED,

@@ -25,7 +25,8 @@ from moe.analysis.looks import (
     spent,
     study_of,
 )
-from moe.analysis.report.inputs import OF_CLAIMS, ReportOptions, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import OF_CLAIMS, ReportOptions
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer

@@ -12,7 +12,7 @@ from run_folders import change_record, write_metrics, write_record
 from small_runs import run
 
 from moe.analysis.report.blocks import BulletList, TableBlock
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.statistics import contrasts

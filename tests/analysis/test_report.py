@@ -47,10 +47,11 @@ from moe.analysis.report.blocks import (
     Term,
     csv_file,
 )
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.earlier import FILE, Listing
 from moe.analysis.report.html import Page as HtmlPage
 from moe.analysis.report.html import interval_picture
-from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions, collect_inputs
+from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOptions
 from moe.analysis.report.judgments import Judgment, cards
 from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report

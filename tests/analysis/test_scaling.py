@@ -14,7 +14,7 @@ from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, Paragraph, TableBlock
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.sections.cost import speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds

@@ -18,7 +18,7 @@ from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Attachment
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.studies.temperature import figures as drawing
 from moe.analysis.studies.temperature.data import ablation, scheduled, with_training
 from moe.analysis.studies.temperature.figures import temperature_drawings

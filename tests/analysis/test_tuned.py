@@ -8,7 +8,8 @@ import pytest
 from run_folders import FORMAT, change_record, write_metrics, write_record
 
 from moe.analysis.report.blocks import literal
-from moe.analysis.report.inputs import ReportInputs, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.setup import setup

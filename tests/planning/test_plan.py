@@ -21,7 +21,7 @@ import pytest
 from scipy import stats
 
 from moe.analysis.claims import judge
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.errors import null_runs, write_record

@@ -16,7 +16,8 @@ from run_folders import write_metrics, write_record
 from scipy import stats
 
 from moe.analysis.claims import judge
-from moe.analysis.report.inputs import ReportOptions, collect_inputs
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.report import write_report
 from moe.analysis.sentences import contrast_sentence
 from moe.config.cell import Cell

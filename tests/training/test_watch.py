@@ -10,7 +10,7 @@ import pytest
 from small_runs import untimed
 
 from moe.analysis.report.blocks import BulletList
-from moe.analysis.report.inputs import collect_inputs
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.sections.collapse import collapse
 from moe.launch.run import run
 from moe.metrics.formulas import Sums, collapsed, constant

@@ -31,9 +31,10 @@ from moe.analysis.report.blocks import (
     literal,
     not_drawn,
 )
+from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.earlier import Listing
 from moe.analysis.report.html import Page
-from moe.analysis.report.inputs import ReportInputs, ReportOptions, collect_inputs
+from moe.analysis.report.inputs import ReportInputs, ReportOptions
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.sections.answer import answer, index_of_verdicts
 from moe.analysis.report.sections.collapse import collapse

@@ -1,0 +1,167 @@
+"""Test the claims and comparisons of a report, and correct all tests together, for looks and for each other."""
+
+from textwrap import shorten
+
+import numpy as np
+import pandas as pd
+
+from moe.analysis.claims import claim_families, decided, measured_claims
+from moe.analysis.components import DATA, INIT, is_crossed
+from moe.analysis.learned import withheld
+from moe.analysis.looks import group_of
+from moe.analysis.report.inputs import FAMILIES, Family, ReportInputs, reference_levels
+from moe.analysis.report.judgments import judgments
+from moe.analysis.statistics import (
+    comparisons,
+    contrasts,
+    corrected,
+    divisors,
+    false_discovery,
+    shares,
+    stack,
+    with_correction,
+)
+from moe.analysis.variance import anova, factors_of_terms
+from moe.results.comparable import not_poolable
+from moe.results.conditions import (
+    conditions,
+    levels,
+)
+
+MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
+
+
+def with_comparisons(inputs: ReportInputs) -> ReportInputs:
+    """Return the inputs with claims measured and levels compared, before the correction for other tests.
+
+    Runs that a search trained too do not count: they may have decided which settings there are.
+    """
+    if inputs.search:  # its settings were chosen by results
+        return inputs
+    runs, loaded = (table[~table["folder"].isin(inputs.searched)] for table in (inputs.runs, inputs.loaded))
+    known, references = {factor: levels(runs[factor]) for factor in inputs.factors}, reference_levels(inputs)
+    factors = [factor for factor in known if len(known[factor]) > 1]
+    factors = [factor for factor in factors if references.get(factor, known[factor][0]) in known[factor]]
+    references = {factor: each for factor, each in references.items() if factor in factors}
+    tables = [
+        contrasts(runs, metric, factors, references=references, margin=inputs.margins.get(metric))
+        for metric in inputs.tested
+    ]
+    if is_crossed(runs):  # no seed is better than another
+        tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
+    groups = {
+        tuple(names.values()): [group_of(treated), group_of(baseline)]
+        for names, treated, baseline in comparisons(runs, factors, references)
+    }
+    for table in tables:
+        names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
+        table["groups"] = [groups[each] for each in names]
+    variance, refusals = _variance(inputs, runs)
+    if inputs.learned_little:
+        tables = [withheld(table) for table in tables]
+        variance = withheld(variance) if len(variance) else variance
+    return inputs._replace(
+        claims=measured_claims(loaded, inputs.past.evals),
+        contrasts=stack(tables),
+        variance=variance,
+        without_variance=refusals,
+    )
+
+
+def with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
+    """Correct all tests of a report together, and decide its claims."""
+    tests = pd.concat([_tests(inputs).assign(part=number) for number, inputs in enumerate(parts)], ignore_index=True)
+    p, family = tests["p"], tests["family"].to_numpy()
+    of_look = (p / tests["share"]).clip(upper=1)
+    divided = (divisors(p, family) / tests["share"]).clip(upper=MOST_TESTS)
+    later = (divisors(p, family) / tests["next share"]).clip(upper=MOST_TESTS)
+    tests = tests.assign(
+        holm=corrected(of_look, family),
+        tests=divided,
+        later=later,
+        bh=false_discovery(p.where(family == len(FAMILIES) - 1)),
+    )
+    of_look_by_family = tests[p > 0].groupby("family")["share"].agg(["size", "min", "max"])
+    families = [
+        Family(FAMILIES[number], int(count), share, (float(low), float(high)))
+        for (number, count, low, high), share in zip(
+            of_look_by_family.itertuples(), shares(len(of_look_by_family)), strict=True
+        )
+    ]
+    return [
+        _corrected(inputs._replace(families=families), tests[tests["part"] == number], equivalence)
+        for number, (inputs, equivalence) in enumerate(zip(parts, _equivalence(parts), strict=True))
+    ]
+
+
+def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
+    """Return the p of equivalence of each contrast of each part, corrected for looks and for all of the report.
+
+    These tests have 5 % of their own. A contrast without a margin has NaN.
+    """
+    p = [
+        (inputs.contrasts["p TOST"] / inputs.contrasts["groups"].map(inputs.study.share)).clip(upper=1)
+        if "p TOST" in inputs.contrasts
+        else pd.Series(np.nan, index=inputs.contrasts.index)
+        for inputs in parts
+    ]
+    return np.split(corrected(pd.concat(p, ignore_index=True)), np.cumsum([len(each) for each in p])[:-1])
+
+
+def _tests(inputs: ReportInputs) -> pd.DataFrame:
+    """Return the p of each test, its family, and the field of the inputs in which it is a row.
+
+    share, next share: the share of its level that this look has, and that the next one will have.
+    """
+    columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
+    empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "next share": [], "field": []}
+    tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
+    for field, column in columns.items():
+        if len(table := getattr(inputs, field)):
+            family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
+            both = {
+                "share": table["groups"].map(inputs.study.share).to_numpy(),
+                "next share": table["groups"].map(inputs.study.next_share).to_numpy(),
+            }
+            p = table[column].to_numpy(dtype=float)
+            tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
+    return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarray) -> ReportInputs:
+    """Return the inputs with the results of the correction, which `tests` holds in the order of `_tests`."""
+    claims, compared, variance = (tests[tests["field"] == field] for field in ("claims", "contrasts", "variance"))
+    if len(claims):
+        found = [claims[name].to_numpy() for name in ("holm", "tests", "later")]
+        inputs = inputs._replace(claims=decided(inputs.claims, *found))
+    inputs = inputs._replace(
+        contrasts=inputs.contrasts.drop(columns="groups", errors="ignore"),
+        variance=inputs.variance.drop(columns="groups", errors="ignore"),
+    )
+    if len(compared):
+        columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy(), equivalence
+        inputs = inputs._replace(contrasts=with_correction(inputs.contrasts, *columns))
+    if len(variance):
+        table = inputs.variance.copy()
+        table.insert(table.columns.get_loc("p GG") + 1, "p Holm", variance["holm"].to_numpy())
+        inputs = inputs._replace(variance=table)
+    first = next(iter(inputs.tested), None)
+    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, first, later=inputs.later))
+
+
+def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the analysis of variance of every tested metric over these runs, and why a metric has none."""
+    tables, refusals = [], []
+    groups = {
+        term: [group_of(members) for _, members in conditions(runs, factors)]
+        for term, factors in factors_of_terms(inputs.factors).items()
+    }
+    for metric in inputs.tested:
+        try:
+            if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
+                raise ValueError(reason)
+            tables.append(table := anova(runs, metric, inputs.factors))
+            table["groups"] = table["term"].map(lambda term: groups.get(term, []))
+        except ValueError as error:
+            refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
+    return stack(tables), refusals
