@@ -233,7 +233,8 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
         points = curves[curves["folder"].isin(seeds.index)].rename(columns={cost: "cost"})
         points = points.assign(seed=points["folder"].map(seeds))[["seed", "cost", "loss", "step"]]
     points = points.astype({"cost": float, "loss": float}).dropna()
-    return {seed: members.groupby("cost", as_index=False).mean() for seed, members in points.groupby("seed")}
+    means = points.groupby(["seed", "cost"], as_index=False).mean()
+    return {seed: members.drop(columns="seed") for seed, members in means.groupby("seed")}
 
 
 def points(runs: pd.DataFrame, curves: pd.DataFrame, *, last: bool) -> pd.DataFrame:

@@ -58,7 +58,13 @@ class Curve(NamedTuple):
 
 
 def speed_up(
-    baseline: pd.DataFrame, arm: pd.DataFrame, *, of: int = 1, of_training: bool = False, resamples: int = RESAMPLES
+    baseline: pd.DataFrame,
+    arm: pd.DataFrame,
+    *,
+    of: int = 1,
+    of_training: bool = False,
+    resamples: int = RESAMPLES,
+    known: dict[bytes, Curve] | None = None,
 ) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
@@ -66,19 +72,22 @@ def speed_up(
     that both have there. of: the number of speed-ups that are shown together; their intervals hold together too.
     of_training: whether the baseline's points are the evaluations of its runs, so that runs end
     only at the largest of them. A resample draws the same seeds for both, so what all runs of a seed share cancels.
-    Raises ValueError if the baseline has fewer than three budgets.
+    known: curves through earlier baselines, by their points; this call adds its own. Raises ValueError if the baseline
+    has fewer than three budgets.
     """
     found = []
-    curves: dict[tuple[int, ...], Curve] = {}  # by seeds
+    known = {} if known is None else known
     for budget, members in by_budget(arm):
         common = sorted(set(baseline["seed"]) & set(members["seed"]))
         if not common:
             continue
-        if tuple(common) not in curves:
-            curves[tuple(common)] = _curve(baseline[baseline["seed"].isin(common)], common, resamples)
+        points = baseline.loc[baseline["seed"].isin(common), ["seed", "FLOPs", "loss"]]
+        same = points.to_numpy(dtype=float).tobytes()
+        if same not in known:
+            known[same] = _curve(points, common, resamples)
         most = float(baseline["FLOPs"].max())
         checked = budget <= most * (1 + CLOSE) and not (of_training and budget < most * (1 - CLOSE))
-        found.append(_speed_up(curves[tuple(common)], budget, _means(members, common, resamples), checked, of))
+        found.append(_speed_up(known[same], budget, _means(members, common, resamples), checked, of))
     return found
 
 

@@ -64,6 +64,7 @@ def reference_level(runs: pd.DataFrame, factor: str) -> Any:
     the user's order. Routers that are not causal are passed over if there is a causal one, and so is `ABSENT` if there
     is another level. Adapters are compared with none.
     """
+    runs = narrowed(runs, (factor, "causal", "place"))
     of_level = {level: runs[runs[factor] == level] for level in levels(runs[factor])}
 
     def key(level: Any) -> tuple[bool, bool, bool, float]:
@@ -81,12 +82,18 @@ def conditions(runs: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[st
 
     Without factors there is one combination, which is empty, and it has all runs.
     """
+    for cell, rows in _rows_of_conditions(runs[factors].reset_index(drop=True), factors):
+        yield cell, runs.iloc[rows] if factors else runs
+
+
+def _rows_of_conditions(known: pd.DataFrame, factors: list[str]) -> Iterator[tuple[dict[str, Any], pd.Index]]:
+    """Yield each combination and the numbers of its rows. To pick rows of these few columns alone is fast."""
     if not factors:
-        yield {}, runs
+        yield {}, known.index
         return
-    for level in levels(runs[factors[0]]):
-        for other_levels, members in conditions(runs[runs[factors[0]] == level], factors[1:]):
-            yield {factors[0]: level, **other_levels}, members
+    for level in levels(known[factors[0]]):
+        for other_levels, rows in _rows_of_conditions(known[known[factors[0]] == level], factors[1:]):
+            yield {factors[0]: level, **other_levels}, rows
 
 
 def present(runs: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
@@ -183,9 +190,12 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_readable_levels(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the same runs with causality marked, and with levels that have entries for layers in words."""
+    """Return the same runs with causality marked, and with levels that have entries for layers in words.
+
+    The columns of one type are one array, as in `moe.results.table.table_of`.
+    """
     columns = {column: runs[column].map(partial(readable_level, column)) for column in BY_LAYER if column in runs}
-    return with_causality(runs.assign(**columns))
+    return with_causality(runs.assign(**columns)).copy()
 
 
 def readable_level(factor: str, level: Any) -> Any:
@@ -226,18 +236,20 @@ def _free_and_tied(runs: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
         )
     )
     data = [c for c in factors if (c == "data" or c.startswith("data.")) and c not in DIGESTS]
+    seeds = runs.get("seed")
     free: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
     for factor in [*factors, "experiment"]:
-        known = runs[factor].dropna()
-        if known.nunique() < 2 or ("seed" in runs and (known == runs["seed"][runs[factor].notna()]).all()):
+        numbers, found = pd.factorize(runs[factor])
+        if len(found) < 2:
+            continue
+        if seeds is not None and (runs[factor] == seeds)[numbers >= 0].all():
             continue  # data.seed=${seed} is the seed, not a factor
         only_where_it_applies = factor in OFF or factor in DEFAULTED or factor.startswith(f"{PLUGINS}.")
-        if only_where_it_applies and known[known != ABSENT].nunique() < 2:
+        if only_where_it_applies and len([level for level in found if level != ABSENT]) < 2:
             continue  # the same wherever it applies; whether it applies depends on the router
         if factor in DIGESTS and data and (runs.groupby(data, dropna=False)[factor].nunique() < 2).all():
             continue  # runs with equal settings of the data read the same text
-        numbers, _ = pd.factorize(runs[factor])
         leader = next((other for other, leading in free.items() if _determines(leading, numbers)), None)
         if leader is None and asked and factor not in (*asked, "experiment"):
             leader = _joint_leader(free, numbers)

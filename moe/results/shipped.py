@@ -9,7 +9,7 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,11 @@ def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
     cells = _read(folder / RUNS, KNOWN - LATER, dtype=str, keep_default_na=False)
     try:
         rows = [
-            {column: _parse(column, text) for column, text in row.items() if text or "/" in column or column in KNOWN}
+            {
+                column: float(text or "nan") if "/" in column else _parse(column, text)
+                for column, text in row.items()
+                if text or "/" in column or column in KNOWN
+            }
             for row in cells.to_dict("records")
         ]
     except ValueError as error:
@@ -109,9 +113,9 @@ def _read(path: Path, needed: set[str], **options: Any) -> pd.DataFrame:
     return table
 
 
+@cache  # a table has the same few texts in thousands of cells
 def _parse(column: str, text: str) -> Any:
-    if "/" in column:
-        return float(text or "nan")
+    """Return the value that a cell of a fact or a factor holds as text."""
     if column in TEXTS or column.startswith(f"{PLUGINS}.") or not text:
         return text or None
     if text in ("True", "False"):

@@ -104,9 +104,12 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame([absent | row if "causal" in row else row for row in rows], dtype=object)
     metrics = [column for column in table if "/" in column]
     factors = [column for column in table if "/" not in column and column not in FACTS]
-    # A column with a gap would become floats, and 42 would become 42.0. Such columns keep the values as they are.
-    as_written = table[[column for column in factors if table[column].isna().any()]]
-    table = table.infer_objects().assign(**as_written).astype(dict.fromkeys(metrics, float))
+    inferred = table.infer_objects()
+    # A factor with a gap would become floats, and 42 would become 42.0. Such columns keep the values as they are. So do
+    # texts: pandas 3 has a type for texts and keeps each such column apart, so that it takes long to pick rows.
+    gaps = [column for column in factors if table[column].isna().any()]
+    texts = [column for column in table if isinstance(inferred[column].dtype, pd.StringDtype)]
+    table = inferred.assign(**table[[*dict.fromkeys(gaps + texts)]]).astype(dict.fromkeys(metrics, float))
     return table.reindex(columns=[*FACTS, *factors, *metrics]).copy()  # in one block: a block per column would be slow
 
 

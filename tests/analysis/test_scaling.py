@@ -124,6 +124,21 @@ def test_a_curve_of_a_wrong_form_tells_no_equal_settings_apart(of_curve: bool) -
     assert same.times == pytest.approx((1, 1, 1))
 
 
+def test_arms_of_one_reference_share_the_curve_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve through the runs of the same seeds is fitted once, and the speed-ups are those without sharing."""
+    baseline, arm = made_up(3, np.random.default_rng(1))
+    arms = [arm, arm.assign(loss=arm["loss"] + 0.01), arm[arm["seed"] > 0]]
+    alone = [speed_up(baseline, each, resamples=5) for each in arms]
+    fits, known = [], {}
+    monkeypatch.setattr("moe.analysis.speed_up.fit", lambda *given, **options: fits.append(0) or fit(*given, **options))
+    together = [speed_up(baseline, each, resamples=5, known=known) for each in arms]
+    assert [found.times for [found] in together] == [found.times for [found] in alone]
+    assert len(fits) == len(known) == 2
+    other = baseline.assign(loss=baseline["loss"] + 0.1)
+    [found] = speed_up(other, arm, resamples=5, known=known)
+    assert found.times != alone[0][0].times
+
+
 def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     rng = np.random.default_rng(0)
     baseline, far = made_up(3, rng, budget=16e12)

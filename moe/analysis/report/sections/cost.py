@@ -30,7 +30,7 @@ from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlo
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
 from moe.analysis.sentences import levels_compared, with_interval
-from moe.analysis.speed_up import SpeedUp, speed_up
+from moe.analysis.speed_up import Curve, SpeedUp, speed_up
 from moe.results.comparable import not_poolable
 
 MOST_SPEED_UPS = 40  # comparisons
@@ -233,6 +233,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
     sides = list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]
     arms = [points(treated, curves, last=True) for _, treated, _ in sides]
     number = sum(budgets(arm[FLOPS]) for arm in arms)
+    curves_of = dict[bytes, Curve]()  # most levels have the same reference
     for (names, _, baseline), arm in zip(sides, arms, strict=True):
         runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
         try:
@@ -242,6 +243,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tupl
                 of=number,
                 of_training=not runs_alone,
                 resamples=RESAMPLES,
+                known=curves_of,
             )
         except ValueError:
             continue  # too few points
