@@ -6,6 +6,7 @@ libraries of the hub and of tokenizers only where a checkpoint is read.
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from moe.checks import ConfigError, first_line, require
 from moe.files import read_text, require_files, require_no_adapter, sha256, tensor_shapes
 
 WEIGHTS = "transformers_weights"  # key of config.json by which transformers reads another file of weights
+MOST_LAYERS, MOST = 1000, 10**6  # in a stranger's config.json, of which lists of so many layers or experts are made
 
 
 def check_tokenizer(tokenizer: str, key: str, name: str, *, most: int, least: int = 1) -> None:
@@ -61,6 +63,16 @@ def content(key: str, name: str, revision: str | None) -> dict[str, Any]:
         raise ConfigError(f"{key}={name}: config.json cannot be read ({first_line(error)})") from error
     require(isinstance(settings, dict), f"config.json of {key}={name}", type(settings).__name__, "an object")
     return settings
+
+
+def check_numbers(content: dict[Any, Any], where: str) -> None:
+    """Raise ConfigError for a number of layers, experts, heads or labels that no model has."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            check_numbers(value, where)
+        elif type(value) is int and re.match("num_|n_|moe_num_", str(key)):
+            most = MOST_LAYERS if "layer" in key else MOST
+            require(value <= most, f"{key} in {where}", value, f"at most {most}")
 
 
 def stored_shapes(name: str, revision: str | None, at: str, *, layers: int) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 from moe.checks import require
+from moe.config.checkpoints.files import check_numbers
 from moe.config.checkpoints.files import content as content_of
 
 KIND = "moe_routing"  # model_type in its config.json
@@ -43,6 +44,7 @@ def read(name: str, revision: str | None) -> dict[str, Any]:
     """
     content = content_of("model.checkpoint", name, revision)
     where = f"in config.json of model.checkpoint={name}"
+    check_numbers(content, where.removeprefix("in "))  # what follows goes through all layers
     sizes = [*KEYS.values(), ("vocab_size", int), ("max_position_embeddings", int)]
     for key, kind in sizes:
         value, type_name = content.get(key), getattr(kind, "__name__", str(kind))

@@ -3,12 +3,11 @@
 Only commands that use such a model import torch here, because every command line should be checked fast.
 """
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from moe.checks import ConfigError, first_line, require
 from moe.config.checkpoints import saved
-from moe.config.checkpoints.files import WEIGHTS
+from moe.config.checkpoints.files import WEIGHTS, check_numbers
 
 if TYPE_CHECKING:  # importing transformers' configurations imports torch
     from transformers import PretrainedConfig
@@ -23,9 +22,6 @@ REFUSED = (
     *("auto_map", "quantization_config", "compression_config"),
     *("attn_implementation", "_attn_implementation", "experts_implementation", WEIGHTS),
 )
-
-# The largest numbers in a stranger's config.json. transformers makes lists of so many layers, experts and labels.
-MOST_LAYERS, MOST = 1000, 10**6
 
 
 def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
@@ -42,23 +38,13 @@ def parse(content: dict[str, Any], where: str) -> "PretrainedConfig":
     require(known, f"model_type in {where}", kind, allowed)
     for key in REFUSED:
         require(content.get(key) in (None, "eager", "sdpa"), f"{key} in {where}", content.get(key), "left out")
-    _check_numbers(content, where)
+    check_numbers(content, where)
     try:
         config = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(content))
         config.to_dict()  # which fails for a part of the wrong type
         return config
     except Exception as error:  # whatever a wrong value makes a library raise
         raise ConfigError(f"{where}: cannot be read ({first_line(error)})") from error
-
-
-def _check_numbers(content: dict[Any, Any], where: str) -> None:
-    """Raise ConfigError for a number of layers, experts, heads or labels that no model has."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            _check_numbers(value, where)
-        elif type(value) is int and re.match("num_|n_|moe_num_", str(key)):
-            most = MOST_LAYERS if "layer" in key else MOST
-            require(value <= most, f"{key} in {where}", value, f"at most {most}")
 
 
 def longest_text(config: "PretrainedConfig") -> int | None:
