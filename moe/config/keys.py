@@ -25,6 +25,7 @@ FREE_KEYS = (
     "model.offload",
     "claims",
     "planned_seeds",
+    "planned_effect",
     "tune",
     "tune_seeds",
     "question",

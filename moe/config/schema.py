@@ -83,6 +83,7 @@ class Config:
     planned_seeds: int | None = field(  # seeds after which the report decides; null: those of the first report
         default=None, metadata={"allowed": "a whole number from 2, or null"}
     )
+    planned_effect: str | None = None  # smallest difference that matters, for which the seeds were planned
     claims: list[ClaimConfig] = field(default_factory=list)  # planned claims, which the analysis judges
     tune: Any = None  # keys that a sweep tunes for each setting, and their values: {optimizer.muon_lr: [0.01, 0.02]}
     tune_seeds: list[int] = field(default_factory=list)  # seeds that choose tuned values, or chose one before
@@ -157,6 +158,9 @@ class Config:
         build(self.schedule, "schedule", trusted=True)
         enough = self.planned_seeds is None or 2 <= self.planned_seeds <= 10**6
         require(enough, "planned_seeds", self.planned_seeds, "a whole number from 2 to 10^6, or null")
+        effect = self.planned_effect
+        short = effect is None or (0 < len(effect.strip()) <= 300 and effect.isprintable())
+        require(short, "planned_effect", effect, "a line of at most 300 characters such as 0.5%, or null")
         parts_of(self.question)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}

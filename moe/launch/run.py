@@ -222,7 +222,8 @@ def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, err
     """Return what is known about the run of a cell."""
     config, before = cell.config, stored_record(cell)
     if before is not None:  # claims count as planned only if they were recorded before the first step
-        config = replace(config, claims=before.claims(), planned_seeds=before.config.get("planned_seeds"))
+        seeds, effect = (before.config.get(key) for key in ("planned_seeds", "planned_effect"))
+        config = replace(config, claims=before.claims(), planned_seeds=seeds, planned_effect=effect)
     return RunRecord(
         status=status,
         error=error,

@@ -69,7 +69,7 @@ spread: the standard deviation of the difference between two settings, from seed
 level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
 A claim that needs over {most} seeds is out of reach. Longer runs differ less, so they need fewer seeds."""
-LARGER = "{most} seeds are enough for all claims about the metric, if its effect has this size or more:"
+LARGER = "If an effect has this size or more, {most} seeds are enough for all claims about its metric:"
 OWN_SEEDS = "{note}. So what follows is for as many seeds as the experiment has."
 TWICE = "commands, one after the other: the first trains the {trials} runs that tune, the second those that judge"
 NOTES = """\
@@ -210,7 +210,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.note:
         yield from _wrapped(OWN_SEEDS.format(note=plan.note))
     elif lacking := sum(not each.seeds for each in plan.needs):
-        yield f"What follows is for the {len(plan.needs) - lacking} of {len(plan.needs)} claims with a number of seeds."
+        known = len(plan.needs) - lacking
+        yield f"What follows is for the claims with a number of seeds: {known} of {len(plan.needs)}."
     seeds = f"{len(plan.seeds)} {'seed' if len(plan.seeds) == 1 else 'seeds'}{tuned} = {plan.runs}"
     yield f"runs: {plan.settings} settings x {seeds}, {number_text(plan.tokens)} tokens"
     about = f"time: about {duration(plan.seconds)} on this machine if one run is trained at a time"

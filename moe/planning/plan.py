@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.analysis.power import Prediction, seeds_for
+from moe.analysis.sentences import enumerated
 from moe.config.cell import Cell
 from moe.config.schema import Config
 from moe.config.words import as_word, key_of, quoted, with_words
@@ -39,9 +40,15 @@ class Request(NamedTuple):
         applies = is_quality(metric) or self.effect.text.endswith(UNIT)
         return self.effects.get(metric, self.effect if applies else None)
 
+    @property
+    def effects_in_words(self) -> str:
+        """The differences that matter, such as "0.5%, but 10% for routing/load_cv"."""
+        others = [f"{effect.text} for {metric}" for metric, effect in self.effects.items()]
+        return self.effect.text + (f", but {enumerated(others)}" if others else "")
+
     def command(self, *words: str, without: Sequence[str] = ()) -> str:
         """Return the command of a sweep with these words. without: keys that are left out."""
-        left_out = {*without, "planned_seeds", "-m", "--multirun"}
+        left_out = {*without, "planned_seeds", "planned_effect", "-m", "--multirun"}
         kept = [word for word in self.words if key_of(word) not in left_out]
         return f"python train.py -m {shlex.join(with_words(kept, *words))}"
 
@@ -200,7 +207,8 @@ def study_command(request: Request, config: Config, seeds: list[int], *, decides
 
     elsewhere: see `Plan`.
     """
-    words = [*([f"planned_seeds={len(seeds)}"] if decides else []), f"seed={','.join(map(str, seeds))}"]
+    planned = [f"planned_seeds={len(seeds)}", f"planned_effect={_text(request.effects_in_words)}"]
+    words = [*(planned if decides else []), f"seed={','.join(map(str, seeds))}"]
     return request.command(*words, *(_elsewhere(request, config, f"{_out(config)}_study") if elsewhere else []))
 
 
@@ -237,6 +245,11 @@ def _out(config: Config) -> str:
 
 def _path(folder: str) -> str:
     return quoted(folder) if "/" in folder else as_word(folder)
+
+
+def _text(text: str) -> str:
+    """Return a text as an override has it, in quotes if it is several words."""
+    return quoted(text) if " " in text else text
 
 
 def free_seeds(own: list[int], taken: set[int], wanted: int) -> list[int]:

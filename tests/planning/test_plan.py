@@ -395,7 +395,7 @@ def test_no_seed_that_told_the_spread_judges(pilot: Path) -> None:
     request = REQUEST._replace(effect=Effect("50%"))
     plan = make_plan(request, cells, Sources(cells, pilot), lambda: Speed(1e-9, 0.0, "a test"))
     assert (plan.seeds, plan.left_out) == ([7, 8], [1, 2, 3])
-    assert plan.command == "python train.py -m experiment=x planned_seeds=2 seed=7,8"
+    assert plan.command == "python train.py -m experiment=x planned_seeds=2 planned_effect=50% seed=7,8"
     assert "Seeds 1 to 3 told the spread, so they judge nothing." in "\n".join(_lines(plan))
 
 
@@ -684,7 +684,7 @@ def test_what_no_runs_tell_is_said_of_its_metrics_alone(pilot: Path) -> None:
     assert plan.table == {}
     assert "No runs tell how much time/tokens_per_s differs by chance. A claim with a range then has no" in printed
     assert "no runs tell that of time/tokens_per_s; the runs of a pilot do if they are trained one after" in printed
-    assert "What follows is for the 1 of 2 claims with a number of seeds." in printed
+    assert "What follows is for the claims with a number of seeds: 1 of 2." in printed
 
 
 def test_one_seed_of_each_setting_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -730,6 +730,21 @@ def test_seeds_that_chose_a_value_give_way_to_free_ones(capsys: pytest.CaptureFi
         planned_cells(REQUEST._replace(words=[words[0], "results=nowhere"]))
     with pytest.raises(ConfigError, match=r"which has the sizes; add model\.checkpoint=NAME$"):
         planned_cells(REQUEST._replace(words=["experiment=finetuning"]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_command_and_the_report_name_the_effect_for_which_the_seeds_were_planned() -> None:
+    effects = {"test/loss": Effect("0.02"), "routing/load_cv": Effect("10%")}
+    request = Request(["noise=0.0,0.5"], Effect("2sd"), effects, 0.8, 32)
+    plan = make_plan(request, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
+    [*cells] = read_cells(shlex.split(plan.command)[2:]) or []
+    said = "2sd, but 0.02 for test/loss and 10% for routing/load_cv"
+    assert {cell.config.planned_effect for cell in cells} == {said}
+    assert not any("planned_effect" in cell.folder.name for cell in cells)
+    again = request._replace(words=shlex.split(plan.command)[3:])
+    assert again.command("a=1").count("planned_effect") == 0
+    with pytest.raises(ConfigError, match=r"^planned_effect=.*: must be a line of at most 300 characters"):
+        replace(base(), planned_effect=" ").check()
 
 
 @pytest.mark.usefixtures("alone")

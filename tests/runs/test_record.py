@@ -204,7 +204,7 @@ def test_integers_are_read_as_floats_where_a_float_is_expected(tmp_path: Path) -
 
 
 def test_configuration_and_claims_are_read_as_dataclasses(cell: Any) -> None:
-    from moe.launch.run import write_run_record
+    from moe.launch.run import run_record, write_run_record
 
     claim = "{text: new, metric: val/perplexity, factor: noise, levels: [0.5], than: [0.0], kind: higher}"
     one = cell(f"claims=[{claim}]")
@@ -213,6 +213,8 @@ def test_configuration_and_claims_are_read_as_dataclasses(cell: Any) -> None:
     record = RunRecord.read(one.folder / "run.json")
     assert record.typed_config() == one.config
     assert record.claims() == one.config.claims
+    later = one._replace(config=replace(one.config, claims=[], planned_seeds=8, planned_effect="0.5%"))
+    assert run_record(later, "running").typed_config() == one.config  # what was planned stays as it was before the run
     for name, value in (("seed", "one"), ("model", {}), ("claims", [{"text": "x"}]), ("extra", 1)):
         with pytest.raises(ValueError, match=name):
             replace(record, config=record.config | {name: value}).typed_config()

@@ -15,6 +15,7 @@ from moe.data.embedded import DOMAINS
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
 
+PLANNED_EFFECT = "{effect}: the smallest difference that matters, for which the seeds were planned before the first run"
 NOT_READ = """\
 no run read the domain {domain}, because {packages} not installed; so the models neither trained on it nor were
 evaluated on it"""
@@ -59,6 +60,9 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if days := sorted({str(start)[:10] for start in runs["started"].dropna()}):
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     facts += planned_facts(inputs.study) + margin_facts(inputs)
+    planned = runs[runs["planned_effect"] != "none"] if "planned_effect" in runs else runs[:0]
+    if effect := literal(_texts(planned, "planned_effect")):
+        facts.append(("Planned effect", PLANNED_EFFECT.format(effect=effect)))
     if len(inputs.trials):
         facts.append(("Tuning", tuned_equally(inputs.trials)))
     if command := training_command(inputs.runs):
