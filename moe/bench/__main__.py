@@ -28,6 +28,7 @@ QUESTIONS = {
     "analyze": "analyze",
     "errors": "errors",
     "power": "power",
+    "speed-ups": "speed_ups",
     "suite": "suite",
 }
 
