@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from moe.analysis.equal_cost import FLOPS, SECONDS, NothingInCommonError, at_common_cost, metric_curves
+from moe.analysis.equal_cost import FLOPS, SECONDS, NoEqualCostError, at_common_cost, metric_curves, unknown_flops
 from moe.analysis.looks import group_of
 from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
 from moe.analysis.sentences import null_everywhere
@@ -107,7 +107,7 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         return Compared(named, rivals, _pairs(claim, runs, named, rivals), [])
     try:
         return Compared(named, rivals, _pairs_at_cost(claim, runs, named, rivals, evals), [])
-    except NothingInCommonError as error:
+    except NoEqualCostError as error:
         return Compared(named, rivals, [], [str(error)])
 
 
@@ -142,9 +142,14 @@ def _pairs_at_cost(
 ) -> list[list[Comparison]]:
     """Compare as `_pairs` does, at each combination of other factors at a cost that both sides have reached.
 
-    A mixed model compares all levels at once, so these share it. Raises NothingInCommonError if a combination has none.
+    A mixed model compares all levels at once, so these share it. Raises NoEqualCostError if a combination has none, and
+    if a cost or a metric is not known over training.
     """
-    curves = metric_curves(runs, _metrics(claim), COST_COLUMNS[claim.at or ""], evals)
+    cost = COST_COLUMNS[claim.at or ""]
+    for each in (*named, *rivals) if cost == FLOPS else ():
+        if reason := unknown_flops(runs[runs[claim.factor] == each]):
+            raise NoEqualCostError(f"{claim.factor}={each}: {reason}")
+    curves = metric_curves(runs, _metrics(claim), cost, evals)
     if claim.kind == "mixed":
         return _pairs(claim, at_common_cost(runs, _others(claim, runs), curves), named, rivals)
     runs = runs[runs[claim.factor].isin([*named, *rivals])]

@@ -14,24 +14,29 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
+from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import comparisons, name_cell
 from moe.results.comparable import TEXT, TOKENIZER, incomparable
 from moe.results.conditions import conditions
+from moe.results.conditions import levels as levels_of
 from moe.results.table import read_event_tables
+from moe.results.training_flops import CLOSE, SPENT, of_step_as_evaluated, tokens_of_step, training_flops
 
 LOSS = "val/loss"
 FLOPS, SECONDS, ACTIVE, TOTAL = "FLOPs", "seconds", "active parameters", "total parameters"
 PARAMETERS = {ACTIVE: "parameters.active", TOTAL: "parameters.total"}
 MEASURED = "measured"  # seconds of these runs, on a machine that the reader calls idle
 OF_COMPARISONS = ("folder", "seed", "status", "causal", "place", LOSS, *PARAMETERS.values(), *TEXT, TOKENIZER)
-CLOSE = 0.01  # costs that differ by this share are equal
 NOTHING_IN_COMMON = "the two have no cost in common"
+NO_EVALUATIONS = "no evaluation of these runs is known"
+ONLY_AT_THE_END = "{metric} is known only at the end of training, so it cannot be read at equal cost"
+NOT_RECORDED = """\
+they are older than the record of training FLOPs, and their evaluation does not tell them: a token may have had \
+another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
 BUDGET = "variant"  # the arms budget_... change the number of steps
-# Routers with more experts in training than in evaluation, so that their training FLOPs are higher than a record says.
-MORE_IN_TRAINING = ("dense_mixer", "matryoshka")
 SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
 
 
@@ -54,8 +59,8 @@ class Difference(NamedTuple):
     note: str = ""
 
 
-class NothingInCommonError(ValueError):
-    """Tells that curves have no cost in common, so that nothing can be compared at equal cost."""
+class NoEqualCostError(ValueError):
+    """Tells why nothing can be compared at equal cost."""
 
 
 Curves = dict[Any, pd.DataFrame]  # seed -> columns cost and loss, in rising order of cost
@@ -76,25 +81,24 @@ def training_curves(
 ) -> pd.DataFrame:
     """Return what each evaluation of a finished run had cost: columns folder, step, loss, FLOPs and seconds.
 
-    A training step costs three times the forward FLOPs of its tokens (`moe.model.cost.flops_per_token`). seconds: the
-    FLOPs per second that the machine is to reach, or `MEASURED`: the run's median speed of training steps. Without it
-    the seconds are NaN. The evaluation before the first step cost nothing and is left out.
+    FLOPs are those that the training steps spent (`moe.results.training_flops`), and NaN if they are not known.
+    seconds: the FLOPs per second that the machine is to reach, or `MEASURED`: the run's median speed of training steps.
+    Without it the seconds are NaN. The evaluation before the first step cost nothing and is left out.
     """
     finished = runs[runs["status"] == "finished"].drop_duplicates("folder").set_index("folder")
     columns = ["folder", "step", "loss", FLOPS, SECONDS]
     if metric not in evals or finished.empty:
         return pd.DataFrame(columns=columns)
-    keys = ["batch_size", "grad_accum", "data.seq_len"]
-    number = finished.reindex(columns=[*keys, "flops_per_token", "time/tokens_per_s"]).apply(
-        pd.to_numeric, errors="coerce"
-    )
-    tokens = number[keys].prod(axis=1, skipna=False)  # of a step
-    flops = 3 * number["flops_per_token"] * tokens
-    speed = tokens / number["time/tokens_per_s"] if seconds == MEASURED else flops / float(seconds or math.nan)
-    table = evals.loc[evals["folder"].isin(finished.index) & (evals["step"] > 0), ["folder", "step", metric]]
-    table = table.rename(columns={metric: "loss"}).astype({"loss": float})
-    table = table.assign(**{FLOPS: table["step"] * table["folder"].map(flops)})
-    table = table.assign(**{SECONDS: table["step"] * table["folder"].map(speed)})
+    table = evals[evals["folder"].isin(finished.index) & (evals["step"] > 0)]
+    table = table.reindex(columns=["folder", "step", metric, SPENT]).rename(columns={metric: "loss"})
+    table = table.astype({"loss": float, SPENT: float})
+    flops = table[SPENT].fillna(table["step"] * table["folder"].map(of_step_as_evaluated(finished)))
+    if seconds == MEASURED:
+        speed = pd.to_numeric(finished.get("time/tokens_per_s", pd.Series(math.nan, finished.index)), errors="coerce")
+        time = table["step"] * table["folder"].map(tokens_of_step(finished) / speed)
+    else:
+        time = flops / float(seconds or math.nan)
+    table = table.assign(**{FLOPS: flops, SECONDS: time})
     return table[np.isfinite(table["loss"])].sort_values(["folder", "step"])[columns]
 
 
@@ -123,18 +127,20 @@ def paired_sides(
     """Yield the comparisons of finished runs; at equal parameters the runs of all sizes make one comparison.
 
     Numbers of steps and budgets are not compared: at equal cost a longer run is a run that has not ended. The runs have
-    the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table. Settings of
-    `MORE_IN_TRAINING` are not compared at equal FLOPs.
+    the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table. Those whose
+    training FLOPs are not known are not compared at equal FLOPs.
     """
     columns = [column for column in runs if column in (*OF_COMPARISONS, *factors)]
     finished = runs.loc[runs["status"] == "finished", columns]
-    if cost == FLOPS and "router" in finished:
-        finished = finished[~finished["router"].isin(MORE_IN_TRAINING)]
+    known = training_flops(runs).notna() if cost == FLOPS else runs["folder"].notna()
+    folders = set(runs.loc[known, "folder"])
     kept = [factor for factor in factors if not (cost in PARAMETERS and is_scale(factor))]
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):
         if names["factor"] != "steps" and not is_budget(runs, names["factor"]):
-            yield names, treated, baseline
+            sides = [side[side["folder"].isin(folders)] for side in (treated, baseline)]
+            if all(map(len, sides)):
+                yield names, *sides
 
 
 def difference(treated: Curves, baseline: Curves) -> Difference | None:
@@ -145,7 +151,7 @@ def difference(treated: Curves, baseline: Curves) -> Difference | None:
         return None
     try:
         most = _largest_common([curve for side in sides for curve in side])
-    except NothingInCommonError as error:
+    except NoEqualCostError as error:
         return Difference(math.nan, 0, note=str(error))
     a, b = (np.array([at_cost(curve, most) for curve in side]) for side in sides)
     gap = max(float(np.mean([_gap(curve, most) for curve in side])) for side in sides)
@@ -157,7 +163,7 @@ def difference(treated: Curves, baseline: Curves) -> Difference | None:
 def _largest_common(curves: Sequence[pd.DataFrame], place: str = "") -> float:
     """Return the largest cost that every curve has reached.
 
-    Raises NothingInCommonError, naming the place, if it lies before the start of one. If the curves know their steps,
+    Raises NoEqualCostError, naming the place, if it lies before the start of one. If the curves know their steps,
     it also says which `eval_every` would give that one an earlier start.
     """
     late = max(curves, key=lambda curve: curve["cost"].min())
@@ -167,7 +173,7 @@ def _largest_common(curves: Sequence[pd.DataFrame], place: str = "") -> float:
     text = f"{NOTHING_IN_COMMON}, at {place}" if place else NOTHING_IN_COMMON
     if every := math.floor(first.get("step", 0) * end / first["cost"]):
         text += TOO_FEW.format(step=int(first["step"]), every=every)
-    raise NothingInCommonError(text)
+    raise NoEqualCostError(text)
 
 
 def at_cost(curve: pd.DataFrame, cost: float) -> float:
@@ -196,22 +202,45 @@ def metric_curves(
 ) -> dict[str, dict[str, pd.DataFrame]]:
     """Return the curve of each metric in each finished run that has one: {metric: {folder: columns cost and loss}}.
 
-    Seconds are as measured. evals: the evaluations; by default they are read from the run folders.
+    Seconds are as measured. evals: the evaluations; by default they are read from the run folders. Raises
+    NoEqualCostError if no run has a curve of a metric.
     """
     finished = runs[runs["status"] == "finished"]
     evals = read_event_tables(finished["folder"].unique()).evals if evals is None else evals
     found = {}
     for metric in metrics:
+        _check_known_early(metric, evals[evals["folder"].isin(finished["folder"])] if len(evals) else evals)
         curves = training_curves(finished, evals, metric=metric, seconds=MEASURED).dropna(subset=[cost])
         found[metric] = dict(iter(curves.rename(columns={cost: "cost"}).groupby("folder")))
     return found
+
+
+def _check_known_early(metric: str, evals: pd.DataFrame) -> None:
+    """Raise NoEqualCostError for a metric that only the last evaluations of runs have, or none."""
+    trained = evals[evals["step"] > 0] if len(evals) else evals
+    if trained.empty:
+        raise NoEqualCostError(NO_EVALUATIONS)
+    early = trained[trained["step"] < trained.groupby("folder")["step"].transform("max")]
+    if metric not in trained or (len(early) and early[metric].isna().all()):
+        raise NoEqualCostError(ONLY_AT_THE_END.format(metric=metric))
+
+
+def unknown_flops(runs: pd.DataFrame) -> str:
+    """Return which finished runs are left out at equal FLOPs and why; an empty text if there is none."""
+    finished = runs[runs["status"] == "finished"].drop_duplicates("folder")
+    unknown = finished[training_flops(finished).isna()]
+    if unknown.empty:
+        return ""
+    routers = levels_of(unknown["router"]) if "router" in unknown else []
+    of_routers = f" ({enumerated([f'`{name}`' for name in routers])})" if routers else ""
+    return f"{len(unknown)} of {len(finished)} runs{of_routers} are left out at equal FLOPs: {NOT_RECORDED}."
 
 
 def at_common_cost(runs: pd.DataFrame, others: list[str], curves: dict[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
     """Return the runs with these metrics as they were at the largest cost that all runs of their cell have reached.
 
     A cell is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. Raises
-    NothingInCommonError if the runs of a cell have no cost in common.
+    NoEqualCostError if the runs of a cell have no cost in common.
     """
     cells = []
     for levels, members in conditions(runs, others):

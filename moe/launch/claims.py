@@ -111,7 +111,7 @@ def _left_out(claim: ClaimConfig, leaves: Sequence[dict[str, Any]]) -> list[str]
 
 
 def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
-    from moe.metrics.catalog import METRICS
+    from moe.metrics.catalog import METRICS, lookup
 
     domains = claim.within.get(DOMAIN, [])
     names = [claim.metric, *(f"{claim.metric}/{domain}" for domain in domains)]
@@ -120,8 +120,9 @@ def _check_metric(key: str, claim: ClaimConfig, cells: Sequence[Cell]) -> None:
     kind = METRICS.get(claim.metric)
     if claim.at is not None:
         allowed = f"a metric of evaluations, such as val/loss, with at={claim.at}"
-        written = kind is not None and "evaluation" in kind.written
-        require(written or claim.metric.startswith("routing/"), key, claim.metric, allowed)
+        of_variant = lookup(claim.metric)
+        early = of_variant is not None and "evaluation" in of_variant.written
+        require(early, key, claim.metric, allowed)
     allowed = f"left out: {claim.metric} has no values of single domains"
     by_domain = kind is not None and "<domain>" in kind.variants
     require(not domains or by_domain, f"{key.rpartition('.')[0]}.within.{DOMAIN}", domains, allowed)

@@ -31,7 +31,7 @@ GROUPS = {
     "router loss": "Losses of single routers",
     "gradients": "Gradients and updates",
     "settings": "Settings that a schedule changes",
-    "speed": "Time",
+    "speed": "Time and FLOPs",
     "distribution": "Distributions, as lists",
 }
 

@@ -92,6 +92,35 @@ def flops_per_token(model: MoEForCausalLM, seq_len: int, *, active: Sequence[flo
     return round(2 * weights) + mixing + attention_flops(source, seq_len)
 
 
+class TrainingFlops:
+    """Counts the FLOPs that training has spent, from the experts that its steps ran.
+
+    A token costs three times the forward FLOPs of all but the routed experts, see `flops_per_token`. An assignment that
+    is carried out costs three times the forward FLOPs of an expert. A run of an expert without a backward pass
+    (`RoutingStats.forward_only`) costs the forward FLOPs, and those of the layer's matrix after the experts if there is
+    one. So dropped assignments cost nothing, and a number of experts that varies counts as it was.
+
+    total: the FLOPs so far.
+    """
+
+    def __init__(self, model: MoEForCausalLM, seq_len: int) -> None:
+        layers = [*model.moe_layers, *model.beside_layers]
+        self.total = 0.0
+        self._token = 3 * flops_per_token(model, seq_len, active=[0.0] * len(layers))
+        self._expert = [2 * _routed_size(layer, matrices=True) / layer.router.num_experts for layer in layers]
+        self._after = [0 if layer.latent is None else 2 * layer.latent.up.weight.numel() for layer in layers]
+
+    def add(self, tokens: int, kept: Sequence[float], forward_only: Sequence[float]) -> None:
+        """Add a step of so many tokens.
+
+        kept, forward_only: of each layer, as in `RoutingStats`: the MoE layers, then those that an adapter has put
+            beside them.
+        """
+        runs = zip(self._expert, self._after, kept, forward_only, strict=True)
+        experts = sum(3 * expert * trained + (expert + after) * alone for expert, after, trained, alone in runs)
+        self.total += float(tokens * self._token + experts)
+
+
 def attention_flops(config: Any, seq_len: int) -> int:
     """Return the FLOPs of attention scores and values of one token, in the mean over a sequence.
 

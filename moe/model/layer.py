@@ -157,8 +157,10 @@ class MoELayer(nn.Module):
         y = self.full_width(y)
         if routing.added is not None:
             y = y + routing.added.to(y.dtype)
+        forward_only = 0
         if routing.dense_weight is not None and self.training:
             y = y + self._gradient_of_others(routing, routing.dense_weight, x)
+            forward_only = len(x) * router.num_experts
         if router.learns_from_outputs:
             sums = self.full_width(sum_by_expert(rows, dispatched.kept))
             routing = routing._replace(feedback=sums.flatten())
@@ -196,6 +198,7 @@ class MoELayer(nn.Module):
             sequence=sequence,
             similarity=similarity,
             flipped=flipped,
+            forward_only=forward_only,
         )
         return _Pass(y, aux, stats, routing, dispatched.offered)
 

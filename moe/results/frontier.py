@@ -1,8 +1,8 @@
 """Quality against speed of sweeps over routers or capacity, as one table with the column names of the routing bench.
 
-Speed is that of training steps alone, without evaluation. FLOPs are those of `moe.model.cost.flops_per_token`, a
-forward pass, times 3 for a training step. They count the experts that tokens of the last validation asked for; earlier
-in training tokens may have asked for more (`relu`) or fewer. An assignment that a capacity limit drops counts too.
+Speed is that of training steps alone, without evaluation. FLOPs are those that the steps spent. For runs from before
+these were recorded they are three times those of a forward pass (`moe.model.cost.flops_per_token`), with the experts
+that tokens of the last validation asked for, and count assignments that a capacity limit drops.
 """
 
 import math
@@ -13,6 +13,7 @@ import pandas as pd
 
 from moe.results.conditions import varied_factors
 from moe.results.table import ABSENT, EventTables
+from moe.results.training_flops import SPENT, training_tokens
 
 STEMS = {"experiment_c": "expC"}  # experiment -> how its files' names begin; by default with its own name
 COMPARED = ("router", "capacity")  # a sweep over one of these factors has this table and its figures
@@ -62,7 +63,7 @@ def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
 
     past: the events of the runs, read with the columns `LATE`.
 
-    `tflops`: 3 * forward FLOPs per token * `time/tokens_per_s` / 1e12; `drop_rate` and `load_cv` (of the offered load):
+    `tflops`: training FLOPs per token * `time/tokens_per_s` / 1e12; `drop_rate` and `load_cv` (of the offered load):
     means over the second half of the training steps.
     """
     runs = runs[runs["status"] == "finished"]
@@ -72,13 +73,14 @@ def with_training_means(runs: pd.DataFrame, past: EventTables) -> pd.DataFrame:
     late = trains[trains["step"] > trains.groupby("folder")["step"].transform("max") / 2].groupby("folder")
     columns = {name: runs["folder"].map(best[column]) for column, name in BEST.items()}
     columns |= {name: runs["folder"].map(late[column].mean()) for column, name in LATE.items()}
-    speed = runs.get("time/tokens_per_s", pd.Series(math.nan, runs.index))
+    speed, spent = (runs.get(column, pd.Series(math.nan, runs.index)) for column in ("time/tokens_per_s", SPENT))
+    flops_of_token = spent / training_tokens(runs)
     return runs.assign(
         **columns,
         world_size=runs["ranks.number"].astype("Int64"),
         log_path=runs["folder"].map(lambda folder: str(Path(folder) / "events.jsonl")),
         tokens_per_s=speed,
-        tflops=3 * runs["flops_per_token"].astype(float) * speed / 1e12,
+        tflops=flops_of_token.fillna(3 * runs["flops_per_token"].astype(float)) * speed / 1e12,
     )
 
 

@@ -18,10 +18,11 @@ import pandas as pd
 from moe.checks import first_line
 from moe.files import replacing
 from moe.results.table import DIGESTS, FACTS, OF_GRID, PLUGINS, EventTables, read_event_tables, table_of
+from moe.results.training_flops import SPENT
 
 RUNS, EVALS = "runs.csv.gz", "evals.csv.gz"
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"  # of a checkout; an installed package has none
-CURVES = ("val/loss", "val/bits_per_byte", "time/elapsed")  # kept of each evaluation, with what claims need
+CURVES = ("val/loss", "val/bits_per_byte", SPENT, "time/elapsed")  # kept of each evaluation, with what claims need
 
 PLACES = ["out", "data.cache"]  # columns with paths of the machine that trained the runs
 

@@ -17,8 +17,8 @@ class DenseMixer(TopK):
     (straight through). Their gates are p, divided for gate=renorm by the sum of the chosen p, as a constant. The
     experts themselves get the gradient of `TopK`.
 
-    A training step is slower, because each layer runs E experts per token in addition to k. Reported FLOPs are those
-    of evaluation. Causal.
+    A training step is slower, because each layer runs E experts per token in addition to k, without a backward pass.
+    The metric `train/flops` counts them; the FLOPs per token are those of evaluation. Causal.
 
     gate: the weight of a selected expert, see `TopK`.
         renorm: p divided by its sum over the selected experts; p itself with k=1.

@@ -25,6 +25,7 @@ def collect_stats(
     sequence: Int[Tensor, " T"] | None = None,
     similarity: Float[Tensor, " N"] | None = None,
     flipped: Int[Tensor, "2"] | None = None,
+    forward_only: int = 0,
 ) -> RoutingStats:
     """Compute the sums of one layer over one micro-batch of `tokens` tokens.
 
@@ -37,6 +38,7 @@ def collect_stats(
     sequence: `Context.sequence`. If it is given, `document_position` must be given too.
     similarity: mean cosine of the experts' outputs for N of these tokens, from `mean_cosine`.
     flipped: from `moe.model.router_precision.flips`, for all of these tokens. None if it was not measured.
+    forward_only: as in `RoutingStats`.
     """
     experts = len(dispatched.offered)
     nan = dispatched.weight.new_full((), math.nan)
@@ -48,6 +50,7 @@ def collect_stats(
         assignments=assignments,
         offered=offered,
         kept=dispatched.kept.float(),
+        forward_only=nan.new_full((), forward_only),
         capacity=nan if dispatched.places is None else dispatched.places.to(nan.dtype),
         micro_batches=routed,
         max_violation=routed * (offered.amax() * experts / assignments.clamp(min=1) - 1),

@@ -28,6 +28,7 @@ class RoutingStats(NamedTuple):
     assignments: Float[Tensor, "*L"]
     offered: Float[Tensor, "*L E"]  # the load: assignments that tokens asked for, before capacity
     kept: Float[Tensor, "*L E"]  # assignments carried out
+    forward_only: Float[Tensor, "*L"]  # runs of an expert on a token for the router alone, without a backward pass
     capacity: Float[Tensor, "*L"]  # assignments that all experts together accept; NaN when dropless
     micro_batches: Float[Tensor, "*L"]  # micro-batches that have an assignment
     max_violation: Float[Tensor, "*L"]  # sum over those micro-batches of largest load / mean load - 1

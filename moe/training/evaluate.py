@@ -35,7 +35,7 @@ COMPARED = 251  # the outputs of experts are compared on one token in this many
 
 
 def validate(training: Training, step: int, folder: Path | None = None) -> dict[str, Any]:
-    """Return the validation metrics of a run after `step` optimizer steps, with the settings of that step.
+    """Return the validation metrics of a run after `step` optimizer steps, what these cost, and the present settings.
 
     Validation is dropless. If the run has a capacity factor, it is repeated with the limit, as `val_capacity/...`.
     folder: of the run, after its last step: then the loss of each validation document is written there, and the metrics
@@ -64,6 +64,7 @@ def validate(training: Training, step: int, folder: Path | None = None) -> dict[
         for decile, rate in enumerate(limited.get("routing/drop_rate_by_position", [])):
             values[f"val_capacity/drop_rate/decile{decile}"] = rate
     values |= _drift(training, settings["temperature"])
+    values["train/flops"] = training.flops.total
     return values | {"learning_rate": learning_rate(training.optimizers)} | settings
 
 

@@ -18,7 +18,7 @@ from moe.data.blocks import Batch, Prepared, batch, of_domains, prepare
 from moe.data.labels import IGNORED, next_token
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM, load_model
 from moe.model.continued import check_continued, continued
-from moe.model.cost import reset_peak_memory
+from moe.model.cost import TrainingFlops, reset_peak_memory
 from moe.model.imported_checkpoint import read_checkpoint
 from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.replay import check_tokenizer
@@ -35,7 +35,9 @@ from moe.training.watch import LoadWatch, can_collapse
 
 
 class Training(NamedTuple):
-    """The objects that a run trains with. Only the model, the optimizers, `ahead` and `watch` change during training.
+    """The objects that a run trains with.
+
+    Only the model, the optimizers, `ahead`, `watch` and `flops` change during training.
 
     process: the settings of the process, for the run record.
     model: the plain model, which is evaluated and saved.
@@ -49,6 +51,7 @@ class Training(NamedTuple):
         computes it again, before it loads the weights.
     learning: the routers, of the model and of its adapter, that learn without a gradient. A frozen one does not.
     watch: notices when the routing of a layer collapses.
+    flops: counts the FLOPs of all training steps.
     """
 
     config: Config
@@ -66,6 +69,7 @@ class Training(NamedTuple):
     learning: frozenset[Router]
     base: Routes | None
     watch: LoadWatch
+    flops: TrainingFlops
 
     @property
     def routers(self) -> list[Router]:
@@ -120,6 +124,7 @@ def set_up(config: Config) -> Training:
             watched=[can_collapse(layer.router) for layer in model.moe_layers],
             quiet=quiet_steps(config.steps, config.optimizer.warmup),
         ),
+        flops=TrainingFlops(model, config.data.seq_len),
     )
 
 

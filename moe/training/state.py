@@ -50,6 +50,7 @@ class TrainState(NamedTuple):
     elapsed, train_seconds: see `Clock`.
     data: checksums of the text and of the tokenizer.
     watch: the state of `LoadWatch`.
+    flops: the FLOPs of the steps done, see `TrainingFlops`.
     precision: fp32 or bf16, which `precision=auto` chose for the whole run.
     """
 
@@ -60,6 +61,7 @@ class TrainState(NamedTuple):
     train_seconds: float
     data: dict[str, Any]
     watch: dict[str, Any]
+    flops: float
     precision: str
 
 
@@ -73,6 +75,7 @@ def capture(training: Training, step: int, clock: Clock) -> TrainState:
         train_seconds=clock.train_seconds,
         data=training.data.digests,
         watch=training.watch.state(),
+        flops=training.flops.total,
         precision=training.config.precision,
     )
 
@@ -99,7 +102,7 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
             f"{folder}: the checkpoint of step {saved_step} was written by another version of this program "
             f"(different fields: {', '.join(sorted(differing))}); resume with that version, or choose another out=DIR"
         )
-    step, model, optimizers, elapsed, train_seconds, data, watch, precision = TrainState(**fields)
+    step, model, optimizers, elapsed, train_seconds, data, watch, flops, precision = TrainState(**fields)
     if data != training.data.digests:
         raise ValueError(
             f"{folder}: the text or the tokenizer of data.* has changed since step {step}; "
@@ -117,6 +120,7 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
         states = {number: _sharded(values, parameters[number]) for number, values in saved["state"].items()}
         optimizer.load_state_dict({**saved, "state": states})
     training.watch.load(watch)
+    training.flops.total = flops
     log.info("%s: resumed after step %d", folder, step)
     return step, Clock(elapsed, train_seconds)
 

@@ -5,6 +5,7 @@ therefore repeats them exactly without restoring any random state.
 """
 
 import functools
+import itertools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -21,6 +22,7 @@ from moe.distributed.sharding import global_norm, local_part
 from moe.metrics.formulas import Sums
 from moe.metrics.summary import fetch, summarize
 from moe.routing.decision import Knobs
+from moe.routing.stats import RoutingStats
 from moe.runs.collapse import sentences
 from moe.training import gradients
 from moe.training.divergence import Diverged, locate_nonfinite
@@ -34,10 +36,10 @@ from moe.training.setup import Training
 def train_step(training: Training, step: int, *, measure_updates: bool = False) -> dict[str, Any]:
     """Carry out optimizer step `step` (0-based) and return its values for the event log.
 
-    The values are the losses (unweighted), the routing metrics, the gradient norms, the learning rate, temperature and
-    noise, and `collapse`, a text, if the `LoadWatch` tells something. With `measure_updates`, they include the relative
-    changes of the routers and of the experts. Raises Diverged before the update if the loss or a gradient is not
-    finite. The weights are then unchanged.
+    The values are the losses (unweighted), the FLOPs of all steps so far, the routing metrics, the gradient norms, the
+    learning rate, temperature and noise, and `collapse`, a text, if the `LoadWatch` tells something. With
+    `measure_updates`, they include the relative changes of the routers and of the experts. Raises Diverged before the
+    update if the loss or a gradient is not finite. The weights are then unchanged.
     """
     config, optimizers = training.config, training.optimizers
     settings = knob_settings(config, training.schedule, step)
@@ -50,11 +52,13 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     norms: dict[str, Tensor] = dict(gradients.gradient_norms(training.parts))
     norm = norms["grad_norm"] = global_norm(grads)
     sums = merged_stats([outcome.stats for outcome in outcomes])
+    beside = merged_stats([outcome.beside for outcome in outcomes])
     training.ahead.clear()
     if norm.is_cuda and step + 1 < config.steps:
         training.ahead[step + 1] = micro_batches(config, training.data, step + 1)
+    known = [each for each in (sums, beside) if each is not None]
     losses, sizes, *numbers = fetch(
-        [mean_losses(outcomes), torch.stack([n.to(norm.device) for n in norms.values()]), *(sums or ())]
+        [mean_losses(outcomes), torch.stack([n.to(norm.device) for n in norms.values()]), *itertools.chain(*known)]
     )
     if not math.isfinite(losses[0] + sizes[-1]):
         where = locate_nonfinite(training.model, last_blocks.inputs, knobs)
@@ -64,14 +68,22 @@ def train_step(training: Training, step: int, *, measure_updates: bool = False) 
     _update(training, grads, norm)
 
     # A GPU carries out the update while the host computes metrics.
-    names = [f"train/{name}" for name in ("loss", *outcomes[0].aux)]
-    values: dict[str, Any] = dict(zip(names, losses.tolist(), strict=True))
+    named = [f"train/{name}" for name in ("loss", *outcomes[0].aux)]
+    values: dict[str, Any] = dict(zip(named, losses.tolist(), strict=True))
+    names = RoutingStats._fields
+    starts = range(0, len(numbers), len(names))
+    fetched = [Sums(dict(zip(names, numbers[start : start + len(names)], strict=True))) for start in starts]
+    training.flops.add(
+        config.batch_size * config.grad_accum * config.data.seq_len,
+        kept=[count for each in fetched for count in np.nansum(each.kept, -1)],  # NaN: experts that a layer lacks
+        forward_only=[count for each in fetched for count in each.forward_only],
+    )
+    values["train/flops"] = training.flops.total
     if sums is not None:
-        values |= _routing_values(training, step, Sums(dict(zip(sums._fields, numbers, strict=True))))
+        values |= _routing_values(training, step, fetched[0])
     values |= dict(zip(norms, sizes.tolist(), strict=True))
     if measure_updates:
         values |= gradients.relative_updates(training.parts, before)
-    beside = merged_stats([outcome.beside for outcome in outcomes])
     for routers, seen in ((training.routers, sums), (training.adapter_routers, beside)):
         for index, router in enumerate(routers):
             if seen is not None and router in training.learning:

@@ -1,5 +1,6 @@
 """Tests of comparisons at equal cost, on curves that are known in closed form."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,14 +18,17 @@ from moe.analysis.equal_cost import (
     ACTIVE,
     FLOPS,
     MEASURED,
-    MORE_IN_TRAINING,
+    NO_EVALUATIONS,
+    NOT_RECORDED,
     NOTHING_IN_COMMON,
+    ONLY_AT_THE_END,
     SECONDS,
     difference,
     equal_cost,
     paired_sides,
     points,
     training_curves,
+    unknown_flops,
 )
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
@@ -102,15 +106,56 @@ def test_budgets_are_not_compared_at_equal_flops() -> None:
     assert list(paired_sides(budgets, ["variant"], {}, FLOPS)) == []
 
 
-@pytest.mark.parametrize("router", MORE_IN_TRAINING)
-def test_a_router_that_trains_with_more_experts_than_it_evaluates_with_is_not_compared_at_equal_flops(
-    router: str,
-) -> None:
+OTHER_EXPERTS: dict[str, dict[str, object]] = {  # columns of runs whose evaluation does not tell their training FLOPs
+    "dense_mixer": {"router._target_": "moe.routers.dense_mixer.DenseMixer"},
+    "matryoshka": {"router._target_": "moe.routers.matryoshka.Matryoshka"},
+    "a number that varies": {"routing/active_experts_std": 0.5},
+    "a capacity limit": {"capacity": 1.25},
+}
+
+
+def older(runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the runs, without recorded training FLOPs, where those of router b trained with other experts."""
+    columns = {name: runs["router"].map({"b": value}) for name, value in OTHER_EXPERTS[kind].items()}
+    return runs.assign(**columns)
+
+
+@pytest.mark.parametrize("kind", OTHER_EXPERTS)
+def test_an_older_run_that_trained_with_other_experts_is_not_compared_at_equal_flops(kind: str) -> None:
     """Its record has the FLOPs of evaluation. Others are compared, and so is this one at equal parameters."""
-    runs, _ = made_up(flops={"a": 100, router: 150, "b": 160})
-    assert {names["level"] for names, *_ in paired_sides(runs, ["router"], {"router": "a"}, FLOPS)} == {"b"}
-    of_all = paired_sides(runs, ["router"], {"router": "a"}, ACTIVE)
-    assert {names["level"] for names, *_ in of_all} == {router, "b"}
+    runs, evals = made_up(flops={"a": 100, "b": 150, "c": 160})
+    old = older(runs, kind)
+    assert {names["level"] for names, *_ in paired_sides(old, ["router"], {"router": "a"}, FLOPS)} == {"c"}
+    assert {names["level"] for names, *_ in paired_sides(old, ["router"], {"router": "a"}, ACTIVE)} == {"b", "c"}
+    curves = training_curves(old, evals)
+    assert curves.loc[curves[FLOPS].isna(), "folder"].str[0].unique().tolist() == ["b"]
+    assert unknown_flops(old) == f"4 of 12 runs (`b`) are left out at equal FLOPs: {NOT_RECORDED}."
+    assert unknown_flops(runs) == ""
+    known = old.assign(**{"train/flops": 3e6})
+    assert unknown_flops(known) == "", "newer runs record them"
+    assert {names["level"] for names, *_ in paired_sides(known, ["router"], {"router": "a"}, FLOPS)} == {"b", "c"}
+
+
+def test_what_each_token_of_expert_choice_takes_varies_but_their_sum_does_not() -> None:
+    runs, _ = made_up(flops={"a": 100, "b": 160})
+    target = "moe.routers.expert_choice.ExpertChoice"
+    assert unknown_flops(runs.assign(**{"routing/active_experts_std": 1.0, "router._target_": target})) == ""
+
+
+def test_recorded_flops_of_training_are_read_and_not_those_of_evaluation() -> None:
+    """Router b runs more experts in the first steps than later, so that its curve is no line through 0."""
+    runs, evals = made_up(flops={"a": 100, "b": 100})
+    more = 1e5 * evals["folder"].str.contains("b")
+    evals = evals.assign(**{"train/flops": (3 * 100 * 64 * evals["step"] + more) * (evals["step"] > 0)})
+    curves = training_curves(runs, evals, seconds=19_200.0).set_index("folder")
+    assert curves.loc["a10000", FLOPS].tolist() == [3 * 100 * 64 * step for step in STEPS[1:]]
+    assert curves.loc["b10000", FLOPS].tolist() == [3 * 100 * 64 * step + 1e5 for step in STEPS[1:]]
+    assert curves.loc["b10000", SECONDS].tolist() == pytest.approx(
+        [each / 19_200 for each in curves.loc["b10000", FLOPS]]
+    )
+    [row] = equal_cost(runs, curves.reset_index(), ["router"], {}, FLOPS).to_dict("records")
+    assert row["cost"] == 3 * 100 * 64 * 40
+    assert row["share"] == pytest.approx(768_000 / 868_000), "b is read before it ends"
 
 
 def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> None:
@@ -254,6 +299,32 @@ def test_a_claim_at_equal_cost_is_not_tested_if_one_side_starts_after_the_other_
     judged = judge(runs, [claim]).iloc[0]
     assert (judged["verdict"], judged["n"]) == (UNTESTED, 0)
     assert judged["reason"].startswith(NOTHING_IN_COMMON)
+
+
+AT_FLOPS = {"factor": "router", "levels": ["b"], "than": ["a"], "kind": "lower", "at": "flops"}
+
+
+@pytest.mark.parametrize("kind", OTHER_EXPERTS)
+def test_a_claim_about_runs_whose_training_flops_are_not_known_says_so(kind: str) -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    claim = ClaimConfig(text="b is better", metric="val/loss", **AT_FLOPS)
+    reason = f"router=b: 4 of 4 runs (`b`) are left out at equal FLOPs: {NOT_RECORDED}."
+    assert compared(claim, older(runs, kind), evals).absent == [reason]
+    at_seconds = dataclasses.replace(claim, at="seconds")
+    assert compared(at_seconds, older(runs, kind), evals).pairs[0][0].n == 4, "seconds are measured"
+
+
+@pytest.mark.parametrize("written", ["nowhere", "at the last evaluation"])
+@pytest.mark.parametrize("kind", ["lower", "mixed"])
+def test_a_claim_at_equal_cost_about_a_metric_that_is_known_only_at_the_end_says_so(written: str, kind: str) -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    runs = runs.assign(**{"test/loss": runs["val/loss"]})
+    if written != "nowhere":
+        evals = evals.assign(**{"test/loss": evals["val/loss"].where(evals["step"] == STEPS[-1])})
+    direction = "lower" if kind == "mixed" else None
+    claim = ClaimConfig(text="b is better", metric="test/loss", **AT_FLOPS | {"kind": kind, "direction": direction})
+    assert compared(claim, runs, evals).absent == [ONLY_AT_THE_END.format(metric="test/loss")]
+    assert compared(claim, runs, evals[:0]).absent == [NO_EVALUATIONS]
 
 
 def test_a_run_length_with_one_evaluation_is_named_with_the_eval_every_that_it_needs() -> None:

@@ -124,7 +124,7 @@ def test_a_run_on_two_ranks_equals_a_run_on_one_except_for_rounding(
         assert before[0] == before[1]
     first_two, first = (next(e for e in untimed(run) if e["kind"] == "train") for run in (two, one))
     count_metrics = [
-        key for key in first if any(word in key for word in ("load_cv", "load_gini", "drop_rate", "overlap"))
+        key for key in first if any(word in key for word in ("load_cv", "load_gini", "drop_rate", "overlap", "flops"))
     ]
     assert count_metrics
     # These metrics are computed from counts. At the first step no weight has changed yet, so the counts are equal.

@@ -93,6 +93,11 @@ def test_a_claim_that_no_run_can_judge_is_refused_in_one_line(changed: dict[str,
         ("router=topk,hash", {"within": "{router: [hash]}"}, "levels at which noise changes something"),
         ("steps=20 eval_every=10", {"metric": "val/loss_last_3"}, "fewer than three evaluations .* these runs have 2"),
         (
+            "",
+            {"metric": "routing/consistency", "at": "flops"},
+            "a metric of evaluations, such as val/loss, with at=flops",
+        ),
+        (
             "model.experts_by_layer=0-1:4",
             {"metric": "routing/load_gini/pooled"},
             r"^claims\[0\].metric=routing/load_gini/pooled: must be another metric: it is null if layers differ in "

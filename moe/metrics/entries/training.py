@@ -32,6 +32,16 @@ ENTRIES = (
     *(_loss(name, loss, "loss") for name, loss in LOSSES.items()),
     *(_loss(name, loss, "router loss") for name, loss in ROUTER_LOSSES.items()),
     Metric(
+        "train/flops",
+        "Σ_steps (3 FLOPs of all but routed experts + 3 F Σ kept + F (runs without a backward pass))",
+        "FLOPs of all training steps so far. F: those of the forward pass of an expert for a token. The experts are "
+        "those that the steps ran: without dropped assignments, and with those that run for the router alone.",
+        "training FLOPs",
+        "speed",
+        unit="FLOPs",
+        written=("evaluation", "step", "end"),
+    ),
+    Metric(
         "grad_norm",
         "‖gradient‖₂",
         "Norm of the gradient of all parameters, before clipping.",

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from moe.analysis.equal_cost import (
     ACTIVE,
-    CLOSE,
     FLOPS,
     LOSS,
     MEASURED,
@@ -22,6 +21,7 @@ from moe.analysis.equal_cost import (
     paired_sides,
     points,
     training_curves,
+    unknown_flops,
 )
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
@@ -32,6 +32,7 @@ from moe.analysis.scaling import LEAST_BUDGETS, budgets
 from moe.analysis.sentences import levels_compared, with_interval
 from moe.analysis.speed_up import Curve, SpeedUp, speed_up
 from moe.results.comparable import not_poolable
+from moe.results.training_flops import CLOSE, SPENT
 
 MOST_SPEED_UPS = 40  # comparisons
 SPEED = "time/tokens_per_s"
@@ -40,12 +41,14 @@ COLUMNS = {
     "parameters.active": ACTIVE,
     "parameters.total": TOTAL,
     "flops_per_token": "FLOPs per token",
+    SPENT: "training FLOPs",
     "peak_memory_gb": "peak memory, GB",
     SPEED: "tokens / s",
 }
-COUNTS = list(COLUMNS)[:4]
+COUNTS = list(COLUMNS)[:5]
 COSTS_EXPLAINED = """\
-Medians over the runs of each condition. FLOPs are those of a forward pass; a training step costs three times as much.
+Medians over the runs of each condition. FLOPs per token are those of a forward pass in evaluation. Training FLOPs are
+those of all training steps, which cost three times as much for the experts that they ran, and nothing for others.
 Memory is that of the whole process. Speed depends on what else the machine did."""
 EQUAL_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed and with its 95 %
@@ -54,8 +57,7 @@ interpolated. Settings whose FLOPs differ by less than 1 % are left out there: t
 elsewhere. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so it
 looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between two
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
-to lower it. `dense_mixer` and `matryoshka` are left out at equal FLOPs, because in training they compute more experts
-than in evaluation, whose FLOPs a record has. This table describes; a claim with `at` tests."""
+to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
 L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has
@@ -119,7 +121,11 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     found = {cost: table for cost, table in tables.items() if len(table)}
     empty = [NO_TABLE.format(cost=cost) for cost in tables if cost not in found]
     yield Heading("At equal cost")
-    yield BulletList([*_equal_anyway(differ), *empty, _about_seconds(seconds)])
+    left_out = unknown_flops(inputs.runs)
+    if left_out and not differ.get(FLOPS):
+        differ.pop(FLOPS, None)  # those that are known are equal
+    facts = [*_equal_anyway(differ), *empty, left_out, _about_seconds(seconds)]
+    yield BulletList(list(filter(None, facts)))
     if not found:
         return
     yield Paragraph(EQUAL_EXPLAINED)

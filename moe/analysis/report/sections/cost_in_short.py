@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from moe.analysis.equal_cost import LOSS, MORE_IN_TRAINING, is_budget, is_scale, training_curves
+from moe.analysis.equal_cost import FLOPS, LOSS, is_budget, is_scale, paired_sides, training_curves, unknown_flops
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
-from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.report.sections.cost import equal_flops, found_speed_ups, speed_up_row
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
@@ -23,8 +23,6 @@ VERBS = {
     NOT_APART: "without a clear difference",
 }
 NAMES = ["factor", "level", "reference", "within"]
-LEFT_OUT = """\
-Left out here: {routers}. In training they compute more experts than in evaluation, whose FLOPs a record has."""
 SAME_FLOPS = """\
 The two settings of each comparison have the same training FLOPs within 1 %, so differences after the last step are at
 equal training FLOPs already."""
@@ -60,13 +58,15 @@ class CostInShort(NamedTuple):
     """What a study says at equal cost: comparisons at equal training FLOPs, and speed-ups, with a row for each.
 
     reason: why there is no speed-up, if there is none.
-    left_out: the routers whose training FLOPs are not known.
+    left_out: which runs are left out because their training FLOPs are not known, as a sentence; empty if none is.
+    comparable: whether the training FLOPs of both sides of a comparison are known.
     """
 
     flops: pd.DataFrame
     speed_ups: pd.DataFrame
     reason: str
-    left_out: list[str]
+    left_out: str
+    comparable: bool
 
     @property
     def quotes(self) -> dict[str, tuple[str, str]]:
@@ -90,20 +90,23 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
         return None
     curves = training_curves(inputs.runs, inputs.past.evals)
     rows = [names | speed_up_row(each) for names, found, _ in found_speed_ups(inputs, curves) for each in found]
+    left_out = unknown_flops(inputs.runs)
     scales = all(is_scale(factor) or is_budget(inputs.runs, factor) for factor in inputs.factors)
     return CostInShort(
         equal_flops(inputs, curves),
         pd.DataFrame(rows, columns=[*NAMES, *CELLS], dtype=object),
         SCALES_ALONE if scales else NO_CURVE,
-        [name for name in MORE_IN_TRAINING if "router" in inputs.runs and (inputs.runs["router"] == name).any()],
+        left_out,
+        not left_out or any(paired_sides(inputs.runs, inputs.factors, reference_levels(inputs), FLOPS)),
     )
 
 
 def in_short(found: CostInShort) -> Iterator[ReportBlock]:
     """Yield the section of a page: what the tables say in a few sentences, and the tables."""
     yield Heading("At equal cost")
-    left_out = [LEFT_OUT.format(routers=enumerated(found.left_out))] if found.left_out else []
-    yield BulletList([*_about_speed_ups(found), *_about_flops(found.flops), *left_out])
+    left_out = [found.left_out] if found.left_out else []
+    told = [*_about_speed_ups(found), *_about_flops(found.flops)] if found.comparable else []
+    yield BulletList([*told, *left_out])
     if len(found.speed_ups):
         yield Paragraph(SPEED_TABLE)
         yield TableBlock(found.speed_ups)

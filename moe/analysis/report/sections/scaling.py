@@ -17,6 +17,7 @@ from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
 from moe.results.conditions import conditions
+from moe.results.training_flops import training_flops
 
 RESAMPLES = 200
 FURTHER = 2.0  # how many times as large, and on how many times as many tokens, the extrapolated run is
@@ -178,7 +179,7 @@ def _size(size: float, low: float, high: float) -> str:
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
     """Return what the law is fitted to: columns seed, active parameters, tokens, experts, FLOPs and loss."""
     keys = ["steps", "batch_size", "grad_accum", "data.seq_len"]
-    columns = [*keys, "parameters.active", "model.num_experts", "flops_per_token"]
+    columns = [*keys, "parameters.active", "model.num_experts"]
     number = runs.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     tokens = number[keys].prod(axis=1, skipna=False)
     table = pd.DataFrame(
@@ -187,7 +188,7 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
             ACTIVE: number["parameters.active"],
             TOKENS: tokens,
             EXPERTS: number["model.num_experts"],
-            FLOPS: 3 * number["flops_per_token"] * tokens,
+            FLOPS: training_flops(runs),
             "loss": runs[LOSS].astype(float),
         }
     )
