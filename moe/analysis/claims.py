@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.comparisons import NAN, Comparison, compared, groups_of_claim
+from moe.analysis.comparisons import NAN, Comparison, compared, runs_of_claim
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
@@ -96,9 +96,8 @@ def judge_planned(runs: pd.DataFrame) -> pd.DataFrame:
 def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a row for every planned claim, before the correction for other tests; `decided` completes it.
 
-    Claims about quality have no p if no model of their experiment is better than a unigram model. `groups` are the runs
-    at each level that the claim compares, for `moe.analysis.looks.Study`. evals: see
-    `moe.analysis.comparisons.compared`.
+    Claims about quality have no p if no model of their experiment is better than a unigram model. `own` are the runs
+    that the claim compares, for `moe.analysis.looks.Study`. evals: see `moe.analysis.comparisons.compared`.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     planned = planned_claims(runs)
@@ -107,7 +106,7 @@ def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd
         row = {"experiment": experiment} | _judge_alone(claim, members, evals)
         rows.setdefault(experiment, []).append(row | {"changed": _was_changed(claim, members, planned)})
     of_claim = (*_claim_row("", "", "", ""), *_row("", Comparison(0), NAN, "", ""))
-    columns = ["experiment", *of_claim, "groups", "changed"]
+    columns = ["experiment", *of_claim, "own", "changed"]
     table = pd.DataFrame(list(chain.from_iterable(rows.values())), columns=columns)
     little = {name for name in rows if learned_little(runs[runs["experiment"] == name])}
     withheld = table["experiment"].isin(little) & table["metric"].map(is_quality).astype(bool) & table["p"].notna()
@@ -156,7 +155,7 @@ def decided(
     one is. It is NaN if a claim is decided, if its spread is unknown, if 1,000 seeds are not
     enough, or if the estimates are mixed, so that no number of seeds decides it.
     """
-    table = table.drop(columns="groups")
+    table = table.drop(columns="own")
     table.insert(table.columns.get_loc("p") + 1, "p Holm", holm)
     table.insert(table.columns.get_loc("p Holm") + 1, "tests", tests)
     significant = table["p Holm"] <= SIGNIFICANCE
@@ -234,7 +233,7 @@ def _detectable(n: int, spread: float, claim: Prediction, unit: str, most: float
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
     """Return the row of one claim, before the correction for the other claims."""
-    row = _claim_row(claim.text, claim.source, claim.metric, claim.kind) | {"groups": groups_of_claim(claim, runs)}
+    row = _claim_row(claim.text, claim.source, claim.metric, claim.kind) | {"own": runs_of_claim(claim, runs)}
     if claim.kind == "interaction" and claim.margin is None and claim.direction is None:
         rise, fall = (_judge_levels(replace(claim, direction=each), runs, evals) for each in ("higher", "lower"))
         return row | (fall if rise["verdict"] == "contradicted" else rise)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,13 +112,12 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         return Compared(named, rivals, [], [str(error)])
 
 
-def groups_of_claim(claim: ClaimConfig, runs: pd.DataFrame) -> list[frozenset[str]]:
-    """Return the runs at each level that a claim compares; of a mixed model, all of them, because it uses them all."""
+def runs_of_claim(claim: ClaimConfig, runs: pd.DataFrame) -> frozenset[str]:
+    """Return the runs at the levels that a claim compares; of a mixed model, all runs, because it uses them all."""
     runs = _selected(claim, runs)
-    if claim.kind == "mixed":
-        return [group_of(runs)]
-    named, rivals = _sides(claim, runs)
-    return [group_of(runs[runs[claim.factor] == each]) for each in (*named, *rivals) if claim.factor in runs]
+    if claim.kind != "mixed" and claim.factor in runs:
+        runs = runs[runs[claim.factor].isin([*chain(*_sides(claim, runs))])]
+    return group_of(runs)
 
 
 def _sides(claim: ClaimConfig, runs: pd.DataFrame) -> tuple[list[Any], list[Any]]:

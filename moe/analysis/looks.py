@@ -1,13 +1,14 @@
 """Correct for several looks: reports about one study, written before and after runs were added.
 
-A test at one of several looks has a share of its level, and the shares of all planned looks add up to 1. So chance
-decides anything at any of them with at most the probability of the level, whatever the tests are and however the looks
-depend on each other. Looks after the planned number of seeds was reached add at most a quarter. The shares are the
-steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets little,
-and nearly everything is left for the last one. What decides the share is how many runs a setting had, on average, at
-each look. The looks of a test are those at which it was possible, and each other set of its own runs counts, also one
-with fewer. So runs of other settings cost a test nothing: a test that sees the same runs again gives the same answer.
-Results can be seen without a report too, so a command that adds runs when others had ended makes a look of these.
+Each look at other runs has a share of the level for its tests, and the shares of all planned looks add up to 1. So
+chance decides anything at any of them with at most the probability of the level, whatever the tests are and however the
+looks depend on each other. Looks after the planned number of seeds was reached add at most a quarter. The shares are
+the steps of a spending function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 1983): an early look gets
+little, and nearly everything is left for the last one. What decides the share is how many runs a setting had, on
+average. A test whose own runs were the same at several looks has the shares of all of them: it asks the same data, so
+its p is the same, and only the largest of its levels counts. So runs of other settings cost a test nothing. Tests that
+are new in a look share its level, also those of settings that were added. Results can be seen without a report too, so
+a command that adds runs when others had ended makes a look of these.
 """
 
 import os
@@ -65,26 +66,25 @@ def share_of_look(n: int | float, earlier: Sequence[int | float], planned: int |
     return max(SMALLEST, spent(n / final) - spent(max(earlier, default=0) / final))
 
 
-@dataclass(frozen=True)
-class LooksOfTest:
-    """The looks at the runs of one test.
+class Looks(NamedTuple):
+    """The looks at a study that saw other runs than the one before, in the order of time.
 
     seeds: how many seeds a setting had in the looks up to each of them together, in the mean over settings. place: that
-    of the present look. planned: the number of seeds after which the test decides.
+    of the present look. planned: the number of seeds after which the study decides.
     """
 
     seeds: Sequence[int | float]
     place: int
     planned: int | float
 
-    @property
-    def share(self) -> float:
-        """The share of its level that the test has in this look."""
-        return share_of_look(self.seeds[self.place], self.seeds[: self.place], self.planned)
+    def share(self, place: int | None = None) -> float:
+        """Return the share of the level that a look has, by default the present one."""
+        place = self.place if place is None else place
+        return share_of_look(self.seeds[place], self.seeds[:place], self.planned)
 
     @property
     def next_share(self) -> float:
-        """The share at the next look, which has more seeds: the planned number, or any number beyond it."""
+        """The share of the next look, which has more seeds: the planned number, or any number beyond it."""
         last = self.seeds[-1]
         return share_of_look(self.planned if last < self.planned else last + 1, self.seeds, self.planned)
 
@@ -98,17 +98,31 @@ class Known(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a look saw: the folders of the runs that had ended, with their settings, and of those that had not."""
+    """What a look saw.
+
+    runs: the folders of the runs that had ended, with their settings. seeds, planned: as `Looks` has them, at that
+    time; planned is 0 if nothing tells it. margins: those that the reader gave.
+    """
 
     time: str
     runs: Mapping[str, str]
-    awaited: frozenset[str] = frozenset()
+    seeds: int | float
+    planned: int | float
     margins: Mapping[str, str] = {}
 
 
-# The groups of runs that a test compares, as folders. A look at it was possible if each had two runs that had ended, of
-# those groups that have two now.
-Groups = Sequence[frozenset[str]]
+class _View(NamedTuple):
+    """What is left of a look: its share, its runs that still have a result, and the settings of which it had others.
+
+    settings_gone: whether some of its settings have no result any more. unknown: whether some of them had other
+    factors.
+    """
+
+    share: float
+    runs: frozenset[str]
+    lost: set[str]
+    settings_gone: bool
+    unknown: bool
 
 
 @dataclass(frozen=True)
@@ -133,9 +147,30 @@ class Study:
 
     @cached_property
     def present(self) -> Seen:
-        """This look."""
+        """This look. Runs of earlier looks that are gone count among its seeds, if their settings are still there."""
         ended = {folder: run.setting for folder, run in self.runs.items() if run.ended}
-        return Seen("", ended, frozenset(self.runs.keys() - ended))
+        settings = {run.setting for run in self.runs.values()}
+        gone = {folder for look in self.earlier for folder, each in look.runs.items() if each in settings}
+        first = self.earlier[0] if self.earlier else None
+        planned = (first.planned or self.planned or first.seeds) if first else self.planned
+        number = len(settings) or 1
+        together = len(gone.union(ended)) / number
+        return Seen("", ended, together, planned or len(gone.union(self.runs)) / number)
+
+    @cached_property
+    def looks(self) -> Looks:
+        """The looks at these runs."""
+        return Looks(
+            list(self._distinct.values()), list(self._distinct).index(_runs(self.present)), self.present.planned
+        )
+
+    @cached_property
+    def _distinct(self) -> dict[frozenset[str], int | float]:
+        """The runs of each look -> its number of seeds. Looks at the same runs are one, at the time of the first."""
+        found: dict[frozenset[str], int | float] = {}
+        for look in (*self.earlier, self.present):
+            found.setdefault(_runs(look), max([*found.values(), look.seeds]))
+        return found
 
     @property
     def testable(self) -> bool:
@@ -149,48 +184,54 @@ class Study:
         first = self.earlier[0].margins
         return [name for name, size in margins.items() if name not in first or _differ(first[name], size)]
 
-    def looks_of(self, groups: Groups | None = None) -> LooksOfTest | None:
-        """Return the looks at the runs of a test, or of all runs; None if the test is impossible now.
+    def share(self, own: frozenset[str]) -> float:
+        """Return the share of its level that a test has in this look. own: the folders of the runs that it may use.
 
-        Looks at the same runs of the test are one look, and count at the time of the first. Runs of a look that are
-        gone may have been left out because of their results. Those of a setting that is gone too may have been of any
-        test, so the look counts.
+        Runs of its settings that are gone may have been left out because of their results, so a look that had them saw
+        other runs. So did one with a setting that is gone, if the test has more than two settings, or if that setting
+        has other factors, because it may have been one of them.
         """
-        groups = [frozenset(self.runs)] if groups is None else groups
-        own = frozenset(self.runs).intersection(frozenset[str]().union(*groups))
-        tested = [group for group in groups if len(group & self.present.runs.keys()) > 1]
-        if not tested:
-            return None
-        others = {run.setting for run in self.runs.values()} - {self.runs[folder].setting for folder in own}
-        together: dict[str, str] = {}
-        settings, seen, planned = set[str](), frozenset[str](), float(self.planned or 0)
-        found: dict[frozenset[str], float] = {}
-        for look in (*self.earlier, self.present):
-            gone = {folder for folder in look.runs.keys() - self.runs.keys() if look.runs[folder] not in others}
-            if not all(len(group & look.runs.keys() | gone) > 1 for group in tested):
-                continue
-            seen = frozenset(own & look.runs.keys() | gone)
-            together |= {folder: look.runs[folder] for folder in seen}
-            awaited = {self.runs[folder].setting for folder in own & look.awaited}
-            settings |= {*together.values()} | awaited
-            planned = planned or len({*together} | own & look.awaited) / len(settings)
-            found.setdefault(seen, max([*list(found.values())[-1:], len(together) / len(settings)]))
-        return LooksOfTest(list(found.values()), list(found).index(seen), planned)
+        settings = {self.runs[folder].setting for folder in own & self.runs.keys()}
+        now = own & self.present.runs.keys()
+        same = [
+            view.share
+            for view in self._views
+            if own & view.runs == now
+            and not (view.lost & settings or view.unknown or (view.settings_gone and len(settings) > 2))
+        ]
+        return min(1.0, sum(same))
 
-    def share(self, groups: Groups | None = None) -> float:
-        """Return the share of its level that a test has in this look; 1 if it is impossible."""
-        looks = self.looks_of(groups)
-        return looks.share if looks else 1.0
+    @cached_property
+    def _views(self) -> list[_View]:
+        """What is left of each look."""
+        settings = {*self.present.runs.values()}
+        factors = {_factors(run.setting) for run in self.runs.values()}
+        views = []
+        for place, runs in enumerate({_runs(look): look.runs for look in (*self.earlier, self.present)}.values()):
+            lost = {runs[folder] for folder in runs.keys() - self.present.runs.keys()}
+            unknown = any(_factors(setting) not in factors for setting in lost)
+            left = frozenset(runs.keys() & self.present.runs.keys())
+            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings), unknown))
+        return views
 
-    def next_share(self, groups: Groups | None = None) -> float:
-        """Return the share that the same test will have in the next look, after this one; 1 if it is impossible."""
-        looks = self.looks_of(groups)
-        return looks.next_share if looks else 1.0
+    @property
+    def next_share(self) -> float:
+        """The share that a test with new runs will have in the next look, after this one."""
+        return self.looks.next_share
 
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:
-    """Return these runs as a group of a test."""
+    """Return these runs as those of a test."""
     return frozenset(map(os.path.abspath, runs["folder"]))
+
+
+def _runs(look: Seen) -> frozenset[str]:
+    return frozenset(look.runs)
+
+
+def _factors(setting: str) -> frozenset[str]:
+    """Return the names of the factors of a setting such as "lb=0.01, noise=0.1"."""
+    return frozenset(part.partition("=")[0] for part in setting.split(", "))
 
 
 def _testable(runs: Iterable[Known]) -> bool:
@@ -214,13 +255,23 @@ def study_of(runs: pd.DataFrame) -> Study:
     experiment = str(runs["experiment"].iloc[0])
     first = runs.sort_values("started").iloc[0]
     planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
+    first_planned = int(planned) if pd.notna(planned) else None
     known = _known(runs)
-    looks = [_seen(look, folder, known) for folder in _sweeps(runs) for look in looks_in(folder).get(experiment, [])]
-    plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder) if plan.experiment == experiment]
-    plans.sort(key=lambda plan: plan.time)
-    looks += _without_report(runs, known, plans)
+    of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
+    looks = [
+        _seen(look, folder, known)
+        for folder in _sweeps(runs)
+        for name, of_experiment in looks_in(folder).items()
+        for look in of_experiment
+        if name == experiment or not of_sweep
+    ]
+    plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
+    plans = sorted(
+        (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
+    )
+    looks = _of_one_report(looks, known) + _without_report(runs, known, plans, first_planned)
     return Study(
-        planned=int(planned) if pd.notna(planned) else None,
+        planned=first_planned,
         runs=known,
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
@@ -247,30 +298,54 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
 
 def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds."""
-    if not look.runs:
-        saw = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
-        return Seen(look.time, saw, margins=look.margins)
     runs = {os.path.abspath(sweep / name): setting for setting, names in look.runs.items() for name in names}
-    runs |= {folder: known[folder].setting for folder in runs if folder in known}
-    return Seen(look.time, runs, frozenset(os.path.abspath(sweep / name) for name in look.awaited), look.margins)
+    if not look.runs:
+        runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
+        runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
+    runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
+    return Seen(look.time, runs, look.mean_seeds or len(look.seeds), look.planned, look.margins)
 
 
-def _without_report(runs: pd.DataFrame, known: Mapping[str, Known], plans: Sequence[PlannedStudy]) -> list[Seen]:
+def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
+    """Return one look for each time. A report about two sweep folders is written into both, and one may have moved."""
+    found: dict[str, Seen] = {}
+    for look in looks:
+        other = found.get(look.time, look)
+        here = {folder: run.setting for folder, run in known.items() if folder in other.runs or folder in look.runs}
+        gone = min((_gone(each, known) for each in (other, look)), key=len)
+        most = max(len(other.runs), len(look.runs))
+        found[look.time] = look._replace(runs=here if len(here) >= most else here | gone)
+    return list(found.values())
+
+
+def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
+    return {folder: setting for folder, setting in look.runs.items() if folder not in known}
+
+
+def _without_report(
+    runs: pd.DataFrame, known: Mapping[str, Known], plans: Sequence[PlannedStudy], first_planned: int | None
+) -> list[Seen]:
     """Return a look for each command that added runs when others had results that could be compared.
 
-    The terminal shows results at the end of a command, and files of runs are open to all.
+    The terminal shows results at the end of a command, and files of runs are open to all. Runs of the seeds that
+    earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
+    study decides, if somebody said it.
     """
     if not plans:
         return []
     ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
     ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
     ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
-    planned, found = set[str](), []
+    planned, seeds, found = set[str](), set[int](), list[Seen]()
     for plan in plans:
-        added, planned = {*plan.runs} - planned, planned | {*plan.runs}
         seen = {folder: known[folder] for folder in group_of(ended[ends <= datetime.fromisoformat(plan.time)])}
-        if added and _testable(seen.values()):
-            found.append(Seen(plan.time, {folder: run.setting for folder, run in seen.items()}))
+        if {*plan.runs} - planned and _testable(seen.values()):
+            awaited = {folder for folder, run in known.items() if run.seed in seeds}
+            number = len({known[folder].setting for folder in awaited.union(seen)})
+            expected = first_planned or len(awaited.union(seen)) / number
+            runs_seen = {folder: run.setting for folder, run in seen.items()}
+            found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
+        planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found
 
 
@@ -285,19 +360,20 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
     return sorted({int(seed) for seed in runs.loc[runs["status"] == "finished", "seed"]}) if "seed" in runs else []
 
 
-def record_look(runs: pd.DataFrame, margins: Mapping[str, object] | None = None) -> bool:
+def record_look(runs: pd.DataFrame, study: Study, margins: Mapping[str, object] | None = None) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
     margins: those that the reader gave. A report in which no test is possible, because no setting has two seeds, is no
     look.
     """
-    experiment, known = str(runs["experiment"].iloc[0]), _known(runs)
-    present = Study(runs=known).present
-    if not _testable(known[folder] for folder in present.runs):
+    experiment, present = str(runs["experiment"].iloc[0]), study.present
+    if not study.testable:
         return True
     look = Look(
         datetime.now(UTC).isoformat(timespec="seconds"),
         finished_seeds(runs),
+        float(present.seeds),
+        float(present.planned),
         margins={name: str(size) for name, size in (margins or {}).items()},
     )
     written = True
@@ -305,10 +381,10 @@ def record_look(runs: pd.DataFrame, margins: Mapping[str, object] | None = None)
         ended: dict[str, list[str]] = {}
         for run, setting in sorted(present.runs.items()):
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
-        here = look._replace(runs=ended, awaited=sorted(os.path.relpath(run, folder) for run in present.awaited))
+        here = look._replace(runs=ended)
         looks = looks_in(folder)
         of_experiment = looks.get(experiment, [])
-        if any(each._replace(time="") == here._replace(time="") for each in of_experiment):
+        if any((each.runs, each.margins) == (here.runs, here.margins) for each in of_experiment):
             continue
         try:
             LooksRecord(looks=looks | {experiment: [*of_experiment, here]}).write(folder / LooksRecord.FILE)

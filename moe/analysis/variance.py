@@ -67,11 +67,6 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     return result.assign(runs=used)
 
 
-def factors_of_terms(factors: list[str]) -> dict[str, list[str]]:
-    """Return the factors of each term of the analysis of variance, by the name of the term."""
-    return {_name(term, factors): [factors[number] for number in term] for term in _terms(len(factors))}
-
-
 def _by_seed_and_cell(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     """Return the finite values with a row for each seed and a column for each combination of levels, NaN if missing."""
     found = {tuple(cell.values()): by_seed(members, metric) for cell, members in conditions(runs, factors)}

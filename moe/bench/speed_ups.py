@@ -53,10 +53,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     """Simulate studies whose speed-up is known, and count the intervals that contain it."""
     rows = [
         {"losses": name}
-        | {
-            f"{seeds} seeds": coverage(case, seeds, arguments.studies, arguments.resamples)
-            for seeds in arguments.seeds
-        }
+        | {f"{seeds} seeds": coverage(case, seeds, arguments.studies, arguments.resamples) for seeds in arguments.seeds}
         for name, case in CASES.items()
     ]
     yield TimingTable(f"share of 95 % intervals that contain the true speed-up, {arguments.studies} studies each", rows)

@@ -36,16 +36,18 @@ class PlannedStudy(NamedTuple):
 class Look(NamedTuple):
     """A report that was written: its time, what it saw, and what the reader asked for.
 
-    seeds: those of the finished runs. runs: setting, such as "lb=0.01, noise=0.1" -> the folders of its runs that had
-    ended, from the sweep folder. awaited: the folders of runs that had not ended. Both are empty in a look that was
-    written before looks named their runs; it saw all runs of its seeds. margins: metric -> the margin that a reader
+    seeds: those of the finished runs. mean_seeds: how many seeds a setting had in all looks up to this one, on average.
+    planned: the number of seeds after which the study decides. runs: setting, such as "lb=0.01, noise=0.1" -> the
+    folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
+    0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader
     gave, as text.
     """
 
     time: str
     seeds: list[int]
+    mean_seeds: float = 0.0
+    planned: float = 0.0
     runs: dict[str, list[str]] = {}
-    awaited: list[str] = []
     margins: dict[str, str] = {}
 
 
@@ -84,7 +86,10 @@ class LooksRecord(Record):
     def __post_init__(self) -> None:
         for experiment, looks in self.looks.items():
             for number, look in enumerate(looks):
-                _check_numbers(f"looks.{experiment}[{number}].seeds", look.seeds)
+                place = f"looks.{experiment}[{number}]"
+                _check_numbers(f"{place}.seeds", look.seeds)
+                _check_numbers(f"{place}.mean_seeds", [look.mean_seeds])
+                _check_numbers(f"{place}.planned", [look.planned])
 
 
 def plans_in(folder: Path) -> list[PlannedStudy]:
@@ -109,10 +114,10 @@ def _without_claims(looks: Any) -> Any:
     ]
 
 
-def _check_numbers(place: str, numbers: Iterable[int]) -> None:
+def _check_numbers(place: str, numbers: Iterable[int | float]) -> None:
     """Raise ValueError unless all numbers are at least 0."""
     for number in numbers:
-        if number < 0:
+        if not number >= 0:
             raise ValueError(f"{place} has {number}: must be at least 0")
 
 

@@ -285,9 +285,7 @@ def test_a_claim_at_equal_cost_has_the_same_verdict_where_only_tables_were_shipp
     [here], [there] = collect_inputs(runs), collect_inputs(shipped, past=past)
     assert here.claims["n"].tolist() == [4, 4]
     pd.testing.assert_frame_equal(there.claims, here.claims)
-    from_table, from_folders = (
-        measured_claims(*each).drop(columns="groups") for each in ((shipped, past.evals), (runs,))
-    )
+    from_table, from_folders = (measured_claims(*each).drop(columns="own") for each in ((shipped, past.evals), (runs,)))
     pd.testing.assert_frame_equal(from_table, from_folders)
 
 

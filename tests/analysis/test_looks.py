@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 
 from moe.analysis.claims import planned_claims
-from moe.analysis.comparisons import groups_of_claim
+from moe.analysis.comparisons import runs_of_claim
 from moe.analysis.looks import (
     FURTHER,
     SMALLEST,
     Known,
-    LooksOfTest,
+    Looks,
     Seen,
     Study,
     group_of,
@@ -64,10 +64,10 @@ def test_the_shares_of_planned_looks_add_up_to_one(looks: tuple[int, ...]) -> No
 def test_looks_beyond_the_planned_seeds_share_a_quarter_more() -> None:
     assert [share_of_look(n, (3, 5)[:place], None) for place, n in enumerate((3, 5, 8))] == [1, FURTHER, FURTHER**2]
     assert sum(share_of_look(n, range(3, n), 3) for n in range(3, 40)) == pytest.approx(1.25)
-    assert Study().share() == Study().next_share() == study({"a": [7]}).share() == 1
-    assert LooksOfTest([3], 0, 3).next_share == FURTHER
-    assert LooksOfTest([3, 5], 1, 3).next_share == FURTHER**2
-    assert LooksOfTest([3], 0, 8).next_share == 1 - spent(3 / 8)
+    assert study({"": [7]}).looks.share() == 1
+    assert Looks([3], 0, 3).next_share == FURTHER
+    assert Looks([3, 5], 1, 3).next_share == FURTHER**2
+    assert Looks([3], 0, 8).next_share == 1 - spent(3 / 8)
 
 
 Sets = dict[str, list[int]]  # setting -> its seeds
@@ -80,26 +80,24 @@ def group(sets: Sets) -> frozenset[str]:
 
 def study(now: Sets, *earlier: Sets, planned: int | None = None, awaited: Sets | None = None) -> Study:
     """Return a study of the runs `now` after looks at others, one a day. awaited: runs that have not ended."""
-    runs = {f"/{setting}/{seed}": Known(setting, seed, True) for setting, seeds in now.items() for seed in seeds}
-    waiting = {
-        f"/{setting}/{seed}": Known(setting, seed, False)
-        for setting, seeds in (awaited or {}).items()
-        for seed in seeds
-    }
-    looks = [
-        Seen(f"2026-01-{day:02}", {f"/{setting}/{seed}": setting for setting, seeds in sets.items() for seed in seeds})
-        for day, sets in enumerate(earlier, 1)
-    ]
-    return Study(planned, runs | waiting, looks)
+    looks: list[Seen] = []
+    for day, sets in enumerate((*earlier, now), 1):
+        runs = {f"/{setting}/{seed}": Known(setting, seed, True) for setting, seeds in sets.items() for seed in seeds}
+        if day > len(earlier) and awaited:
+            runs |= {f"/{name}/{seed}": Known(name, seed, False) for name, seeds in awaited.items() for seed in seeds}
+        found = Study(planned, runs, list(looks))
+        looks.append(found.present._replace(time=f"2026-01-{day:02}"))
+    return found
 
 
 def shares_at(sets: list[list[int]], planned: int | None) -> list[float]:
     """Return the shares of looks at two settings, which have the same seeds. Other runs have no folder any more."""
-    looks: list[Sets] = [{"a": seeds, "b": seeds} for seeds in sets]
-    return [
-        study(now, *looks[:day], planned=planned).share([group({"a": now["a"]}), group({"b": now["b"]})])
-        for day, now in enumerate(looks)
-    ]
+    looks = [both(*seeds) for seeds in sets]
+    return [study(now, *looks[:day], planned=planned).share(group(now)) for day, now in enumerate(looks)]
+
+
+def both(*seeds: int) -> Sets:
+    return {"x=0": [*seeds], "x=1": [*seeds]}
 
 
 def test_a_look_at_other_seeds_or_at_fewer_is_not_free() -> None:
@@ -121,90 +119,163 @@ def test_choosing_among_sets_of_seeds_keeps_the_error() -> None:
 
 
 def test_runs_of_seeds_that_other_settings_had_are_a_look() -> None:
-    """Setting a has eight seeds from the start. Setting b gets its own one after the other, after three."""
+    """One setting has eight seeds from the start. The other one gets its own one after the other, after three."""
     eight, numbers = list(range(8)), (3, 4, 5, 6, 7, 8)
-    looks: list[Sets] = [{"a": eight, "b": eight[:n]} for n in numbers]
-    groups = [group({"a": eight}), group({"b": eight})]
+    looks: list[Sets] = [{"x=0": eight, "x=1": eight[:n]} for n in numbers]
+    own = group(both(*eight))
     p = p_of_looks(numbers, 0.0, studies := 4000)
     assert (p <= 0.05).any(1).mean() > 0.13
     noise = 2 * np.sqrt(0.05 * 0.95 / studies)
     for planned, most in ((8, 0.05), (None, 0.0625)):
-        shares = [study(now, *looks[:day], planned=planned).share(groups) for day, now in enumerate(looks)]
+        shares = [study(now, *looks[:day], planned=planned).share(own) for day, now in enumerate(looks)]
         assert (p <= 0.05 * np.array(shares)).any(1).mean() <= most + noise
-        two = [shares[0], study(looks[-1], looks[0], planned=planned).share(groups)]
+        two = [shares[0], study(looks[-1], looks[0], planned=planned).share(own)]
         assert two == [spent(5.5 / 8), 1 - spent(5.5 / 8)] if planned else [1, FURTHER]
         assert (p[:, [0, -1]] <= 0.05 * np.array(two)).any(1).mean() <= most + noise
 
 
-def test_runs_in_one_combination_alone_are_a_look_at_what_is_averaged_over_combinations() -> None:
-    first: Sets = {"a, x": [1, 2, 3, 4], "b, x": [1, 2, 3, 4], "a, y": [1, 2], "b, y": [1, 2]}
-    now = first | {"a, y": [1, 2, 3, 4], "b, y": [1, 2, 3, 4]}
-    sides = [group({name: seeds for name, seeds in now.items() if name.startswith(side)}) for side in "ab"]
-    assert study(now, first).share(sides) == FURTHER
-    assert study(now, first, planned=4).share(sides) == 1 - spent(3 / 4)
-    only = {name: first[name] for name in ("a, x", "b, x")}
-    assert study(now, only, planned=4).share(sides) == FURTHER, "the planned seeds were there, at x"
+def test_settings_that_are_added_after_a_look_keep_the_error_of_all_reports_together() -> None:
+    """Each report has one setting more, and compares each with a reference that all have in common, as Holm does."""
+    values = np.random.default_rng(0).normal(size=(studies := 4000, 8, 3))
+    p = stats.ttest_1samp(values[:, 1:] - values[:, :1], 0, axis=2).pvalue  # (studies, contrasts)
+    looks: list[Sets] = [{f"x={number}": [0, 1, 2] for number in range(last + 1)} for last in range(1, 8)]
+    free, shared = np.zeros(studies, dtype=bool), np.zeros(studies, dtype=bool)
+    for day, now in enumerate(looks):
+        later, tests = study(now, *looks[:day]), len(now) - 1
+        shares = [later.share(group({name: now[name] for name in ("x=0", f"x={k}")})) for k in range(1, tests + 1)]
+        of_looks = [FURTHER**each for each in range(day + 1)]
+        assert shares == [min(1, sum(of_looks[k:])) for k in range(tests)], "those of the looks that had the test"
+        free |= (p[:, :tests] <= 0.05 / tests).any(1)
+        shared |= (p[:, :tests] <= 0.05 / tests * np.array(shares)).any(1)
+    assert free.mean() > 0.09
+    assert shared.mean() <= 0.0625
+
+
+def test_what_is_averaged_over_combinations_has_a_look_at_some_of_them() -> None:
+    first: Sets = {"x=0, y=0": [1, 2, 3, 4], "x=1, y=0": [1, 2, 3, 4], "x=0, y=1": [1, 2], "x=1, y=1": [1, 2]}
+    now = first | {"x=0, y=1": [1, 2, 3, 4], "x=1, y=1": [1, 2, 3, 4]}
+    assert study(now, first).share(group(now)) == FURTHER
+    assert study(now, first, planned=4).share(group(now)) == 1 - spent(3 / 4)
+    only = {name: first[name] for name in ("x=0, y=0", "x=1, y=0")}
+    assert study(now, only, planned=4).share(group(now)) == FURTHER, "the planned seeds were there, at y=0"
 
 
 def test_what_happens_to_other_settings_costs_a_test_nothing() -> None:
     """A setting is added, then it gets seeds of its own. The comparison of the old ones sees the same runs again."""
-    old: Sets = {"a": [0, 1, 2], "b": [0, 1, 2]}
-    with_new, now = old | {"c": [0, 1, 2]}, old | {"c": [*range(9)]}
-    a, b, c = (group({name: now[name]}) for name in "abc")
+    old = both(0, 1, 2)
+    with_new, now = old | {"x=2": [0, 1, 2]}, old | {"x=2": [*range(9)]}
     for planned in (None, 3):
         later = study(now, old, with_new, planned=planned)
-        assert later.share([a, b]) == 1
-        assert later.share([a, c]) == FURTHER
-        assert later.share([a, b, c]) == FURTHER, "they were compared in the second look"
-        assert later.share() == FURTHER**2
-        assert study(with_new, old, planned=planned).share([a, c]) == 1, "no look could compare c"
-        fewer = {"a": [0, 1], "b": [0, 1]}
-        assert study(fewer, old, planned=planned).share([group({name: fewer[name]}) for name in "ab"]) == FURTHER
+        assert later.share(group(old)) == 1
+        assert later.share(group({name: now[name] for name in ("x=0", "x=2")})) == FURTHER**2
+        assert later.share(group(now)) == later.looks.share() == FURTHER**2
+        assert study(with_new, old, planned=planned).share(group(with_new)) == FURTHER
+        assert study(both(0, 1), old, planned=planned).share(group(both(0, 1))) == FURTHER
+
+
+def test_a_test_whose_runs_stay_the_same_has_the_shares_of_all_looks() -> None:
+    """It was early only because another setting was not complete. At the end it has all of its level."""
+    early, complete = both(*range(8)) | {"x=2": [0]}, both(*range(8)) | {"x=2": [*range(8)]}
+    own = group(both(*range(8)))
+    first = study(early, planned=8)
+    assert first.share(own) == first.looks.share() == spent(17 / 24)
+    assert study(complete, early, planned=8).share(own) == 1
+    without = study(both(*range(8)), early, planned=8)
+    assert without.share(own) == 1, "the other setting is gone, but not a run of these"
+    more = study(both(*range(12)), early, both(*range(8)), planned=8)
+    assert more.share(group(both(*range(12)))) == FURTHER
+
+
+@pytest.mark.parametrize("planned", [None, 4, 8])
+def test_the_shares_of_a_test_add_up_to_no_more_than_the_rule_says(planned: int | None) -> None:
+    """Runs are added to settings at random, some of which end later, and some are removed. Each look has a report."""
+    settings = ["x=0, y=0", "x=1, y=0", "x=0, y=1", "x=1, y=1", "x=2, y=0"]
+    for schedule in range(100):
+        rng = np.random.default_rng(schedule)
+        runs = {f"/{name}/{seed}": Known(name, seed, True) for name in settings[:4] for seed in range(3)}
+        looks, used = list[Seen](), dict[frozenset[str], float]()
+        for day in range(8):
+            name, seed = settings[rng.integers(5)], int(rng.integers(12))
+            runs[f"/{name}/{seed}"] = Known(name, seed, bool(rng.integers(3)))
+            if rng.integers(3) == 0:
+                runs.pop(rng.choice(sorted(runs)))
+            found = Study(planned, dict(runs), list(looks))
+            own = frozenset(folder for folder, run in runs.items() if not run.setting.startswith("x=2"))
+            seen = frozenset(own & found.present.runs.keys())
+            used[seen] = max(used.get(seen, 0.0), found.share(own))
+            looks.append(found.present._replace(time=f"{day}"))
+        assert sum(used.values()) <= 1.25 + 1e-9
 
 
 def test_runs_that_are_gone_may_have_been_left_out_for_their_results() -> None:
-    old: Sets = {"a": [0, 1, 2], "b": [0, 1, 2]}
-    a, b = (group({name: old[name]}) for name in "ab")
-    assert study(old, old | {"c": [0, 1, 2]}).share([a, b]) == FURTHER, "c may be an earlier name of the same setting"
-    present = old | {"c": [3]}
-    assert study(present, old | {"c": [0, 1, 2]}).share([a, b]) == 1, "c is another setting"
-    assert study(old, {"a": [0, 1, 2, 3], "b": [0, 1, 2]}).share([a, b]) == FURTHER
+    old = both(0, 1, 2)
+    assert study(old, old | {"x=2": [0, 1, 2]}).share(group(old)) == 1, "another setting"
+    assert study(old, old | {"y=2": [0, 1, 2]}).share(group(old)) == FURTHER, "nobody knows which setting it was"
+    assert study(old, old | {"x=0": [0, 1, 2, 3]}).share(group(old)) == FURTHER
+    three = old | {"x=2": [0, 1, 2]}
+    fewer = study(three, three | {"x=3": [0, 1, 2]})
+    assert fewer.share(group(three)) == FURTHER, "the test may have had four settings"
+    assert fewer.share(group(old)) == 1
+    again = Study(
+        None, {f: run._replace(ended=f != "/x=0/2") for f, run in study(old).runs.items()}, [study(old).present]
+    )
+    assert again.share(group(both(0, 1))) == FURTHER, "a run was removed, and the sweep still awaits it"
+
+
+def test_runs_whose_folders_are_named_one_by_one_have_the_looks_of_their_sweep(runs: pd.DataFrame) -> None:
+    """Their experiment then has another name, because no sweep tells which grid they are of."""
+    record_look(runs[runs["seed"] < 3], study_of(runs[runs["seed"] < 3]))
+    alone = study_of(runs.assign(experiment="default", varied=None))
+    assert alone.looks.share() == study_of(runs.assign(varied="[]")).looks.share() == FURTHER
+
+
+def test_a_report_about_two_folders_is_one_look_also_if_one_has_moved(runs: pd.DataFrame, tmp_path: Path) -> None:
+    second = tmp_path / "sweeps" / "second"
+    second.mkdir()
+    for folder in runs.loc[runs["noise"] == 0.5, "folder"]:
+        Path(folder).rename(second / Path(folder).name)
+    folders = runs["folder"].where(runs["noise"] != 0.5, runs["folder"].str.replace("/noise/", "/second/"))
+    both_folders = runs.assign(folder=folders)
+    record_look(both_folders, study_of(both_folders))
+    assert study_of(both_folders).looks.share() == 1
+    (tmp_path / "elsewhere").mkdir()
+    second.rename(tmp_path / "elsewhere" / "second")
+    moved = both_folders.assign(folder=folders.str.replace("/sweeps/second/", "/elsewhere/second/"))
+    assert study_of(moved).looks.share() == 1
+
+
+def test_the_planned_number_is_that_of_the_first_look() -> None:
+    """Runs of the first look are gone, and the others were planned with more seeds."""
+    three, eleven = both(0, 1, 2), both(*range(11))
+    unplanned = study(three)
+    later = Study(8, study(eleven).runs, [unplanned.present._replace(time="2026-01-01")])
+    assert later.looks.planned == 3
+    assert later.share(group(eleven)) == FURTHER
 
 
 def test_a_report_while_runs_are_awaited_is_an_early_look() -> None:
     """A sweep of three seeds at two settings has ended at one of them, and has one seed at the other."""
-    first: Sets = {"a": [0, 1, 2], "b": [0]}
-    early = study(first, awaited={"b": [1, 2]})
-    assert early.share() == spent(2 / 3)
-    [warning] = warnings_of_looks(early)
-    assert "a setting has 2 of the 3 planned seeds, on average" in warning.replace("\n", " ")
-    complete = {"a": [0, 1, 2], "b": [0, 1, 2]}
-    seen = Seen("2026-01-01", early.present.runs, early.present.awaited)
-    a, b = (group({name: complete[name]}) for name in "ab")
-    later = replace(study(complete), earlier=[seen])
-    assert later.share([a, b]) == 1, "a test of one seed was impossible"
-    assert later.share() == 1 - spent(2 / 3)
+    early = study({"x=0": [0, 1, 2], "x=1": [0]}, awaited={"x=1": [1, 2]})
+    assert early.looks.share() == spent(2 / 3)
+    assert "a setting has 2 of the 3 planned seeds, on average" in one_line(early)
+    assert "keeps the share" not in one_line(early), "there was no earlier look"
+    later = replace(study(both(0, 1, 2)), earlier=[early.present._replace(time="2026-01-01")])
+    assert later.share(group(both(0, 1, 2))) == later.looks.share() == 1 - spent(2 / 3)
 
 
 def test_looks_at_other_runs_keep_the_error_of_a_test() -> None:
     """A test has looks at 3 seeds, at the same again, at 5, at the same 5 again and at 8; only three of them count."""
     numbers = (3, 3, 5, 5, 8)
-    looks = [both(*range(n)) | {"c": [*range(others)]} for n, others in zip(numbers, (3, 4, 6, 7, 8), strict=True)]
-    groups = [group({name: [*range(8)]}) for name in "ab"]
+    looks = [both(*range(n)) | {"x=2": [*range(others)]} for n, others in zip(numbers, (3, 4, 6, 7, 8), strict=True)]
+    own = group(both(*range(8)))
     p = p_of_looks(numbers, 0.0, studies := 4000)
     noise = 2 * np.sqrt(0.05 * 0.95 / studies)
     for planned, most in ((8, 0.05), (None, 0.0625)):
-        shares = [study(now, *looks[:day], planned=planned).share(groups) for day, now in enumerate(looks)]
-        assert shares[0] == shares[1]
-        assert shares[2] == shares[3]
-        decided = p <= 0.05 * np.array(shares)
-        assert (decided[:, [0, 2]] == decided[:, [1, 3]]).all()  # the same runs, the same answer
-        assert decided.any(1).mean() <= most + noise
+        shares = [study(now, *looks[:day], planned=planned).share(own) for day, now in enumerate(looks)]
+        assert shares[0] <= shares[1]
+        assert shares[2] <= shares[3], "the same runs have no less than before"
+        assert (p <= 0.05 * np.array(shares)).any(1).mean() <= most + noise
     assert (p <= 0.05).any(1).mean() > 0.09
-
-
-def both(*seeds: int) -> Sets:
-    return {"a": [*seeds], "b": [*seeds]}
 
 
 def one_line(of: Study) -> str:
@@ -213,11 +284,14 @@ def one_line(of: Study) -> str:
 
 def test_a_report_says_which_looks_leave_it_less() -> None:
     nothing_new = study(both(0, 4), both(0, 1, 2), both(3, 4, 5), planned=8)
-    assert "look 3 at these runs, and it has no new run" in next(warnings_of_looks(nothing_new))
+    assert "look 3 at these runs, and a setting has no more seeds than before, on average** (6 of the 8" in one_line(
+        nothing_new
+    )
     all_runs = study(both(*range(6)), both(0, 1, 2))
     assert "On 2026-01-01, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
     gone = study(both(7, 8, 9), both(0, 1, 2))
     assert "the results of 6 runs could be seen" in one_line(gone)
+    assert "A comparison without a new run keeps the share that it had." in one_line(all_runs)
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))
     assert "was not written down" in warning
@@ -279,11 +353,11 @@ def runs(tmp_path: Path) -> pd.DataFrame:
 def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
     first = runs[runs["seed"] < 3]
     alone = collect_inputs(runs)[0]
-    assert record_look(first)
-    assert record_look(first)  # the same report again is the same look
+    assert record_look(first, study_of(first))
+    assert record_look(first, study_of(first))  # the same report again is the same look
     [look] = LooksRecord.read(tmp_path / "sweeps" / "noise" / "looks.json").looks["noise_lb_seed"]
     assert look.seeds == [0, 1, 2]
-    assert look.awaited == []
+    assert look.mean_seeds == look.planned == 3
     names = {Path(folder).name for folder in first["folder"]}
     assert {each for setting in look.runs.values() for each in setting} == names
     assert "lb=0.01, noise=0.5" in look.runs
@@ -320,9 +394,9 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
     study = study_of(runs)
     assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
-    tests = [None, *(groups_of_claim(claim, members) for claim, members in planned_claims(runs))]
+    tests = [group_of(runs), *(runs_of_claim(claim, members) for claim, members in planned_claims(runs))]
     assert {study.share(test) for test in tests} == {FURTHER if ended else 1.0}
-    assert replace(study, planned=5).share() == pytest.approx(1 - spent(0.6) if ended else 1)
+    assert study_of(runs.assign(planned_seeds=5)).looks.share() == pytest.approx(1 - spent(0.6) if ended else 1)
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
     assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
@@ -361,12 +435,10 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
 
 
 def test_a_planned_look_keeps_the_level(runs: pd.DataFrame) -> None:
-    study = study_of(runs)
-    earlier = {run: known.setting for run, known in study.runs.items() if known.seed < 3}
-    study = replace(study, planned=5, earlier=[Seen("2026-01-01", earlier)])
-    assert study.share() + spent(0.6) == pytest.approx(1)
-    added_later = [group_of(runs[(runs["noise"] == noise) & (runs["seed"] > 2)]) for noise in (0.0, 0.5)]
-    assert study.share(added_later) == spent(2 / 5), "these runs were in no look"
+    early = study_of(runs[runs["seed"] < 3].assign(planned_seeds=5))
+    study = replace(study_of(runs), planned=5, earlier=[early.present._replace(time="2026-01-01")])
+    assert study.looks.share() + spent(0.6) == pytest.approx(1)
+    assert study.share(group_of(runs)) == study.share(group_of(runs[runs["noise"] < 0.5])) == study.looks.share()
     [warning] = warnings_of_looks(study)
     assert "look 2 at these runs: a setting has 5 of the 5 planned seeds, on average" in warning.replace("\n", " ")
 
@@ -406,8 +478,8 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
     path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
     for first, share in ((runs[runs["seed"] < 4], 1.0), (runs, FURTHER)):  # the same runs again, and more
-        assert {study_of(first).share(groups_of_claim(*each)) for each in planned_claims(first)} == {share}
-    assert record_look(runs)
+        assert {study_of(first).share(runs_of_claim(*each)) for each in planned_claims(first)} == {share}
+    assert record_look(runs, study_of(runs))
     looks = LooksRecord.read(path).looks["noise_lb_seed"]
     assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
 
@@ -442,7 +514,7 @@ def test_a_damaged_file_is_named_and_kept(
     assert "move this file away" in str(error.value)
     if name == "looks.json":
         with pytest.raises(RecordError):
-            record_look(runs)
+            record_look(runs, study_of(runs))
     assert path.read_text() == damaged
 
 

@@ -72,7 +72,7 @@ class ReportInputs(NamedTuple):
     metrics: list[str]  # those of the headline metrics and of the options that some run has and that are comparable
     tested: list[str]  # those of `TESTED` and the metrics of the options that some run has
     judgments: list[Judgment]  # on the claims, or else on the contrasts of the first tested metric
-    # The next three are tables of tests. Each has a column `groups` until it is corrected for looks and other tests.
+    # The next three are tables of tests. Each has a column `own` until it is corrected for looks and other tests.
     claims: pd.DataFrame  # from `moe.analysis.claims.decided`; empty if there are several experiments
     contrasts: pd.DataFrame  # `moe.analysis.statistics.contrasts` of all tested metrics; empty in the same case
     variance: pd.DataFrame  # `moe.analysis.variance.anova` of all tested metrics, with `p Holm`; empty in the same case
@@ -99,9 +99,10 @@ class ReportInputs(NamedTuple):
         return {metric: margin for metric, margin in self.options.margins.items() if metric not in late}
 
     @property
-    def later(self) -> float:
-        """The factor by which the level of a comparison is divided more in a later report with more seeds."""
-        return self.study.share() / self.study.next_share()
+    def tests_later(self) -> float:
+        """The number by which 5 % are divided for an unplanned comparison in a later report with more seeds."""
+        numbers = [each.tests / each.share for each in self.families if each.name == FAMILIES[-1]]
+        return max(numbers, default=1.0) / self.study.next_share
 
     @property
     def observed(self) -> bool:

@@ -138,12 +138,12 @@ class Judgment(NamedTuple):
 
 
 def judgments(
-    claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None, *, later: float = 1.0
+    claims: pd.DataFrame, contrasts: pd.DataFrame, metric: str | None, *, tests_later: float | None = None
 ) -> list[Judgment]:
     """Return a judgment on every claim, the decided ones first.
 
     If there are no claims, return one on every contrast of `metric` that has a value, the most certain ones first.
-    later: the factor by which tests are divided more in a later report with more seeds.
+    tests_later: the number by which 5 % are divided for a comparison in a later report with more seeds.
     """
     if len(claims):
         return sorted(
@@ -153,7 +153,7 @@ def judgments(
         return []
     rows = contrasts[(contrasts["metric"] == metric) & (contrasts["n"] > 0)]
     order = [(CERTAINTY.index(standing(row)), row["p"]) for _, row in rows.iterrows()]
-    return [on_contrast(rows.iloc[place], later) for place in sorted(range(len(rows)), key=order.__getitem__)]
+    return [on_contrast(rows.iloc[place], tests_later) for place in sorted(range(len(rows)), key=order.__getitem__)]
 
 
 def _on_claim(row: pd.Series, number: int) -> Judgment:
@@ -187,10 +187,10 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
     )
 
 
-def on_contrast(row: pd.Series, later: float = 1.0) -> Judgment:
-    """Return the judgment on a row of `moe.analysis.statistics.contrasts`, in the words of its metric."""
+def on_contrast(row: pd.Series, tests_later: float | None = None) -> Judgment:
+    """Return the judgment on a row of `moe.analysis.statistics.contrasts`. tests_later: see `judgments`."""
     known, (up, down) = standing(row), directions(row["metric"])
-    predicted = Prediction(0.0, math.inf, abs(row["d_z"]), max(row["tests"], 1) * later)
+    predicted = Prediction(0.0, math.inf, abs(row["d_z"]), max(tests_later or row["tests"], 1))
     needed = seeds_for(predicted) if known == UNDECIDED else None
     margin, within, beyond = row.get("margin", math.nan), False, False
     if known == DETERMINISTIC:

@@ -229,7 +229,7 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _with_look(inputs: ReportInputs) -> ReportInputs:
     """Write the look down, and return the inputs, which then say whether that was possible."""
-    looked = inputs.search or inputs.observed or record_look(inputs.loaded, inputs.options.margins)
+    looked = inputs.search or inputs.observed or record_look(inputs.loaded, inputs.study, inputs.options.margins)
     return inputs._replace(study=replace(inputs.study, unwritten=not looked))
 
 

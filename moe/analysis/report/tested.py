@@ -21,10 +21,9 @@ from moe.analysis.statistics import (
     stack,
     with_correction,
 )
-from moe.analysis.variance import anova, factors_of_terms
+from moe.analysis.variance import anova
 from moe.results.comparable import not_poolable
 from moe.results.conditions import (
-    conditions,
     levels,
 )
 
@@ -49,13 +48,13 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     ]
     if is_crossed(runs):  # no seed is better than another
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
-    groups = {
-        tuple(names.values()): [group_of(treated), group_of(baseline)]
+    own = {
+        tuple(names.values()): group_of(treated) | group_of(baseline)
         for names, treated, baseline in comparisons(runs, factors, references)
     }
     for table in tables:
         names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
-        table["groups"] = [groups[each] for each in names]
+        table["own"] = [own[each] for each in names]
     variance, refusals = _variance(inputs, runs)
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
@@ -100,7 +99,7 @@ def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
     These tests have 5 % of their own. A contrast without a margin has NaN.
     """
     p = [
-        (inputs.contrasts["p TOST"] / inputs.contrasts["groups"].map(inputs.study.share)).clip(upper=1)
+        (inputs.contrasts["p TOST"] / inputs.contrasts["own"].map(inputs.study.share)).clip(upper=1)
         if "p TOST" in inputs.contrasts
         else pd.Series(np.nan, index=inputs.contrasts.index)
         for inputs in parts
@@ -120,8 +119,8 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
             both = {
-                "share": table["groups"].map(inputs.study.share).to_numpy(),
-                "next share": table["groups"].map(inputs.study.next_share).to_numpy(),
+                "share": table["own"].map(inputs.study.share).to_numpy(),
+                "next share": inputs.study.next_share,
             }
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
@@ -135,8 +134,8 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarra
         found = [claims[name].to_numpy() for name in ("holm", "tests", "later")]
         inputs = inputs._replace(claims=decided(inputs.claims, *found))
     inputs = inputs._replace(
-        contrasts=inputs.contrasts.drop(columns="groups", errors="ignore"),
-        variance=inputs.variance.drop(columns="groups", errors="ignore"),
+        contrasts=inputs.contrasts.drop(columns="own", errors="ignore"),
+        variance=inputs.variance.drop(columns="own", errors="ignore"),
     )
     if len(compared):
         columns = compared["holm"].to_numpy(), compared["tests"].to_numpy(), compared["bh"].to_numpy(), equivalence
@@ -146,22 +145,18 @@ def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarra
         table.insert(table.columns.get_loc("p GG") + 1, "p Holm", variance["holm"].to_numpy())
         inputs = inputs._replace(variance=table)
     first = next(iter(inputs.tested), None)
-    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, first, later=inputs.later))
+    return inputs._replace(judgments=judgments(inputs.claims, inputs.contrasts, first, tests_later=inputs.tests_later))
 
 
 def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return the analysis of variance of every tested metric over these runs, and why a metric has none."""
     tables, refusals = [], []
-    groups = {
-        term: [group_of(members) for _, members in conditions(runs, factors)]
-        for term, factors in factors_of_terms(inputs.factors).items()
-    }
     for metric in inputs.tested:
         try:
             if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
                 raise ValueError(reason)
-            tables.append(table := anova(runs, metric, inputs.factors))
-            table["groups"] = table["term"].map(lambda term: groups.get(term, []))
+            table = anova(runs, metric, inputs.factors)
+            tables.append(table.assign(own=[group_of(runs)] * len(table)))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
     return stack(tables), refusals

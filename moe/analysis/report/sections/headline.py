@@ -145,7 +145,7 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
 
 def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
-    rows = [(row, on_contrast(row, inputs.later)) for _, row in inputs.contrasts.iterrows()]
+    rows = [(row, on_contrast(row, inputs.tests_later)) for _, row in inputs.contrasts.iterrows()]
     rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
     found = [judged for row, judged in rows if standing(row) == SIGNIFICANT]
     if not found:

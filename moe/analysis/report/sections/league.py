@@ -158,7 +158,7 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
 
 def _level(inputs: ReportInputs, runs: pd.DataFrame) -> float:
     """Return the level of a league of these runs; 0 if nothing is left in this look, or if they learned too little."""
-    share = inputs.study.share([group_of(members) for _, members in conditions(runs, [ROUTER])])
+    share = inputs.study.share(group_of(runs))
     return 0.0 if inputs.learned_little or share <= SMALLEST else SIGNIFICANCE * share
 
 

@@ -20,12 +20,12 @@ CHANGED_SINCE = """\
 **The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
 with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
 by results of the earlier runs."""
-ALONE = "A test of settings that no earlier look could compare has all of its level."
+OLD = " A comparison without a new run keeps the share that it had."
 BEYOND = """\
 **This is look {number} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
-report or because a command had ended. In this look, the tests of a report together have {share:.3g} % instead of 5 %.
-Together with the looks before, chance decides something in at most {total:.3g} % of studies. {alone} To keep 5 %, plan
-the number of seeds before the first run (`planned_seeds=8`)."""
+report or because a command had ended. In this look, {tests} together have {share:.3g} % instead of 5 %.{old} Together
+with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of
+seeds before the first run (`planned_seeds=8`)."""
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
 first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
@@ -34,12 +34,12 @@ REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "{planned} seeds, those of the first look, which count as planned because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
 WITHIN = """\
-This is look {number} at these runs: a setting has {now} of the {planned} planned seeds, on average. In this look, the
-tests of a report together have {share:.3g} % instead of 5 %, and all looks together keep the 5 %. {alone}"""
+This is look {number} at these runs: a setting has {now} of the {planned} planned seeds, on average. In this look,
+{tests} together have {share:.3g} % instead of 5 %, and all looks together keep the 5 %.{old}"""
 NOTHING_NEW = """\
-**This is look {number} at these runs, and it has no new run.** Earlier reports had all its runs, beside others.
-Nothing of the 5 % is left for it, so its tests decide nothing. Reports about more seeds, up to the {planned} planned
-ones, do. {alone}"""
+**This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the {planned}
+planned ones). Nothing of the 5 % is left for comparisons with other runs than before, so these decide nothing.{old}
+Reports about more seeds, up to the planned ones, decide."""
 USED_UP = """\
 {which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
 numbers of seeds above take into account. Together with the looks before,
@@ -121,16 +121,22 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
             newest=newest[0].time,
             changes=_changes(earlier, newest[0]),
         )
-    looks = study.looks_of()
-    if looks is None or not study.testable:
+    looks = study.looks
+    if not study.testable:
         return
     if study.unwritten:
         yield NOT_WRITTEN
     now, before = looks.seeds[looks.place], looks.seeds[: looks.place]
     if not before and now >= looks.planned:
         return
-    facts = {"number": looks.place + 1, "planned": f"{looks.planned:.3g}", "share": 100 * SIGNIFICANCE * looks.share}
-    facts |= {"alone": ALONE}
+    facts = {
+        "number": looks.place + 1,
+        "now": f"{now:.3g}",
+        "planned": f"{looks.planned:.3g}",
+        "share": 100 * SIGNIFICANCE * looks.share(),
+        "tests": "the comparisons with new runs" if before else "the tests of a report",
+        "old": OLD if before else "",
+    }
     if beyond := sum(each >= looks.planned for each in before):
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
         reached = (REACHED if study.planned else FIRST_LOOK).format(**facts)
@@ -139,7 +145,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
     elif now in before:
         yield NOTHING_NEW.format(**facts)
     else:
-        yield WITHIN.format(**facts, now=f"{now:.3g}")
+        yield WITHIN.format(**facts)
 
 
 def _seen_before(study: Study) -> tuple[str, str]:
@@ -165,8 +171,8 @@ def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
 
 def price_of_more(study: Study) -> str:
     """Return what a report about more seeds costs, as a share of the 5 %; if planned seeds are left, how many."""
-    looks = study.looks_of()
-    if looks is None or not study.testable:
+    looks = study.looks
+    if not study.testable:
         return ""
     planned = f"{looks.planned:.3g}"
     total = 100 * SIGNIFICANCE / (1 - FURTHER)
@@ -178,14 +184,13 @@ def price_of_more(study: Study) -> str:
 
 def seeds_left(study: Study) -> int:
     """Return how many of the planned seeds no look has seen."""
-    looks = study.looks_of()
-    return max(0, math.ceil(looks.planned - looks.seeds[-1])) if looks else 0
+    return max(0, math.ceil(study.looks.planned - study.looks.seeds[-1]))
 
 
 def error_of_more(study: Study, seeds: int | float) -> str:
     """Return that so many seeds are more than planned; "" up to the planned number, and for NaN."""
-    looks = study.looks_of()
-    return BEYOND_PLAN.format(planned=f"{looks.planned:.3g}") if looks and seeds > looks.planned else ""
+    planned = study.looks.planned
+    return BEYOND_PLAN.format(planned=f"{planned:.3g}") if seeds > planned else ""
 
 
 def _claims(number: int) -> str:
