@@ -41,6 +41,24 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def not_on_hub(error: Exception) -> str:
+    """Return why the Hugging Face Hub did not give a repository or a file, with the first line of its answer.
+
+    error: of the hub's library, of its HTTP library, or of the operating system.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = {each.__name__ for each in type(error).__mro__}
+    if "GatedRepoError" in kinds or status == 403:
+        why = "the hub gives it only to users who are logged in (`hf auth login`) and have accepted its terms"
+    elif status == 429:
+        why = "the hub takes no more requests for now; try again later"
+    elif kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "HFValidationError"}:
+        why = "none on the hub"
+    else:
+        why = "the hub does not answer"
+    return f"{why} ({first_line(error)})"
+
+
 def described(error: BaseException) -> str:
     """Return the class of an error and the first line of its message, such as "RuntimeError: boom"."""
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__

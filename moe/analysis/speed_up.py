@@ -14,6 +14,7 @@ from jaxtyping import Float
 from moe.analysis.scaling import CLOSE, COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
 
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
+NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
 NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
@@ -22,7 +23,9 @@ class SpeedUp(NamedTuple):
     """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
 
     checked: whether runs of the baseline ended at this budget, or at smaller and larger ones. Otherwise the curve gives
-    the baseline too high a loss there, or is extrapolated, and does not show that an arm saves compute.
+    the baseline too high a loss there, or is extrapolated, and does not show that an arm saves compute. reached:
+    whether the baseline's runs reach this loss. Otherwise the compute that it needs is extrapolated, and does not show
+    that an arm costs more.
     """
 
     budget: float
@@ -31,13 +34,14 @@ class SpeedUp(NamedTuple):
     times: Estimate
     doubts: list[str]
     checked: bool
+    reached: bool
 
     @property
     def verdict(self) -> str:
         """Whether the arm saves compute, costs more, or is not told apart, by the interval."""
         if self.times.low > 1 and self.checked:
             return SAVES
-        return COSTS_MORE if self.times.high < 1 else NOT_APART
+        return COSTS_MORE if self.times.high < 1 and self.reached else NOT_APART
 
 
 class Curve(NamedTuple):
@@ -87,7 +91,7 @@ def speed_up(
             known[same] = _curve(points, common, resamples)
         most = float(baseline["FLOPs"].max())
         checked = budget <= most * (1 + CLOSE) and not (of_training and budget < most * (1 - CLOSE))
-        found.append(_speed_up(known[same], budget, _means(members, common, resamples), checked, of))
+        found.append(_speed_up(known[same], budget, _means(members, common, resamples), checked, most, of))
     return found
 
 
@@ -112,7 +116,9 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
 
 
-def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool, of: int) -> SpeedUp:
+def _speed_up(
+    curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool, most: float, of: int
+) -> SpeedUp:
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
     doubts = list(curve.law.doubts)
@@ -122,7 +128,10 @@ def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checke
         doubts += curve.law.outside(FLOPs=needed)
     if times.low > 0 and not checked:
         doubts.append(NOT_CHECKED)
-    return SpeedUp(budget, float(loss[0]), needed, Estimate(*map(_exp, times)), doubts, checked)
+    reached = needed <= most * (1 + CLOSE)
+    if times.high < 0 and not reached:
+        doubts.append(NOT_REACHED)
+    return SpeedUp(budget, float(loss[0]), needed, Estimate(*map(_exp, times)), doubts, checked, reached)
 
 
 def _exp(log: float) -> float:

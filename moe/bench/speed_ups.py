@@ -38,7 +38,9 @@ CASES = {
     "waves, the setting is as the reference": Case(5, 2.0, WAVE, 1.0),
     "waves, halfway between budgets 2 times apart": Case(5, 2.0, WAVE, math.sqrt(2)),
     "waves, halfway between budgets 4 times apart": Case(5, 4.0, WAVE, 2.0),
-    "waves, a training curve of nine evaluations": Case(9, 1.5, WAVE, math.sqrt(1.5), of_training=True),
+    "waves, nine budgets 1.5 times apart, of which only the last one is a run": Case(
+        9, 1.5, WAVE, math.sqrt(1.5), of_training=True
+    ),
 }
 
 

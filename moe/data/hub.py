@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moe.checks import ConfigError, first_line
+from moe.checks import ConfigError, first_line, not_on_hub
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def commit(name: str, revision: str | None, *, kind: str, key: str) -> str:
         if isinstance(known, str):
             return Path(known).parent.name
         advice = f"; give {key.rpartition('.')[0]}.revision=COMMIT to use prepared data" if kind == "dataset" else ""
-        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({first_line(error)}){advice}") from error
+        raise ConfigError(f"{key}={name}: no such folder, and {not_on_hub(error)}{advice}") from error
     if found is None:
         raise ConfigError(f"{key}={name}: the hub does not tell the commit")
     return found

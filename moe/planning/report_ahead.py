@@ -35,9 +35,14 @@ def tests_ahead(cells: list[Cell]) -> list[Ahead]:
     """Return what is known of the test of each claim.
 
     The report is collected as every other one, from the records of these runs and from random results. So it has the
-    claims, the contrasts and the terms of the analysis of variance that the real one will have. Where the cells have a
-    single seed, with which no test is possible, there is a second one.
+    claims, the contrasts and the terms of the analysis of variance that the real one will have. These runs have no
+    training curves, so a claim at equal cost is taken for one at the end of training: it has as many tests. Where the
+    cells have a single seed, with which no test is possible, there is a second one.
     """
+    cells = [
+        cell._replace(config=replace(cell.config, claims=[replace(claim, at=None) for claim in cell.config.claims]))
+        for cell in cells
+    ]
     claims = cells[0].config.claims
     cells = _of_two_seeds(cells)
     with TemporaryDirectory() as name:

@@ -18,7 +18,7 @@ from moe.planning.differences import differences
 from moe.planning.seeds import NOT_TOLD, Spread, spread_of
 from moe.results.conditions import conditions, varied_factors
 from moe.results.shipped import RUNS, STUDIES, read_shipped, seeds_with
-from moe.results.table import load_runs
+from moe.results.table import level, load_runs
 
 
 class Source(NamedTuple):
@@ -65,8 +65,9 @@ class Sources:
     """The runs that may tell the spreads of the claims of planned cells.
 
     Those of a pilot if there is one. Otherwise, in this order: the finished runs in the folder of these cells unless
-    they are `passed_over`, the shipped runs of their experiment, and those of the other experiment with the most seeds
-    that have the metric. Without a pilot, only runs with two seeds of two settings at least tell a spread.
+    they are `passed_over`, the shipped runs of their experiment, and those of the other experiment that has the most of
+    the levels that a claim compares, then the most seeds that have the metric. Without a pilot, only runs with two
+    seeds of two settings at least tell a spread.
     """
 
     def __init__(self, cells: list[Cell], pilot: Path | None = None, studies: Path = STUDIES) -> None:
@@ -116,13 +117,13 @@ class Sources:
 
     def spread(self, claim: ClaimConfig) -> tuple[Spread, Source | None]:
         """Return the spread of a claim, and the runs that tell it; `NOT_TOLD` and None if none do."""
-        for source in self._in_order(claim.metric):
+        for source in self._in_order(claim):
             spread = source.spread(claim)
             if not math.isnan(spread.mean):
                 return (spread if source.here else self._at_level_here(spread, claim.metric)), source
         return NOT_TOLD, None
 
-    def _in_order(self, metric: str) -> Iterator[Source]:
+    def _in_order(self, claim: ClaimConfig) -> Iterator[Source]:
         if self.pilot is not None:
             yield self.pilot
             return
@@ -131,9 +132,14 @@ class Sources:
         experiment = self.cells[0].experiment
         if (same := self._shipped(experiment)) is not None:
             yield same
-        seeds = {path.name: seeds_with(path, metric) for path in self.studies.glob("*") if path.name != experiment}
-        for name in sorted(seeds, key=lambda name: (-seeds[name], name)):
-            if seeds[name] > 1 and (other := self._shipped(name)) is not None:
+        compared = {str(level(each)) for each in (*claim.levels, *claim.than)}
+        others: list[tuple[int, int, str]] = []
+        for path in self.studies.glob("*"):
+            if path.name != experiment:
+                seeds, known = seeds_with(path, claim.metric, claim.factor)
+                others += [(-len(compared & known), -seeds, path.name)] if seeds > 1 else []
+        for *_, name in sorted(others):
+            if (other := self._shipped(name)) is not None:
                 yield other
 
     def _shipped(self, study: str) -> Source | None:

@@ -94,13 +94,17 @@ def read_shipped(folder: Path) -> tuple[pd.DataFrame, EventTables]:
     return table_of(rows), EventTables(evals, pd.DataFrame(), [])
 
 
-def seeds_with(folder: Path, metric: str) -> int:
-    """Return how many seeds have a metric in the table of runs in a folder; 0 if there is no table that can be read."""
+def seeds_with(folder: Path, metric: str, factor: str) -> tuple[int, set[str]]:
+    """Return how many seeds have a metric in the table of runs in a folder, and the levels of a factor, as texts.
+
+    It is 0 if there is no table that can be read, or none with the metric.
+    """
     try:
-        table = pd.read_csv(folder / RUNS, usecols=["seed", metric])
-    except (OSError, EOFError, ValueError, zlib.error):  # ValueError: also for a table without the metric
-        return 0
-    return int(table.dropna()["seed"].nunique())
+        table = pd.read_csv(folder / RUNS, usecols=lambda column: column in ("seed", metric, factor))
+        seeds = int(table.dropna(subset=[metric])["seed"].nunique())
+    except (OSError, EOFError, ValueError, KeyError, zlib.error):  # KeyError: a table without the metric or a seed
+        return 0, set()
+    return seeds, {*table[factor].dropna().astype(str)} if factor in table else set()
 
 
 def _read(path: Path, needed: set[str], **options: Any) -> pd.DataFrame:

@@ -146,6 +146,21 @@ def test_comparisons_have_the_reference_of_the_claims_unless_the_reader_names_on
     assert {*inputs.contrasts["reference"]} == {0.0}
 
 
+def test_a_report_warns_if_other_code_trained_some_of_the_settings(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path)
+    runs, noisy = inputs.loaded, inputs.loaded["noise"] == 0.5
+
+    def words(commits: pd.Series) -> str:
+        [found] = collect_inputs(runs.assign(commit=commits))
+        return " ".join(" ".join(map(block_as_markdown, answer(found))).split())
+
+    assert "trained by the same code" not in words(noisy.map({True: "a" * 40, False: "a" * 40}))
+    assert "trained by the same code" not in words(runs["seed"].map({1: "a" * 40, 2: "b" * 40, 3: "b" * 40}))
+    told = words(noisy.map({True: "a" * 40, False: "b" * 40}))
+    assert "**The settings were not all trained by the same code**: commits " in told
+    assert "aaaaaaa (1 setting)" in told
+
+
 def test_one_run_of_each_setting_is_compared_with_a_unigram_model_too(tmp_path: Path) -> None:
     inputs = inputs_of(tmp_path, unigram_perplexity=101.0)
     [alone] = collect_inputs(inputs.loaded[inputs.loaded["seed"] == 3])

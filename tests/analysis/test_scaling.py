@@ -18,7 +18,7 @@ from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.sections.cost import speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
-from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, SAVES, speed_up
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, NOT_REACHED, SAVES, speed_up
 from moe.bench.speed_ups import CASES, coverage, simulated
 from moe.results.table import load_runs
 
@@ -163,6 +163,10 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     assert between.verdict == SAVES
     [worse] = speed_up(baseline, far.assign(loss=far["loss"] + 0.2))
     assert worse.verdict == COSTS_MORE
+    slower = far.assign(FLOPs=far["FLOPs"] * 4)
+    [extrapolated] = speed_up(baseline, slower)
+    assert extrapolated.times.high < 1
+    assert (extrapolated.verdict, extrapolated.doubts[-1]) == (NOT_APART, NOT_REACHED), "no run has this loss"
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
     assert beyond.needed == beyond.times.value == math.inf
     assert speed_up_row(beyond)["times the compute"] == "no budget reaches it"

@@ -76,6 +76,21 @@ def test_the_level_of_each_claim_is_the_one_that_its_report_applies(tmp_path: Pa
     assert [each.rivals for each in found][:2] == [2, 1]
 
 
+def test_a_claim_at_equal_cost_has_as_many_tests_as_one_at_the_end() -> None:
+    cells = read_cells(["experiment=noise_lb_seed"])
+    assert cells is not None
+    claim = cells[0].config.claims[1]
+    assert claim.kind == "higher"
+    for at in ("flops", "seconds"):
+        other = [
+            cell._replace(config=replace(cell.config, claims=[*cell.config.claims, replace(claim, text=at, at=at)]))
+            for cell in cells
+        ]
+        *_, same, last = ahead(other)
+        assert last.absent == []
+        assert last.tests == same.tests
+
+
 def test_a_mixed_claim_is_planned_as_a_paired_one_because_a_plan_has_all_runs() -> None:
     cells = read_cells(["experiment=noise_lb_seed"])
     assert cells is not None
@@ -420,6 +435,12 @@ def test_without_a_pilot_the_nearest_finished_runs_tell_the_spread(pilot: Path, 
     assert found == "the shipped runs of y, only a guide: paired differences of 3 seeds"
     assert "the experiment is y there, and x in the plan\n  steps is 10 there, and 4 in the plan\n" in text
     assert command.endswith("seed=7,8,9")
+    ship(load_runs([pilot]), tmp_path / "studies" / "a")
+    table = tmp_path / "studies" / "a" / "runs.csv.gz"
+    runs = pd.read_csv(table)
+    more = pd.concat([runs, runs.assign(seed=runs["seed"] + 10)])
+    more.assign(noise=more["noise"] + 5).to_csv(table, index=False)
+    assert plan()[0] == found, "a has more seeds, but no level of the claim"
     ship(load_runs([pilot]), tmp_path / "studies" / "x")
     assert plan()[0] == "the shipped runs of x, only a guide: paired differences of 3 seeds"
     own = shutil.copytree(pilot, tmp_path / "x" / "x")

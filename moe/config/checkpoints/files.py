@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moe.checks import ConfigError, first_line, require
+from moe.checks import ConfigError, first_line, not_on_hub, require
 from moe.files import read_text, require_files, require_no_adapter, sha256, tensor_shapes
 
 WEIGHTS = "transformers_weights"  # key of config.json by which transformers reads another file of weights
@@ -126,7 +126,7 @@ def _file(key: str, name: str, file: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={name}: no such folder, and none on the hub ({first_line(error)})") from error
+        raise ConfigError(f"{key}={name}: no such folder, and {not_on_hub(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -56,6 +56,9 @@ number. What is counted is corrected for the number of layers, of experts, or of
 Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
 ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
+OTHER_CODE = """\
+**The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
+to the code."""
 
 
 def answer(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -140,6 +143,16 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
     yield TableBlock(pd.DataFrame(rows))
 
 
+def _commits_of_settings(inputs: ReportInputs) -> str:
+    """Return the commits of the code that trained these settings; "" if it was the same for all of them."""
+    runs = inputs.runs[inputs.runs["status"] == "finished"].assign(setting=inputs.condition).dropna(subset="commit")
+    of_setting = runs.groupby("setting")["commit"].agg(lambda commits: frozenset(str(each)[:7] for each in commits))
+    if of_setting.nunique() < 2:
+        return ""
+    number = Counter(commit for commits in of_setting for commit in commits)
+    return ", ".join(f"{commit} ({count} setting{'s' * (count > 1)})" for commit, count in number.most_common())
+
+
 def _answer_in_words(inputs: ReportInputs) -> list[str]:
     return [text for _, text in answers(inputs, question_of(inputs))] or [headline(inputs)]
 
@@ -152,6 +165,8 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
     yield from warnings_of_looks(inputs.study)
     yield from warnings_of_margins(inputs)
+    if commits := _commits_of_settings(inputs):
+        yield OTHER_CODE.format(commits=commits)
     if inputs.trained and not inputs.crosses_seeds and "seed" in runs and runs["seed"].nunique() == 1:
         yield ONE_SEED
     if several_tokenizers(runs):

@@ -62,15 +62,17 @@ SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
 L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has
 their mean loss there. The interval is a t interval of the log, with the spread of {resamples} resamples of the seeds,
-which are the same for both levels; in 95 % of cases all intervals of the table contain the true values (Bonferroni's
-correction). Between two budgets, and beyond the last one, the form of the curve is taken
-for granted. A value above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that
-it saves compute is said only if runs of the reference ended at its compute, or at less and at more. None of this
-is a claim, and it is not among the tests of the report."""
+which are the same for both levels. It says what other seeds could change: if the curve is right, in 95 % of cases all
+intervals of the table contain the true values (Bonferroni's correction). It does not say how wrong the curve is between
+two budgets, and beyond the last one. It is that of a single look: other looks at these runs do not widen it. A value
+above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that it saves compute is
+said only if runs of the reference ended at its compute, or at less and at more, and that it costs more only if runs of
+the reference reach its loss. None of this is a claim, and it is not among the tests of the report."""
 FROM_CURVES = """\
 The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
-curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high, and the speed-up is
-distorted. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
+curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high. So is the speed-up, by
+more than its interval says: a run of that budget would have needed less compute. Runs of three or more budgets, such as
+`steps=100,200,400`, tell more."""
 NO_TABLE = "No two settings that are compared differ in {cost} and can be read at equal {cost}."
 RESAMPLES = 200
 EQUAL_CAPTION = """\
@@ -79,8 +81,8 @@ the line its 95 % t interval for that comparison alone; left of 0 is better. A p
 far in its training the earlier side is read."""
 SPEED_CAPTION = """\
 How many times as much training compute the reference level needs for the loss of each level; right of 1 saves compute.
-In 95 % of cases all intervals contain the true values. The axis is logarithmic. An interval that ends at the edge goes
-on beyond it."""
+If the curve is right, all intervals contain the true values in 95 % of cases. The axis is logarithmic. An interval that
+ends at the edge goes on beyond it."""
 
 
 def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -151,6 +151,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
 def _seen_before(study: Study) -> tuple[str, str]:
     """Return when the last look at other runs than now was, and which runs it saw."""
     last = next(look for look in reversed(study.earlier) if look.runs.keys() != study.present.runs.keys())
+    last = next(look for look in study.earlier if look.runs.keys() == last.runs.keys())
     seeds = sorted({study.runs[folder].seed for folder in last.runs if folder in study.runs})
     return last.time, f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
 

@@ -15,7 +15,7 @@ from moe.data.embedded import DOMAINS
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
 
-PLANNED_EFFECT = "{effect}: the smallest difference that matters, for which the seeds were planned before the first run"
+PLANNED_EFFECT = "{effect}: the smallest difference that matters, as named in the command that trained the runs"
 NOT_READ = """\
 no run read the domain {domain}, because {packages} not installed; so the models neither trained on it nor were
 evaluated on it"""
