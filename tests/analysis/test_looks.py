@@ -376,6 +376,21 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     assert list(warnings_of_looks(alone.study)) == []
 
 
+def test_a_run_without_a_partner_is_no_look_at_a_comparison(runs: pd.DataFrame) -> None:
+    """All settings have three seeds at the first look. Then all but noise 0.5 get two more, and at last noise 0.5."""
+    first, second = runs[runs["seed"] < 3], runs[(runs["seed"] < 3) | (runs["noise"] < 0.5)]
+    alone = collect_inputs(runs)[0].contrasts["tests"].max()
+    record_look(first, study_of(first))
+    found = collect_inputs(second)[0].contrasts
+    without = (found["factor"] == "noise") & (found["level"] == 0.5)
+    assert found.loc[without, "tests"].unique() == pytest.approx(alone)
+    assert found.loc[found["level"] == 0.1, "tests"].unique() == pytest.approx(alone / FURTHER)
+    record_look(second, study_of(second))
+    found = collect_inputs(runs)[0].contrasts
+    assert found.loc[without, "tests"].unique() == pytest.approx(alone / FURTHER**2)
+    assert found.loc[found["level"] == 0.1, "tests"].unique() == pytest.approx(alone / (FURTHER + FURTHER**2))
+
+
 @pytest.mark.parametrize(("of_second", "ended"), [("12:00", [0, 1, 2]), ("09:00", [])])
 def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path

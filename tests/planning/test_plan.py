@@ -515,7 +515,10 @@ def test_measuring_the_speed_takes_a_few_steps_or_seconds(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["experiment=noise_lb_seed"], "effect=null: must be given once, such as effect=0.5%"),
+        (
+            ["experiment=noise_lb_seed"],
+            "effect is missing: give the smallest difference that matters, such as effect=0.5%",
+        ),
         (["experiment=quick_demo", "effect=1", "seed=42", "router.temp=1.0"], "experiment=quick_demo: has no claims"),
         (["experiment=noise_lb_seed", "effect=-1%"], "effect=-1%: must be an amount > 0"),
         (["effect=1", "--effect", "val/loss"], "--effect=val/loss: must be METRIC=SIZE"),

@@ -8,7 +8,7 @@ import pandas as pd
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
-from moe.analysis.looks import group_of
+from moe.analysis.looks import ENDED, group_of
 from moe.analysis.report.inputs import FAMILIES, Family, ReportInputs, reference_levels
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import (
@@ -49,7 +49,7 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     if is_crossed(runs):  # no seed is better than another
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
     own = {
-        tuple(names.values()): group_of(treated) | group_of(baseline)
+        tuple(names.values()): _in_pairs(treated, baseline)
         for names, treated, baseline in comparisons(runs, factors, references)
     }
     for table in tables:
@@ -65,6 +65,13 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         variance=variance,
         without_variance=refusals,
     )
+
+
+def _in_pairs(treated: pd.DataFrame, baseline: pd.DataFrame) -> frozenset[str]:
+    """Return the runs that a paired test of two settings uses: those of the seeds that have a result in both."""
+    seeds = [set(runs.loc[runs["status"].isin(ENDED), "seed"]) for runs in (treated, baseline)]
+    both = pd.concat([treated, baseline])
+    return group_of(both[both["seed"].isin(seeds[0] & seeds[1])])
 
 
 def with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
