@@ -110,7 +110,7 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     arguments = parser.read(words)
     effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
     if not effects:
-        raise ConfigError("effect is missing: give the smallest difference that matters: effect=0.5%")
+        raise ConfigError("effect is missing: give the smallest difference that matters, such as effect=0.5%")
     require(len(effects) == 1, "effect", effects[-1], "given once, such as effect=0.5%")
     require(arguments.most > 1, "--most", arguments.most, "a whole number > 1: a test needs two seeds at least")
     require(0.05 < arguments.power < 1, "--power", arguments.power, "between 0.05 and 1, such as 0.8")
