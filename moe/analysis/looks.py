@@ -259,11 +259,11 @@ def study_of(runs: pd.DataFrame) -> Study:
     known = _known(runs)
     of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
     looks = [
-        _seen(look, folder, known)
+        seen
         for folder in _sweeps(runs)
         for name, of_experiment in looks_in(folder).items()
-        for look in of_experiment
-        if name == experiment or not of_sweep
+        for seen in (_seen(look, folder, known) for look in of_experiment)
+        if name == experiment or not (of_sweep or known.keys().isdisjoint(seen.runs))
     ]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
     plans = sorted(

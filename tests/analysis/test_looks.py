@@ -227,6 +227,8 @@ def test_runs_whose_folders_are_named_one_by_one_have_the_looks_of_their_sweep(r
     record_look(runs[runs["seed"] < 3], study_of(runs[runs["seed"] < 3]))
     alone = study_of(runs.assign(experiment="default", varied=None))
     assert alone.looks.share() == study_of(runs.assign(varied="[]")).looks.share() == FURTHER
+    others = runs[runs["seed"] >= 3].assign(experiment="default", varied=None)
+    assert study_of(others).earlier == [], "the look was about none of these"
 
 
 def test_a_report_about_two_folders_is_one_look_also_if_one_has_moved(runs: pd.DataFrame, tmp_path: Path) -> None:
