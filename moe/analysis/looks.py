@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,15 +115,13 @@ class Seen(NamedTuple):
 class _View(NamedTuple):
     """What is left of a look: its share, its runs that still have a result, and the settings of which it had others.
 
-    settings_gone: whether some of its settings have no result any more. unknown: whether some of them had other
-    factors.
+    settings_gone: whether some of its settings have no result any more.
     """
 
     share: float
     runs: frozenset[str]
     lost: set[str]
     settings_gone: bool
-    unknown: bool
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Study:
 
     @property
     def testable(self) -> bool:
-        """Whether any test is possible, because some setting has two seeds."""
+        """Whether any test is possible, because two settings have two seeds in common."""
         return _testable(run for run in self.runs.values() if run.ended)
 
     def late(self, margins: Mapping[str, object]) -> list[str]:
@@ -188,16 +187,14 @@ class Study:
         """Return the share of its level that a test has in this look. own: the folders of the runs that it may use.
 
         Runs of its settings that are gone may have been left out because of their results, so a look that had them saw
-        other runs. So did one with a setting that is gone, if the test has more than two settings, or if that setting
-        has other factors, because it may have been one of them.
+        other runs. So did one with a setting that is gone, because its tests shared the level with more others.
         """
         settings = {self.runs[folder].setting for folder in own & self.runs.keys()}
         now = own & self.present.runs.keys()
         same = [
             view.share
             for view in self._views
-            if own & view.runs == now
-            and not (view.lost & settings or view.unknown or (view.settings_gone and len(settings) > 2))
+            if own & view.runs == now and not (view.lost & settings or view.settings_gone)
         ]
         return min(1.0, sum(same))
 
@@ -205,13 +202,11 @@ class Study:
     def _views(self) -> list[_View]:
         """What is left of each look."""
         settings = {*self.present.runs.values()}
-        factors = {_factors(run.setting) for run in self.runs.values()}
         views = []
         for place, runs in enumerate({_runs(look): look.runs for look in (*self.earlier, self.present)}.values()):
             lost = {runs[folder] for folder in runs.keys() - self.present.runs.keys()}
-            unknown = any(_factors(setting) not in factors for setting in lost)
             left = frozenset(runs.keys() & self.present.runs.keys())
-            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings), unknown))
+            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings)))
         return views
 
     @property
@@ -229,17 +224,12 @@ def _runs(look: Seen) -> frozenset[str]:
     return frozenset(look.runs)
 
 
-def _factors(setting: str) -> frozenset[str]:
-    """Return the names of the factors of a setting such as "lb=0.01, noise=0.1"."""
-    return frozenset(part.partition("=")[0] for part in setting.split(", "))
-
-
 def _testable(runs: Iterable[Known]) -> bool:
-    """Return whether some setting of these runs has two seeds."""
+    """Return whether two settings of these runs have two seeds in common, so that a test is possible."""
     seeds: dict[str, set[int]] = {}
     for run in runs:
         seeds.setdefault(run.setting, set()).add(run.seed)
-    return any(len(each) > 1 for each in seeds.values())
+    return any(len(one & other) > 1 for one, other in combinations(seeds.values(), 2))
 
 
 def _differ(recorded: str, margin: object) -> bool:
@@ -258,12 +248,13 @@ def study_of(runs: pd.DataFrame) -> Study:
     first_planned = int(planned) if pd.notna(planned) else None
     known = _known(runs)
     of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
+    names = {experiment, experiment.partition(": ")[0]}  # the second is that of a report about folders of runs
     looks = [
         seen
         for folder in _sweeps(runs)
         for name, of_experiment in looks_in(folder).items()
         for seen in (_seen(look, folder, known) for look in of_experiment)
-        if name == experiment or not (of_sweep or known.keys().isdisjoint(seen.runs))
+        if name == experiment or ((name in names or not of_sweep) and not known.keys().isdisjoint(seen.runs))
     ]
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
     plans = sorted(
@@ -363,8 +354,8 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
 def record_look(runs: pd.DataFrame, study: Study, margins: Mapping[str, object] | None = None) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    margins: those that the reader gave. A report in which no test is possible, because no setting has two seeds, is no
-    look.
+    margins: those that the reader gave. A report in which no test is possible, because no two settings have two
+    seeds in common, is no look.
     """
     experiment, present = str(runs["experiment"].iloc[0]), study.present
     if not study.testable:
