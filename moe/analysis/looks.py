@@ -209,11 +209,6 @@ class Study:
             views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings)))
         return views
 
-    @property
-    def next_share(self) -> float:
-        """The share that a test with new runs will have in the next look, after this one."""
-        return self.looks.next_share
-
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:
     """Return these runs as those of a test."""

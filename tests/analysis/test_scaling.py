@@ -19,15 +19,11 @@ from moe.analysis.report.sections.cost import speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, NOT_REACHED, SAVES, speed_up
-from moe.bench.speed_ups import CASES, coverage, simulated
+from moe.bench.speed_ups import CASES, coverage, loss, simulated
 from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
 SIZES = Law((("parameters", EXPERTS), ("tokens",)))
-
-
-def loss_of(compute: float) -> float:
-    return 3 + 1.2 * (compute / 4e12) ** -0.3
 
 
 def made_up(
@@ -38,7 +34,7 @@ def made_up(
 
     def runs(points: tuple[float, ...], faster: float) -> pd.DataFrame:
         rows = [
-            {"seed": seed, "FLOPs": each, "loss": loss_of(each * faster) + offset[seed] + rng.normal(0, noise)}
+            {"seed": seed, "FLOPs": each, "loss": loss(each * faster) + offset[seed] + rng.normal(0, noise)}
             for seed in range(seeds)
             for each in points
         ]
@@ -50,7 +46,7 @@ def made_up(
 def test_a_law_without_noise_is_recovered_as_by_scipy() -> None:
     baseline, _ = made_up(1, np.random.default_rng(0), noise=0.0)
     found = fit(baseline, COMPUTE)
-    offset = baseline["loss"].iloc[0] - loss_of(BUDGETS[0])
+    offset = baseline["loss"].iloc[0] - loss(BUDGETS[0])
     assert found.floor[0] == pytest.approx(3 + offset, rel=1e-4)
     assert found.exponent("FLOPs")[0] == pytest.approx(0.3, rel=1e-3)
     assert found.doubts == []
@@ -115,7 +111,7 @@ def test_a_curve_of_a_wrong_form_tells_no_equal_settings_apart(of_curve: bool) -
     for _ in range(repeats):
         offset = rng.normal(0, 0.02, 5)
         rows = [
-            {"seed": seed, "FLOPs": each, "loss": loss_of(each) + wave[each] + offset[seed] + rng.normal(0, 0.003)}
+            {"seed": seed, "FLOPs": each, "loss": loss(each) + wave[each] + offset[seed] + rng.normal(0, 0.003)}
             for seed in range(5)
             for each in budgets
         ]

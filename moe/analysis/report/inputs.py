@@ -102,7 +102,7 @@ class ReportInputs(NamedTuple):
     def tests_later(self) -> float:
         """The number by which 5 % are divided for an unplanned comparison in a later report with more seeds."""
         numbers = [each.tests / each.share for each in self.families if each.name == FAMILIES[-1]]
-        return max(numbers, default=1.0) / self.study.next_share
+        return max(numbers, default=1.0) / self.study.looks.next_share
 
     @property
     def observed(self) -> bool:

@@ -23,10 +23,9 @@ from moe.analysis.statistics import (
 )
 from moe.analysis.variance import anova
 from moe.results.comparable import not_poolable
-from moe.results.conditions import (
-    levels,
-)
+from moe.results.conditions import levels, narrowed
 
+OF_PAIRS = ("folder", "seed", "status", "causal", "place")  # what tells the pairs of a comparison, beside its factors
 MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
 
 
@@ -50,7 +49,7 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
     own = {
         tuple(names.values()): _in_pairs(treated, baseline)
-        for names, treated, baseline in comparisons(runs, factors, references)
+        for names, treated, baseline in comparisons(narrowed(runs, (*factors, *OF_PAIRS)), factors, references)
     }
     for table in tables:
         names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
@@ -127,7 +126,7 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
             both = {
                 "share": table["own"].map(inputs.study.share).to_numpy(),
-                "next share": inputs.study.next_share,
+                "next share": inputs.study.looks.next_share,
             }
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
