@@ -41,10 +41,9 @@ from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
-from moe.analysis.sentences import enumerated, numbers_in_words
+from moe.analysis.sentences import effects_in_words, enumerated, numbers_in_words
 from moe.checks import ConfigError, first_line, plain
 from moe.files import read_text, shown, write_text
-from moe.metrics.catalog import lookup
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
 from moe.runs.planned import digest_of_plan, is_plan, short
@@ -59,7 +58,7 @@ CURVE = (
 PLAN = "plan.json"
 MADE = """\
 The plan was made on {time}, {order} the first run started (on {started}). The fingerprint of the plan is
-{fingerprint}. The smallest effect that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
+{fingerprint}. The smallest difference that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
 WANTED = "It names the seeds {seeds} and {runs} runs: {settings} settings with each seed{tuning}."
 NOT_WANTED = "No claim has a number of seeds, so it names none that decide."
 PLANNED = """\
@@ -274,22 +273,9 @@ def _made(plan: dict[str, Any], made: datetime, started: datetime, trained: list
         started=_moment(started),
         fingerprint=short(plan["digest"]),
         wanted=WANTED.format(**wanted, tuning=tuning) if plan["seeds"] and not plan.get("note") else NOT_WANTED,
-        effect=_effects_in_words(plan),
+        effect=effects_in_words(plan["effect"], plan["effects"]),
         trained=numbers_in_words(trained),
     )
-
-
-def _effects_in_words(plan: dict[str, Any]) -> str:
-    """Return the smallest effects that mattered, such as "10 %, but 0.02 nats for test/loss"."""
-    others = enumerated([f"{_amount(size, metric)} for {metric}" for metric, size in plan["effects"].items()])
-    return _amount(plan["effect"]) + (f", but {others}" if others else "")
-
-
-def _amount(size: str, metric: str = "") -> str:
-    """Return an effect of a plan with its unit: that of the metric, % of its mean, or sd of the differences."""
-    number, of_metric = size.removesuffix("sd").removesuffix("%"), lookup(metric)
-    unit = size.removeprefix(number) or (of_metric.unit.removesuffix(" per token") if of_metric else "")
-    return f"{number} {unit}".rstrip()
 
 
 def _moment(time: datetime) -> str:

@@ -1,13 +1,14 @@
 """Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from moe.analysis.power import SIGNIFICANCE
 from moe.checks import plain
+from moe.config.effect import UNIT
 from moe.metrics.catalog import lookup, span
 from moe.results.comparable import NOT_COMPARABLE
 
@@ -100,6 +101,23 @@ def p_equals(p: float) -> str:
 def level_text(tests: int | float) -> str:
     """Return the level of a test to which 5 % / `tests` are left, such as "0.25 %"."""
     return f"{100 * SIGNIFICANCE / max(tests, 1):.3g} %"
+
+
+def effects_in_words(effect: str, effects: Mapping[str, str]) -> str:
+    """Return the smallest differences that matter, such as "10 % of the mean, but 0.02 nats for test/loss".
+
+    effect: as `moe.config.effect.Effect` has it. effects: metric -> the effect on it.
+    """
+    others = enumerated([f"{_effect(size, metric)} for {metric}" for metric, size in effects.items()])
+    return _effect(effect) + (f", but {others}" if others else "")
+
+
+def _effect(size: str, metric: str = "") -> str:
+    """Return an effect with its unit: that of the metric, % of its mean, or standard deviations of differences."""
+    number, of_metric = size.removesuffix(UNIT).removesuffix("%"), lookup(metric)
+    units = {"%": "% of the mean", UNIT: "standard deviations of the differences between runs of one seed"}
+    unit = units.get(size[len(number) :], of_metric.unit.removesuffix(" per token") if of_metric else "")
+    return f"{number.strip()} {unit}".rstrip()
 
 
 def levels_compared(contrast: Any) -> str:

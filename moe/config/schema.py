@@ -16,6 +16,7 @@ from moe.config.checkpoints import dense as dense_checkpoint
 from moe.config.checkpoints import imported
 from moe.config.claim import ClaimConfig
 from moe.config.classes import build, locate
+from moe.config.effect import check_effects
 from moe.config.keys import DENSE_IGNORES, OF_EXPERTS, OFF, flatten, is_free
 from moe.config.model import ModelConfig
 from moe.config.plugins import Plugin, plugins
@@ -158,9 +159,8 @@ class Config:
         build(self.schedule, "schedule", trusted=True)
         enough = self.planned_seeds is None or 2 <= self.planned_seeds <= 10**6
         require(enough, "planned_seeds", self.planned_seeds, "a whole number from 2 to 10^6, or null")
-        effect = self.planned_effect
-        short = effect is None or (0 < len(effect.strip()) <= 300 and effect.isprintable())
-        require(short, "planned_effect", effect, "a line of at most 300 characters such as 0.5%, or null")
+        if self.planned_effect is not None:
+            check_effects("planned_effect", self.planned_effect, (claim.metric for claim in self.claims))
         parts_of(self.question)
         for number, claim in enumerate(self.claims):
             settings = {*vars(self), *flatten(self)}

@@ -22,6 +22,7 @@ from moe.analysis.sentences import enumerated, level_text, numbers_in_words
 from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
+from moe.config.effect import UNIT, Effect
 from moe.config.options import named_folders
 from moe.config.words import SEARCHED, as_word
 from moe.files import read_text, shown
@@ -29,7 +30,7 @@ from moe.launch.listing import number_text
 from moe.planning.cells import planned_cells
 from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_runs
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
-from moe.planning.seeds import NOT_TOLD, UNIT, Effect, Need, has_range
+from moe.planning.seeds import NOT_TOLD, Need, has_range
 from moe.planning.sources import Source, Sources
 from moe.planning.written import write_plan
 from moe.program import ended, program

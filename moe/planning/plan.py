@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.analysis.power import Prediction, seeds_for
-from moe.analysis.sentences import enumerated
 from moe.config.cell import Cell
+from moe.config.effect import UNIT, Effect, effects_as_text
 from moe.config.schema import Config
 from moe.config.words import as_word, key_of, quoted, with_words
 from moe.launch.tuning import seeds_after
 from moe.metrics.catalog import is_quality
 from moe.planning.cost import Speed, tokens_of
 from moe.planning.report_ahead import tests_ahead
-from moe.planning.seeds import NOT_TOLD, UNIT, Effect, Need, has_range, need
+from moe.planning.seeds import NOT_TOLD, Need, has_range, need
 from moe.planning.sources import Source, Sources
 
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # where no spread is known: standard deviations of the differences
@@ -39,12 +39,6 @@ class Request(NamedTuple):
         """Return the smallest difference in a metric that matters; None if nobody said."""
         applies = is_quality(metric) or self.effect.text.endswith(UNIT)
         return self.effects.get(metric, self.effect if applies else None)
-
-    @property
-    def effects_in_words(self) -> str:
-        """The differences that matter, such as "0.5%, but 10% for routing/load_cv"."""
-        others = [f"{effect.text} for {metric}" for metric, effect in self.effects.items()]
-        return self.effect.text + (f", but {enumerated(others)}" if others else "")
 
     def command(self, *words: str, without: Sequence[str] = ()) -> str:
         """Return the command of a sweep with these words. without: keys that are left out."""
@@ -207,7 +201,8 @@ def study_command(request: Request, config: Config, seeds: list[int], *, decides
 
     elsewhere: see `Plan`.
     """
-    planned = [f"planned_seeds={len(seeds)}", f"planned_effect={_text(request.effects_in_words)}"]
+    effects = effects_as_text(request.effect, request.effects)
+    planned = [f"planned_seeds={len(seeds)}", f"planned_effect={_text(effects)}"]
     words = [*(planned if decides else []), f"seed={','.join(map(str, seeds))}"]
     return request.command(*words, *(_elsewhere(request, config, f"{_out(config)}_study") if elsewhere else []))
 

@@ -10,40 +10,12 @@ import pandas as pd
 from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, timed
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.statistics import spread_interval
-from moe.checks import require
-from moe.config.claim import ClaimConfig, amount_of
+from moe.config.claim import ClaimConfig
+from moe.config.effect import UNIT, Effect
 from moe.metrics.catalog import span
 from moe.planning.report_ahead import Ahead
 from moe.results.comparable import not_poolable
 from moe.results.conditions import conditions, varied_factors
-
-UNIT = "sd"  # of an effect in standard deviations of the paired differences
-
-
-class Effect(NamedTuple):
-    """The smallest difference that matters: in units of the metric or, as text such as "0.5%", a share of its mean.
-
-    "1.5sd" is in standard deviations of the paired differences.
-    """
-
-    text: str
-
-    @classmethod
-    def read(cls, key: str, text: str) -> "Effect":
-        """Return an effect. Raises ConfigError, naming the key, unless it is a positive amount."""
-        allowed = "an amount > 0: a share of the mean such as 0.5%, units of the metric, or 1.5sd"
-        try:
-            size = float(text.removesuffix(UNIT).removesuffix("%").replace("_", "no number"))
-        except ValueError:
-            size = math.nan
-        require(size > 0 and math.isfinite(size) and not text.endswith(f"%{UNIT}"), key, text, allowed)
-        return cls(text)
-
-    def in_units(self, spread: "Spread") -> float:
-        """Return the effect in units of the metric, or of the spread if that is not known in units of the metric."""
-        if self.text.endswith(UNIT):
-            return float(self.text.removesuffix(UNIT)) * spread.value
-        return amount_of(self.text if self.text.endswith("%") else float(self.text)).at(spread.mean)
 
 
 class Spread(NamedTuple):
@@ -177,7 +149,7 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None
         reason = NOT_GIVEN.format(metric=claim.metric)
         return Need(claim, ahead.tests, spread, math.nan, None, None, None, reason, within_reach=least_effect())
     low, high = (end.at(spread.mean) for end in claimed_range(claim))
-    effect_size = (high - low) / 2 if effect is None or ranged else effect.in_units(spread)
+    effect_size = (high - low) / 2 if effect is None or ranged else effect.in_units(spread.mean, spread.value)
     if effect_size > (widest := span(claim.metric)):
         reason = f"{compared_with} is larger than {claim.metric} can change, which is {widest:g}"
         return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)

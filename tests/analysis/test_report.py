@@ -775,15 +775,19 @@ def test_a_report_of_fine_tuning_names_the_base_its_loss_and_how_far_routing_mov
 def test_a_report_names_the_effect_for_which_its_seeds_were_planned(tmp_path: Path) -> None:
     """Runs from before the key, and runs without a plan, say nothing about it."""
     for seed in (1, 2):
+        text = "2, but 0.02 for test/loss and 5 % for routing/load_cv/pooled"
+        write_run(tmp_path / "w" / f"seed={seed}", {"val/loss": 1.0}, seed=seed, planned_effect=text)
         write_run(tmp_path / "x" / f"seed={seed}", {"val/loss": 1.0}, seed=seed, planned_effect="0.5%, but *1* for x")
         write_run(tmp_path / "y" / f"seed={seed}", {"val/loss": 1.0}, seed=seed, planned_effect=None)
         write_run(tmp_path / "z" / f"seed={seed}", {"val/loss": 1.0}, seed=seed)
     said = [
         [text for name, text in setup(*collect_inputs(load_runs([tmp_path / each]))) if name == "Planned effect"]
-        for each in "xyz"
+        for each in "wxyz"
     ]
-    assert [len(each) for each in said] == [1, 0, 0]
-    assert said[0][0].startswith(r"0.5%, but \*1\* for x: the smallest difference that matters")
+    assert [len(each) for each in said] == [1, 1, 0, 0]
+    words = "2, but 0.02 nats for test/loss and 5 % of the mean for routing/load_cv/pooled: the smallest difference"
+    assert said[0][0].startswith(words)
+    assert said[1][0].startswith(r"0.5%, but \*1\* for x: the smallest difference that matters")
 
 
 def test_a_report_names_domains_that_are_left_out_and_the_metrics_that_the_runs_have(tmp_path: Path) -> None:

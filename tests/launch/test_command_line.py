@@ -26,6 +26,7 @@ from train_processes import ROOT, TRAIN, run_script
 from moe.checks import ConfigError, parse
 from moe.config.cell import Cell
 from moe.config.classes import locate
+from moe.config.effect import Effect
 from moe.config.keys import flatten, is_free
 from moe.config.options import CONF, GROUPS, SEARCH_PATH, options, router_spec
 from moe.config.schema import Config
@@ -41,7 +42,6 @@ from moe.launch.overrides import parse_override
 from moe.launch.resolvers import SHIPPED, run_name, seeds_in
 from moe.launch.run import write_run_record
 from moe.planning.plan import Request, free_seeds, pilot_command
-from moe.planning.seeds import Effect
 from moe.results.shipped import RUNS
 from moe.runs.folder import difference, finished
 from moe.runs.record import RunFacts

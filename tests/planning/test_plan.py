@@ -29,6 +29,7 @@ from moe.bench.power import Planned, planned, with_effect
 from moe.checks import ConfigError
 from moe.config.cell import Cell, Grid
 from moe.config.claim import ClaimConfig
+from moe.config.effect import Effect
 from moe.config.schema import Config
 from moe.launch.command_line import read_cells
 from moe.planning.__main__ import _lines, _read, _with_folders, main
@@ -38,7 +39,7 @@ from moe.planning.differences import differences
 from moe.planning.plan import Request, free_seeds, make_plan, pilot_command
 from moe.planning.report_ahead import Ahead
 from moe.planning.report_ahead import tests_ahead as ahead
-from moe.planning.seeds import NOT_TOLD, Effect, need, spread_of
+from moe.planning.seeds import NOT_TOLD, need, spread_of
 from moe.planning.sources import Sources, runs_of_pilot
 from moe.program import Stopped
 from moe.results.shipped import ship
@@ -767,8 +768,18 @@ def test_the_command_and_the_report_name_the_effect_for_which_the_seeds_were_pla
     assert not any("planned_effect" in cell.folder.name for cell in cells)
     again = request._replace(words=shlex.split(plan.command)[3:])
     assert again.command("a=1").count("planned_effect") == 0
-    with pytest.raises(ConfigError, match=r"^planned_effect=.*: must be a line of at most 300 characters"):
-        replace(base(), planned_effect=" ").check()
+
+
+def test_an_effect_that_a_plan_would_refuse_is_no_planned_effect_either() -> None:
+    claims = [replace(CLAIM, metric="test/loss")]
+    for text in ("0.5%", "1e-3", "2sd, but 0.02 for test/loss"):
+        replace(base(), planned_effect=text, claims=claims).check()
+    wrong = ("abc", " ", "-1%", "1%sd", "inf", "0.5%,", "0.5%, but", "0.5%, but 2 for", "0.5%, but x for test/loss")
+    for text in (*wrong, "0.5%\n", f"{'1' * 300}%"):
+        with pytest.raises(ConfigError, match=r"^planned_effect=.*: must be an amount > 0: a share of the mean"):
+            replace(base(), planned_effect=text).check()
+    with pytest.raises(ConfigError, match=r"^unknown metric of planned_effect 'test/los'; nearest: test/loss$"):
+        replace(base(), planned_effect="0.5%, but 2 for test/los", claims=claims).check()
 
 
 @pytest.mark.usefixtures("alone")

@@ -14,6 +14,7 @@ from run_folders import change_record, write_metrics, write_record
 from moe.analysis import pages
 from moe.analysis.claims import judge_planned
 from moe.analysis.report.markdown import block_as_markdown
+from moe.analysis.sentences import effects_in_words
 from moe.results.shipped import EVALS, RUNS, ship
 from moe.results.table import load_runs
 from moe.runs.planned import digest_of_plan
@@ -160,18 +161,18 @@ def test_a_plan_without_a_pilot_is_in_standard_deviations() -> None:
 @pytest.mark.parametrize(
     ("effect", "effects", "words"),
     [
-        ("1%", {}, "1 %"),
-        ("1.5sd", {}, "1.5 sd"),
+        ("1%", {}, "1 % of the mean"),
+        ("1.5sd", {}, "1.5 standard deviations of the differences between runs of one seed"),
         (
             "10%",
             {"test/loss": "0.02", "routing/load_cv": "5%"},
-            "10 %, but 0.02 nats for test/loss and 5 % for routing/load_cv",
+            "10 % of the mean, but 0.02 nats for test/loss and 5 % of the mean for routing/load_cv",
         ),
         ("0.1", {"routing/load_cv": "0.05"}, "0.1, but 0.05 for routing/load_cv"),
     ],
 )
 def test_the_effects_of_a_plan_have_their_units(effect: str, effects: dict[str, str], words: str) -> None:
-    assert pages._effects_in_words({"effect": effect, "effects": effects}) == words
+    assert effects_in_words(effect, effects) == words
 
 
 def test_findings_hold_the_verdicts_of_the_claims_that_they_name(

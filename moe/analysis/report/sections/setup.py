@@ -9,13 +9,14 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
 from moe.analysis.report.sections.planned import margin_facts, planned_facts
-from moe.analysis.sentences import enumerated
+from moe.analysis.sentences import effects_in_words, enumerated
 from moe.analysis.tuned import tuned_equally
+from moe.config.effect import read_effects
 from moe.data.embedded import DOMAINS
 from moe.results.conditions import levels
 from moe.results.table import ABSENT
 
-PLANNED_EFFECT = "{effect}: the smallest difference that matters, as named in the command that trained the runs"
+PLANNED_EFFECT = "{effect}: the smallest difference that matters, for which the number of seeds was planned"
 NOT_READ = """\
 no run read the domain {domain}, because {packages} not installed; so the models neither trained on it nor were
 evaluated on it"""
@@ -61,8 +62,8 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(("Date", " to ".join(dict.fromkeys((days[0], days[-1])))))
     facts += planned_facts(inputs.study) + margin_facts(inputs)
     planned = runs[runs["planned_effect"] != "none"] if "planned_effect" in runs else runs[:0]
-    if effect := literal(_texts(planned, "planned_effect")):
-        facts.append(("Planned effect", PLANNED_EFFECT.format(effect=effect)))
+    if effect := "; ".join(map(_effects, levels(planned["planned_effect"]) if len(planned) else ())):
+        facts.append(("Planned effect", PLANNED_EFFECT.format(effect=literal(effect))))
     if len(inputs.trials):
         facts.append(("Tuning", tuned_equally(inputs.trials)))
     if command := training_command(inputs.runs):
@@ -130,6 +131,14 @@ def _range(runs: pd.DataFrame, column: str, text: Any) -> str:
     values = pd.to_numeric(runs[column], errors="coerce").dropna() if column in runs else pd.Series(dtype=float)
     ends = dict.fromkeys(text(value) for value in (values.min(), values.max())) if len(values) else {}
     return " to ".join(ends)
+
+
+def _effects(planned: object) -> str:
+    """Return a `planned_effect` in words; as it is, if `train.py` would refuse it today."""
+    if (found := read_effects(str(planned))) is None:
+        return str(planned)
+    effect, effects = found
+    return effects_in_words(effect.text, {metric: each.text for metric, each in effects.items()})
 
 
 def _texts(runs: pd.DataFrame, column: str) -> str:
