@@ -23,6 +23,9 @@ from moe.routers.base import Router
 from moe.routers.seeding import Initializable, seeded
 from moe.routing.decision import LABELS, Context, Knobs, document_positions, fill_places
 
+WRAPPED = """\
+router: must not be inside {name}, because layers ask a router for more than its outputs; with peft, train all of it: \
+modules_to_save=["router"] instead of LoRA"""
 CACHE = fields(BaseModelOutputWithPast)[1].name  # "past_key_values" before transformers 5.24
 
 
@@ -285,13 +288,15 @@ class RoutedModel(MoEPreTrainedModel):
         return DynamicCache(config=self.config) if given is None and use_cache else given
 
     def _check_routers(self, *, cached: bool, by_id: bool, told: bool) -> None:
-        """Raise ConfigError if a router needs what it does not get.
+        """Raise ConfigError if a router needs what it does not get, or is inside a module that hides what it is.
 
         cached: it does not see earlier tokens of the text again.
         by_id: it gets token ids.
         told: it gets the labels of texts.
         """
         for router in (layer.router for layer in self.moe_layers):
+            if not hasattr(router, "chain"):
+                raise ConfigError(WRAPPED.format(name=type(router).__name__))
             causal = router.causal if self.training else router.causal_in_evaluation
             allowed = f"False, because {type(router).__name__} compares tokens of a text to choose experts"
             require((causal and not router.reads_earlier_tokens) or not cached, "use_cache", True, allowed)

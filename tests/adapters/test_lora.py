@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from moe.checks import ConfigError
 from moe.model.causal_lm import load_model
 from tests.adapters.models import SPECS, attached, disturb, ids, model
 from tests.architectures import around, tiny
@@ -109,3 +111,19 @@ assert not any(name == "moe" or name.startswith("moe.") for name in sys.modules)
     for folder in folders:
         names = load_file(folder / "adapter/adapter_model.safetensors")
         assert all(key.startswith("base_model.model.model.layers.") for key in names)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers
+def test_plain_peft_trains_a_whole_router_and_lora_on_one_is_refused_in_one_line() -> None:
+    before = model("ours")(ids()).logits
+    wrapped = get_peft_model(model("ours"), LoraConfig(r=2, target_parameters=["router.weight"]))
+    with pytest.raises(ConfigError, match=r"^router: must not be inside ParamWrapper, .* modules_to_save=\["):
+        wrapped(ids())
+    whole = get_peft_model(model("ours"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"]))
+    torch.testing.assert_close(whole(ids()).logits, before)
+    weights = [p for name, p in whole.named_parameters() if p.requires_grad and ".router." in name]
+    assert len(weights) == 2
+    with torch.no_grad():
+        for weight in weights:
+            weight.neg_()
+    assert not torch.allclose(whole(ids()).logits, before, atol=1e-2)
