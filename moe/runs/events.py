@@ -49,11 +49,12 @@ class EventLog:
     """Log to which each event is appended as one line, at once. "step" is the number of optimizer steps done.
 
     A run that resumes from `step` writes all later events again, so the log drops them when it opens; at step 0 it
-    drops all events.
+    drops all events. evaluations: the events of evaluations that it keeps.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
         earlier = [event for event in read_events(path) if event["step"] <= step] if step else []
+        self.evaluations = [event for event in earlier if event["kind"] == "eval"]
         write_text(path, "".join(json.dumps(event) + "\n" for event in earlier))
         self._file = open_unlinked(path, "a", buffering=1)  # closed by __exit__
 

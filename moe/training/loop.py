@@ -56,6 +56,7 @@ def train(
         Progress(done=done, steps=config.steps, place=place) as progress,
     ):
         progress.read(text, unigram)
+        progress.resumed(events.evaluations)
         if done == 0:
             latest = events.record("eval", done, validate(training, done, None if config.steps else folder))
             progress.evaluated(done, latest)

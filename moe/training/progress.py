@@ -51,6 +51,21 @@ class Progress:
             if ranks.is_first() and self._place.first_to_say(line):
                 _say(line)
 
+    def resumed(self, evaluations: list[dict[str, Any]]) -> None:
+        """Print of a resumed run the perplexities of its first and its last evaluation so far.
+
+        evaluations: their events, in order; without any, the run begins and nothing is printed.
+        """
+        perplexities = {each["step"]: f"{each['val/perplexity']:.2f}" for each in evaluations}
+        if not perplexities:
+            return
+        if 0 in perplexities:
+            self._baselines.insert(0, f"{perplexities[0]} before training")
+        last, self._perplexity = max(perplexities), f"{evaluations[-1]['val/perplexity']:.1f}"
+        known = self._baselines[:1] if 0 in perplexities else []
+        known += [f"{perplexities[last]} after step {last}"] if last else []
+        self._say(f"step {self._done:>5}/{self._steps}  perplexity so far: {', '.join(known)}")
+
     def evaluated(self, step: int, values: dict[str, Any]) -> None:
         """Print the line of an evaluation after `step` optimizer steps, and at the end what to compare it with."""
         self._perplexity = f"{values['val/perplexity']:.1f}"

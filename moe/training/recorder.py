@@ -21,6 +21,11 @@ class Recorder:
             for listener in listeners:
                 listener.begin(step)
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations before `step`, in order; none on ranks other than the first."""
+        return self._events.evaluations if self._events else []
+
     def record(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Record an event of this kind, "train" or "eval"; return its values with the time."""
         values = values | {"time/elapsed": self._clock.elapsed()}

@@ -42,11 +42,15 @@ def weights_digest(folder: Path) -> str:
     ],
 )
 def test_a_resumed_run_has_bitwise_the_weights_and_events_of_an_uninterrupted_run(
-    cell: Any, overrides: list[str], tmp_path: Path
+    cell: Any, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that is stopped and resumed three times ends like one that nothing interrupted, bit for bit."""
+    """A run that is stopped and resumed three times ends like one that nothing interrupted, bit for bit.
+
+    It prints the same last line too, which has the perplexity before training.
+    """
     whole, stopped = cell(*overrides, f"out={tmp_path}/whole"), cell(*overrides)
     run(whole)
+    last = capsys.readouterr().out.splitlines()[-1]
     uninterrupted = whole.folder
     for stop_after in (1, 3, 5):
         with pytest.raises(Interrupted) as interrupted:
@@ -55,6 +59,8 @@ def test_a_resumed_run_has_bitwise_the_weights_and_events_of_an_uninterrupted_ru
         assert not (stopped.folder / "model").exists()
         torch.manual_seed(999)  # the random state of the process must not matter
     run(stopped)
+    assert last.partition(" by a unigram")[0].count(" before training, ") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == last
     assert weights_digest(uninterrupted) == weights_digest(stopped.folder)
     assert untimed(uninterrupted) == untimed(stopped.folder)
 

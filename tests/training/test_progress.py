@@ -57,15 +57,22 @@ EVALUATED = {"val/loss": 2.0, "val/perplexity": 7.39, "time/elapsed": 18.2}
 
 
 def test_a_single_run_ends_with_what_its_perplexity_can_be_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
-    """A resumed run was not evaluated before training by this process, so it names the unigram model alone."""
-    for done, before in ((0, "50.00 before training, "), (4, "")):
+    """A resumed run reads in its log what it was before training, and says it at once."""
+    first = EVALUATED | {"val/perplexity": 50.0}
+    for done in (0, 4):
         with Progress(done=done, steps=9) as progress:
             progress.read([], unigram=20.0)
+            progress.resumed([{"step": 0, **first}, {"step": 3, **EVALUATED}] if done else [])
+            said = "step     4/9  perplexity so far: 50.00 before training, 7.39 after step 3\n"
+            assert capsys.readouterr().out == (said if done else "")
             if done == 0:
-                progress.evaluated(0, EVALUATED | {"val/perplexity": 50.0})
+                progress.evaluated(0, first)
             progress.evaluated(9, EVALUATED)
         last = capsys.readouterr().out.splitlines()[-1]
-        assert last == f"perplexity 7.39; for comparison: {before}20.00 by a unigram model of the training text"
+        assert (
+            last
+            == "perplexity 7.39; for comparison: 50.00 before training, 20.00 by a unigram model of the training text"
+        )
 
 
 def test_each_line_names_its_run_and_what_was_read_is_said_once_for_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
