@@ -34,7 +34,13 @@ def main(command: list[str] | None = None) -> int:
         metavar="METRIC=SIZE",
         help="call smaller differences a tie, such as val/perplexity=1%%",
     )
-    add("--metric", action="append", default=[], metavar="NAME", help="test this metric too, such as routing/load_gini")
+    add(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="test this metric too, such as routing/load_gini; name all in the first report",
+    )
     add(
         "--seconds",
         metavar="measured|FLOPS",

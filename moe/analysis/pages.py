@@ -28,7 +28,7 @@ import pandas as pd
 
 from moe.analysis.claims import evidence_sentence, planned_claims
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.looks import finished_seeds
+from moe.analysis.recorded import finished_seeds
 from moe.analysis.report.blocks import Attachment, Cards, Details, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportInputs

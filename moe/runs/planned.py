@@ -39,8 +39,8 @@ class Look(NamedTuple):
     seeds: those of the finished runs. mean_seeds: how many seeds a setting had in all looks up to this one, on average.
     planned: the number of seeds after which the study decides. runs: setting, such as "lb=0.01, noise=0.1" -> the
     folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
-    0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader
-    gave, as text.
+    0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
+    metrics: those that were tested. references: factor -> the level that the others were compared with, as text.
     """
 
     time: str
@@ -49,6 +49,8 @@ class Look(NamedTuple):
     planned: float = 0.0
     runs: dict[str, list[str]] = {}
     margins: dict[str, str] = {}
+    metrics: list[str] = []
+    references: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

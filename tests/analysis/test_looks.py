@@ -17,16 +17,17 @@ from moe.analysis.looks import (
     SMALLEST,
     Known,
     Looks,
+    Question,
     Seen,
     Study,
     group_of,
-    record_look,
+    questions,
     share_of_look,
     spent,
-    study_of,
 )
+from moe.analysis.recorded import record_look, study_of
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.inputs import OF_CLAIMS, ReportOptions
+from moe.analysis.report.inputs import OF_CLAIMS, ReportInputs, ReportOptions
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
@@ -44,7 +45,7 @@ from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run
+from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in
 from moe.runs.record import FORMAT, RecordError
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -272,6 +273,102 @@ def test_leaving_settings_out_one_after_the_other_keeps_the_error() -> None:
     assert found.mean() <= 0.0625
 
 
+Asked = tuple[list[str], dict[str, str]]  # the tested metrics, and factor -> its reference
+
+
+def after_questions(now: Asked, *earlier: Asked, planned: int | None = None) -> Study:
+    """Return a study of the same eight seeds of two settings, of which earlier looks asked other questions."""
+    study_of_eight = study(both(*range(8)), planned=planned)
+    seen = [
+        study_of_eight.present._replace(time=f"2026-01-{day:02}", asked=questions(*asked))
+        for day, asked in enumerate(earlier, 1)
+    ]
+    return replace(study_of_eight, metrics=now[0], references=now[1], earlier=seen)
+
+
+@pytest.mark.parametrize("planned", [None, 8])
+def test_questions_that_are_asked_one_after_the_other_are_looks(planned: int | None) -> None:
+    """Ten metrics are tested, one more in each report. No metric has an effect, and each report has 5 %."""
+    names, own = [f"m{number}" for number in range(10)], group(both(*range(8)))
+    p = np.random.default_rng(0).uniform(size=(4000, len(names)))
+    free, shared = np.zeros(4000, dtype=bool), np.zeros(4000, dtype=bool)
+    for day in range(10):
+        looks: list[Asked] = [(["val/loss", each], {}) for each in names[: day + 1]]
+        now = after_questions(looks[-1], *looks[:-1], planned=planned)
+        assert now.share(own, {Question("val/loss")}) == 1, "it is asked in each report"
+        share = now.share(own, {Question(names[day])})
+        assert share == now.looks.share() == FURTHER**day
+        free |= p[:, day] <= 0.05
+        shared |= p[:, day] <= 0.05 * share
+        again = after_questions((names[:1], {}), *looks, planned=planned)
+        assert again.share(own, {Question(names[0])}) == 1, "a question that was asked before costs nothing"
+        assert again.looks.place == 0
+    assert free.mean() > 0.35
+    assert shared.mean() <= 0.0625
+
+
+def test_the_same_pair_with_the_other_level_as_reference_is_the_same_test() -> None:
+    own = group(both(*range(8)))
+    now = after_questions((["val/loss"], {"x": "1"}), (["val/loss"], {"x": "0"}))
+    of_pair = [Question("val/loss", "x", level) for level in "01"]
+    assert now.share(own, {*of_pair}) == 1
+    assert now.share(own, {Question("val/loss", "x", "2"), of_pair[1]}) == FURTHER
+    assert now.share(own) == now.share(own, {Question("val/loss")}) == 1, "claims, and the analysis of variance"
+    both_at_once = (["val/loss", "val/accuracy"], {"x": "1"})
+    crossed = after_questions(both_at_once, (["val/loss"], {"x": "1"}), (["val/accuracy"], {"x": "0"}))
+    assert crossed.share(own, {Question("val/accuracy", "x", "1")}) == FURTHER**2
+
+
+def test_questions_at_an_early_look_wait_for_more_seeds() -> None:
+    three = study(both(0, 1, 2), planned=8)
+    first = three.present._replace(time="2026-01-01", asked=questions(["a"], {}))
+    second = replace(three, metrics=["a", "b"], earlier=[first])
+    own = group(both(0, 1, 2))
+    assert second.share(own, {Question("a")}) == pytest.approx(spent(3 / 8))
+    assert second.share(own, {Question("b")}) == SMALLEST
+    assert "asked for b. Nothing of the 5 % is left for comparisons that are new in this look" in one_line(second)
+    looks = [first, second.present._replace(time="2026-01-02")]
+    eight = replace(study(both(*range(8)), planned=8), metrics=["a", "b", "c"], earlier=looks)
+    assert eight.share(group(both(*range(8))), {Question("c")}) == 1 - spent(3 / 8), "all of its runs are new"
+    assert eight.looks.share() == 1 - spent(3 / 8)
+
+
+def test_looks_that_do_not_tell_what_they_asked_count_as_the_first_that_does() -> None:
+    own, old = group(both(*range(8))), study(both(*range(8))).present._replace(time="2026-01-01")
+    assert replace(study(both(*range(8))), metrics=["a"], earlier=[old]).share(own, {Question("a")}) == 1
+    told = old._replace(time="2026-01-02", asked=questions(["a"], {}))
+    later = replace(study(both(*range(8))), metrics=["a", "b"], earlier=[old, told])
+    assert (later.share(own, {Question("a")}), later.share(own, {Question("b")})) == (1, FURTHER)
+
+
+def test_a_report_with_another_metric_or_reference_is_a_look(runs: pd.DataFrame) -> None:
+    runs = runs.assign(**{"val/accuracy": np.random.default_rng(1).uniform(size=len(runs))})
+
+    def report(*metrics: str, **references: object) -> ReportInputs:
+        return _with_look(collect_inputs(runs, ReportOptions(metrics=metrics, references=references))[0])
+
+    alone = report()
+    assert (alone.study.looks.seeds, list(warnings_of_looks(alone.study))) == ([5], [])
+    more = report("val/accuracy")
+    new = more.contrasts["metric"] == "val/accuracy"
+    tests = more.contrasts.groupby("metric")["tests"].first()
+    assert new.any()
+    assert tests["val/accuracy"] == pytest.approx(tests["val/perplexity"] / FURTHER)
+    assert more.claims["tests"].equals(alone.claims["tests"])
+    [warning] = (" ".join(text.split()) for text in warnings_of_looks(more.study))
+    assert "No earlier look at these runs had asked for val/accuracy. In this look, the comparisons that are" in warning
+    assert "To keep 5 %, name all metrics and references in the first report." in warning
+    other = report(noise=0.5)
+    tests = other.contrasts[other.contrasts["factor"] == "noise"].groupby("level")["tests"].first()
+    assert tests[0.1] == pytest.approx(tests[0.0] / FURTHER**2), "0.5 and 0.0 had been compared"
+    [warning] = (" ".join(text.split()) for text in warnings_of_looks(other.study))
+    assert "had asked for noise=0.5 as the reference." in warning
+    assert report().study.looks.place == 0
+    assert list(warnings_of_looks(report().study)) == []
+    assert report("val/accuracy").study.looks.place == 1
+    assert len(looks_in(Path(runs["folder"].iloc[0]).parent)["noise_lb_seed"]) == 3
+
+
 def test_the_planned_number_is_that_of_the_first_look() -> None:
     """Runs of the first look are gone, and the others were planned with more seeds."""
     three, eleven = both(0, 1, 2), both(*range(11))
@@ -319,7 +416,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert "On 2026-01-01, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
     gone = study(both(7, 8, 9), both(0, 1, 2))
     assert "the results of 6 runs could be seen" in one_line(gone)
-    assert "A comparison without a new run keeps the share that it had." in one_line(all_runs)
+    assert "A comparison that an earlier look made with the same runs keeps the share" in one_line(all_runs)
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))
     assert "was not written down" in warning

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from moe.analysis.learned import learned_little
-from moe.analysis.looks import study_of
+from moe.analysis.recorded import study_of
 from moe.analysis.report.inputs import GRADIENT_METRICS, TESTED, ReportInputs, ReportOptions, full_names, tested_metrics
 from moe.analysis.report.tested import with_comparisons, with_corrections
 from moe.analysis.sentences import null_everywhere

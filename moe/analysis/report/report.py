@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.looks import record_look
+from moe.analysis.recorded import record_look
 from moe.analysis.report.blocks import (
     Attachment,
     BulletList,

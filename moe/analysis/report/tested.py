@@ -1,5 +1,6 @@
 """Test the claims and comparisons of a report, and correct all tests together, for looks and for each other."""
 
+from dataclasses import replace
 from textwrap import shorten
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
-from moe.analysis.looks import ENDED, group_of
+from moe.analysis.looks import ENDED, Question, group_of
 from moe.analysis.report.inputs import FAMILIES, Family, ReportInputs, reference_levels
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import (
@@ -58,7 +59,9 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
         variance = withheld(variance) if len(variance) else variance
+    asked = {factor: str(references.get(factor, known[factor][0])) for factor in factors}
     return inputs._replace(
+        study=replace(inputs.study, metrics=inputs.tested, references=asked),
         claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
         variance=variance,
@@ -105,7 +108,7 @@ def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
     These tests have 5 % of their own. A contrast without a margin has NaN.
     """
     p = [
-        (inputs.contrasts["p TOST"] / inputs.contrasts["own"].map(inputs.study.share)).clip(upper=1)
+        (inputs.contrasts["p TOST"] / _shares(inputs, "contrasts")).clip(upper=1)
         if "p TOST" in inputs.contrasts
         else pd.Series(np.nan, index=inputs.contrasts.index)
         for inputs in parts
@@ -124,13 +127,30 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
-            both = {
-                "share": table["own"].map(inputs.study.share).to_numpy(),
-                "next share": inputs.study.looks.next_share,
-            }
+            both = {"share": _shares(inputs, field), "next share": inputs.study.looks.next_share}
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
     return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def _shares(inputs: ReportInputs, field: str) -> np.ndarray:
+    """Return the share of its level that each test of a table has in this look.
+
+    Claims are part of every report. A contrast is asked with either of its two levels as the reference.
+    """
+    table, share = getattr(inputs, field), inputs.study.share
+    if field == "claims":
+        return table["own"].map(share).to_numpy()
+    if field == "variance":
+        rows = zip(table["own"], table["metric"], strict=True)
+        return np.array([share(own, {Question(metric)}) for own, metric in rows])
+    rows = table[["own", "metric", "factor", "level", "reference"]].itertuples(index=False, name=None)
+    return np.array(
+        [
+            share(own, {Question(metric, factor, str(level)), Question(metric, factor, str(reference))})
+            for own, metric, factor, level, reference in rows
+        ]
+    )
 
 
 def _corrected(inputs: ReportInputs, tests: pd.DataFrame, equivalence: np.ndarray) -> ReportInputs:

@@ -157,8 +157,12 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
 
 
 def _level(inputs: ReportInputs, runs: pd.DataFrame) -> float:
-    """Return the level of a league of these runs; 0 if nothing is left in this look, or if they learned too little."""
-    share = inputs.study.share(group_of(runs))
+    """Return the level of a league of these runs; 0 if nothing is left in this look, or if they learned too little.
+
+    A league with another reference is another one, because it compares other routers.
+    """
+    asked_by = {each for each in inputs.study.present.asked if each.factor == ROUTER}
+    share = inputs.study.share(group_of(runs), asked_by)
     return 0.0 if inputs.learned_little or share <= SMALLEST else SIGNIFICANCE * share
 
 

@@ -1,11 +1,12 @@
 """What was planned before the runs, and what follows from earlier looks at their results."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 
-from moe.analysis.looks import FURTHER, Study, alike
+from moe.analysis.looks import FURTHER, Question, Study
 from moe.analysis.power import SIGNIFICANCE
+from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import enumerated
@@ -20,12 +21,14 @@ CHANGED_SINCE = """\
 **The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
 with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
 by results of the earlier runs."""
-OLD = " A comparison without a new run keeps the share that it had."
+OLD = " A comparison that an earlier look made with the same runs keeps the share that it had."
+NEW = " No earlier look at these runs had asked for {what}."
 BEYOND = """\
 **This is look {number} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
-report or because a command had ended. In this look, {tests} together have {share:.3g} % instead of 5 %.{old} Together
-with the looks before, chance decides something in at most {total:.3g} % of studies. To keep 5 %, plan the number of
-seeds before the first run (`planned_seeds=8`)."""
+report or because a command had ended.{new} In this look, {tests} together have {share:.3g} % instead of 5 %.{old}
+Together with the looks before, chance decides something in at most {total:.3g} % of studies. {keep}"""
+KEEP_RUNS = "To keep 5 %, plan the number of seeds before the first run (`planned_seeds=8`)."
+KEEP_QUESTIONS = "To keep 5 %, name all metrics and references in the first report."
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
 first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
@@ -38,7 +41,7 @@ This is look {number} at these runs: a setting has {now} of the {planned} planne
 {tests} together have {share:.3g} % instead of 5 %, and all looks together keep the 5 %.{old}"""
 NOTHING_NEW = """\
 **This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the {planned}
-planned ones). Nothing of the 5 % is left for comparisons with other runs than before, so these decide nothing.{old}
+planned ones).{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
 Reports about more seeds, up to the planned ones, decide."""
 USED_UP = """\
 {which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
@@ -134,8 +137,10 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         "now": f"{now:.3g}",
         "planned": f"{looks.planned:.3g}",
         "share": 100 * SIGNIFICANCE * looks.share(),
-        "tests": "the comparisons with new runs" if before else "the tests of a report",
+        "tests": "the comparisons that are new" if before else "the tests of a report",
         "old": OLD if before else "",
+        "new": NEW.format(what=_asked(study.new)) if study.new else "",
+        "keep": KEEP_QUESTIONS if study.new else KEEP_RUNS,
     }
     if beyond := sum(each >= looks.planned for each in before):
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
@@ -149,11 +154,18 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
 
 
 def _seen_before(study: Study) -> tuple[str, str]:
-    """Return when the last look at other runs than now was, and which runs it saw."""
-    last = next(look for look in reversed(study.earlier) if look.runs.keys() != study.present.runs.keys())
-    last = next(look for look in study.earlier if look.runs.keys() == last.runs.keys())
+    """Return when the look before this one was, and which runs it saw."""
+    last = study.distinct[study.looks.place - 1]
     seeds = sorted({study.runs[folder].seed for folder in last.runs if folder in study.runs})
     return last.time, f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
+
+
+def _asked(new: Set[Question]) -> str:
+    """Return the metrics and references of questions, such as "train/loss, and noise=0.5 as the reference"."""
+    known = {each.metric for each in new if not each.factor}
+    references = sorted({f"{each.factor}={each.reference}" for each in new if each.factor and each.metric not in known})
+    compared = f"{', '.join(references)} as the reference" if references else ""
+    return literal(" and ".join(each for each in (", ".join(sorted(known)), compared) if each))
 
 
 def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:

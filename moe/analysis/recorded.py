@@ -1,0 +1,220 @@
+"""Read what sweep folders tell about a study, its plans and its looks, and write a look down."""
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable, questions
+from moe.analysis.statistics import name_cell
+from moe.results.conditions import varied_factors
+from moe.runs.planned import (
+    Look,
+    LooksRecord,
+    PlannedStudy,
+    PlansRecord,
+    digest_of,
+    digests_by_earlier_ones,
+    looks_in,
+    plans_in,
+)
+from moe.runs.record import RecordError
+
+
+def study_of(runs: pd.DataFrame) -> Study:
+    """Return what the sweep folders of the runs of one experiment tell. Raises RecordError for a damaged file."""
+    experiment = str(runs["experiment"].iloc[0])
+    first = runs.sort_values("started").iloc[0]
+    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
+    first_planned = int(planned) if pd.notna(planned) else None
+    known = _known(runs)
+    of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
+    names = {experiment, experiment.partition(": ")[0]}  # the second is that of a report about folders of runs
+    looks = [
+        seen
+        for folder in _sweeps(runs)
+        for name, of_experiment in looks_in(folder).items()
+        for seen in (_seen(look, folder, known) for look in of_experiment)
+        if name == experiment or ((name in names or not of_sweep) and not known.keys().isdisjoint(seen.runs))
+    ]
+    plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
+    plans = sorted(
+        (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
+    )
+    looks = _of_one_report(looks, known) + _without_report(runs, known, plans, first_planned)
+    return Study(
+        planned=first_planned,
+        runs=known,
+        earlier=sorted(looks, key=lambda look: look.time),
+        plans=plans,
+        changed=_changed(plans, _sweeps(runs)) if plans else [],
+        starts=_starts(runs) if plans else {},
+        here=any(folder.is_dir() for folder in _sweeps(runs)),
+    )
+
+
+def _known(runs: pd.DataFrame) -> dict[str, Known]:
+    """Return what is known of each run, by its folder. A run that diverged has ended too: it will not go on."""
+    if "seed" not in runs:
+        return {}
+    runs = runs[runs["seed"].notna()]
+    factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
+    ended = runs["status"].isin(ENDED)
+    return {
+        os.path.abspath(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(has_ended))
+        for folder, levels, seed, has_ended in zip(
+            runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, strict=True
+        )
+    }
+
+
+def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
+    """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds."""
+    runs = {os.path.abspath(sweep / name): setting for setting, names in look.runs.items() for name in names}
+    if not look.runs:
+        runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
+        runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
+    runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
+    asked = questions(look.metrics, look.references)
+    return Seen(look.time, runs, look.mean_seeds or len(look.seeds), look.planned, look.margins, asked)
+
+
+def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
+    """Return one look for each time. A report about two sweep folders is written into both, and one may have moved."""
+    found: dict[str, Seen] = {}
+    for look in looks:
+        other = found.get(look.time, look)
+        here = {folder: run.setting for folder, run in known.items() if folder in other.runs or folder in look.runs}
+        gone = min((_gone(each, known) for each in (other, look)), key=len)
+        most = max(len(other.runs), len(look.runs))
+        found[look.time] = look._replace(runs=here if len(here) >= most else here | gone)
+    return list(found.values())
+
+
+def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
+    return {folder: setting for folder, setting in look.runs.items() if folder not in known}
+
+
+def _without_report(
+    runs: pd.DataFrame, known: Mapping[str, Known], plans: Sequence[PlannedStudy], first_planned: int | None
+) -> list[Seen]:
+    """Return a look for each command that added runs when others had results that could be compared.
+
+    The terminal shows results at the end of a command, and files of runs are open to all. Runs of the seeds that
+    earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
+    study decides, if somebody said it.
+    """
+    if not plans:
+        return []
+    ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
+    ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
+    ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
+    planned, seeds, found = set[str](), set[int](), list[Seen]()
+    for plan in plans:
+        seen = {folder: known[folder] for folder in group_of(ended[ends <= datetime.fromisoformat(plan.time)])}
+        if {*plan.runs} - planned and is_testable(seen.values()):
+            awaited = {folder for folder, run in known.items() if run.seed in seeds}
+            number = len({known[folder].setting for folder in awaited.union(seen)})
+            expected = first_planned or len(awaited.union(seen)) / number
+            runs_seen = {folder: run.setting for folder, run in seen.items()}
+            found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
+        planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
+    return found
+
+
+def _starts(runs: pd.DataFrame) -> dict[int, datetime]:
+    """Return when the first run of each seed started."""
+    times = pd.to_datetime(runs["started"], utc=True, format="ISO8601").groupby(runs["seed"]).min().dropna()
+    return {int(seed): time.to_pydatetime() for seed, time in times.items()}
+
+
+def finished_seeds(runs: pd.DataFrame) -> list[int]:
+    """Return the seeds of the finished runs."""
+    return sorted({int(seed) for seed in runs.loc[runs["status"] == "finished", "seed"]}) if "seed" in runs else []
+
+
+def record_look(runs: pd.DataFrame, study: Study, margins: Mapping[str, object] | None = None) -> bool:
+    """Write into the sweep folders that a report about these runs was written; return whether that was possible.
+
+    margins: those that the reader gave. A report in which no test is possible, because no two settings have two
+    seeds in common, is no look.
+    """
+    experiment, present = str(runs["experiment"].iloc[0]), study.present
+    if not study.testable:
+        return True
+    look = Look(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        finished_seeds(runs),
+        float(present.seeds),
+        float(present.planned),
+        margins={name: str(size) for name, size in (margins or {}).items()},
+        metrics=sorted(study.metrics),
+        references=dict(sorted(study.references.items())),
+    )
+    written = True
+    for folder in _sweeps(runs):
+        ended: dict[str, list[str]] = {}
+        for run, setting in sorted(present.runs.items()):
+            ended.setdefault(setting, []).append(os.path.relpath(run, folder))
+        here = look._replace(runs=ended)
+        looks = looks_in(folder)
+        of_experiment = looks.get(experiment, [])
+        if any(_same(each, here) for each in of_experiment):
+            continue
+        try:
+            LooksRecord(looks=looks | {experiment: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
+        except OSError:
+            written = False
+    return written
+
+
+def _same(look: Look, other: Look) -> bool:
+    """Return whether two looks saw the same, and were asked the same."""
+    return (look.runs, look.margins, look.metrics, look.references) == (
+        other.runs,
+        other.margins,
+        other.metrics,
+        other.references,
+    )
+
+
+def _sweeps(runs: pd.DataFrame) -> list[Path]:
+    """Return the folders above the runs."""
+    return sorted({Path(folder).parent for folder in runs["folder"]})
+
+
+def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:
+    """Return earlier plans that changed claims of the newest of `here`, for runs that compute the same.
+
+    here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
+    A damaged file there is passed over, because this report is not about its runs. Fingerprints of an earlier form are
+    read with the records of the runs beside them.
+    """
+    places = [(sweep.parent, "*") for sweep in sweeps] + [(sweep.parent.parent, "*/*") for sweep in sweeps]
+    folders = {path.parent for place, depth in places for path in place.glob(f"{depth}/{PlansRecord.FILE}")}
+    present = [plan for plan in here if digest_of(plan.claims) == digest_of(here[-1].claims)]
+    found = []
+    for folder in sorted(folders):
+        try:
+            plans = plans_in(folder)
+        except RecordError:
+            continue
+        for earlier in plans:
+            if digest_of(earlier.claims) != digest_of(here[-1].claims) and alike(earlier, here[-1]):
+                known = {old: new for each in {*sweeps, folder} for old, new in digests_by_earlier_ones(each).items()}
+                later = {known.get(run, run) for plan in present if earlier.time <= plan.time for run in plan.runs}
+                found.append((earlier, len(later & {known.get(run, run) for run in earlier.runs})))
+    return [(plan, same) for plan, same in found if same]
+
+
+def alike(earlier: PlannedStudy, newest: PlannedStudy) -> list[dict[str, Any]]:
+    """Return the earlier claims about a factor and a metric, or with the words, of one of the newest claims."""
+
+    def keys(claim: dict[str, Any]) -> set[tuple[Any, ...]]:
+        return {(claim.get("text"),), (claim.get("factor"), claim.get("metric"))}
+
+    known = set[tuple[Any, ...]]().union(*map(keys, newest.claims))
+    return [claim for claim in earlier.claims if keys(claim) & known]
