@@ -100,8 +100,8 @@ class Seen(NamedTuple):
     """What a look saw.
 
     runs: the folders of the runs that had ended, with their settings. seeds, planned: as `Looks` has them, at that
-    time; planned is 0 if nothing tells it. margins: those that the reader gave. asked: what the report asked; nothing
-    if no record tells it.
+    time; planned is 0 if nothing tells it. margins: those that the reader gave. metrics, references: what the report
+    asked, as `Study` has them; nothing if no record tells it.
     """
 
     time: str
@@ -109,7 +109,14 @@ class Seen(NamedTuple):
     seeds: int | float
     planned: int | float
     margins: Mapping[str, str] = {}
-    asked: frozenset[Question] = frozenset()
+    metrics: Sequence[str] = ()
+    references: Mapping[str, str] = {}
+
+    @property
+    def asked(self) -> frozenset[Question]:
+        """The questions: each metric with the reference of each factor, and without any."""
+        compared = [("", ""), *self.references.items()]
+        return frozenset(Question(metric, *each) for metric in self.metrics for each in compared)
 
 
 class _View(NamedTuple):
@@ -159,8 +166,8 @@ class Study:
         planned = (first.planned or self.planned or first.seeds) if first else self.planned
         number = len(settings) or 1
         together = len(gone.union(ended)) / number
-        asked = questions(self.metrics, self.references)
-        return Seen("", ended, together, planned or len(gone.union(self.runs)) / number, asked=asked)
+        planned = planned or len(gone.union(self.runs)) / number
+        return Seen("", ended, together, planned, metrics=self.metrics, references=self.references)
 
     @cached_property
     def looks(self) -> Looks:
@@ -174,13 +181,14 @@ class Study:
         seeds: the most of the looks up to each of them. A look that does not tell what it asked counts as the first one
         that does.
         """
-        first = next((look.asked for look in self.earlier if look.asked), self.present.asked)
+        first = next((look for look in self.earlier if look.metrics), self.present)
         found: list[Seen] = []
         for look in (*self.earlier, self.present):
-            asked = look.asked or first
+            if not look.metrics:
+                look = look._replace(metrics=first.metrics, references=first.references)
             same = [each.asked for each in found if each.runs.keys() == look.runs.keys()]
-            if not same or not asked <= frozenset().union(*same):
-                found.append(look._replace(seeds=max([look.seeds, *(each.seeds for each in found)]), asked=asked))
+            if not same or not look.asked <= frozenset().union(*same):
+                found.append(look._replace(seeds=max([look.seeds, *(each.seeds for each in found)])))
         return found
 
     @cached_property
@@ -233,16 +241,12 @@ class Study:
         """What is left of each look."""
         settings = {*self.present.runs.values()}
         views = []
-        for place, (_, runs, *_, asked) in enumerate(self.distinct):
+        for place, look in enumerate(self.distinct):
+            runs = look.runs
             lost = {runs[folder] for folder in runs.keys() - self.present.runs.keys()}
             left = frozenset(runs.keys() & self.present.runs.keys())
-            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings), asked))
+            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings), look.asked))
         return views
-
-
-def questions(metrics: Iterable[str], references: Mapping[str, str]) -> frozenset[Question]:
-    """Return what a report asks that tests these metrics, with these reference levels of its factors."""
-    return frozenset(Question(metric, *compared) for metric in metrics for compared in [("", ""), *references.items()])
 
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable, questions
+from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import varied_factors
 from moe.runs.planned import (
@@ -78,8 +78,8 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
         runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
         runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
     runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
-    asked = questions(look.metrics, look.references)
-    return Seen(look.time, runs, look.mean_seeds or len(look.seeds), look.planned, look.margins, asked)
+    seeds = look.mean_seeds or len(look.seeds)
+    return Seen(look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references)
 
 
 def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:

@@ -21,13 +21,12 @@ from moe.analysis.looks import (
     Seen,
     Study,
     group_of,
-    questions,
     share_of_look,
     spent,
 )
 from moe.analysis.recorded import record_look, study_of
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.inputs import OF_CLAIMS, ReportInputs, ReportOptions
+from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
@@ -189,21 +188,29 @@ def test_a_test_whose_runs_stay_the_same_has_the_shares_of_all_looks() -> None:
 
 @pytest.mark.parametrize("planned", [None, 4, 8])
 def test_the_shares_of_a_test_add_up_to_no_more_than_the_rule_says(planned: int | None) -> None:
-    """Runs are added to settings at random, some of which end later, and some are removed. Each look has a report."""
+    """Runs are added to settings at random, some of which end later, and some are removed. Each look has a report.
+
+    It tests some metrics, each once, and divides its level among these and those that reports before it tested.
+    """
     settings = ["x=0, y=0", "x=1, y=0", "x=0, y=1", "x=1, y=1", "x=2, y=0"]
     for schedule in range(100):
         rng = np.random.default_rng(schedule)
         runs = {f"/{name}/{seed}": Known(name, seed, True) for name in settings[:4] for seed in range(3)}
-        looks, used = list[Seen](), dict[frozenset[str], float]()
+        looks, used, ever = list[Seen](), dict[tuple[frozenset[str], str], float](), set[str]()
         for day in range(8):
             name, seed = settings[rng.integers(5)], int(rng.integers(12))
-            runs[f"/{name}/{seed}"] = Known(name, seed, bool(rng.integers(3)))
+            if rng.integers(2):
+                runs[f"/{name}/{seed}"] = Known(name, seed, bool(rng.integers(3)))
             if rng.integers(3) == 0:
                 runs.pop(rng.choice(sorted(runs)))
-            found = Study(planned, dict(runs), list(looks))
+            asked = ["a", "b", "c"][rng.integers(3) :][: rng.integers(1, 4)]
+            ever.update(asked)
+            found = Study(planned, dict(runs), list(looks), metrics=asked)
             own = frozenset(folder for folder, run in runs.items() if not run.setting.startswith("x=2"))
             seen = frozenset(own & found.present.runs.keys())
-            used[seen] = max(used.get(seen, 0.0), found.share(own))
+            for metric in asked:
+                share = found.share(own, {Question(metric)}) / len(ever)
+                used[seen, metric] = max(used.get((seen, metric), 0.0), share)
             looks.append(found.present._replace(time=f"{day}"))
         assert sum(used.values()) <= 1.25 + 1e-9
 
@@ -280,7 +287,7 @@ def after_questions(now: Asked, *earlier: Asked, planned: int | None = None) -> 
     """Return a study of the same eight seeds of two settings, of which earlier looks asked other questions."""
     study_of_eight = study(both(*range(8)), planned=planned)
     seen = [
-        study_of_eight.present._replace(time=f"2026-01-{day:02}", asked=questions(*asked))
+        study_of_eight.present._replace(time=f"2026-01-{day:02}", metrics=asked[0], references=asked[1])
         for day, asked in enumerate(earlier, 1)
     ]
     return replace(study_of_eight, metrics=now[0], references=now[1], earlier=seen)
@@ -321,7 +328,7 @@ def test_the_same_pair_with_the_other_level_as_reference_is_the_same_test() -> N
 
 def test_questions_at_an_early_look_wait_for_more_seeds() -> None:
     three = study(both(0, 1, 2), planned=8)
-    first = three.present._replace(time="2026-01-01", asked=questions(["a"], {}))
+    first = three.present._replace(time="2026-01-01", metrics=["a"])
     second = replace(three, metrics=["a", "b"], earlier=[first])
     own = group(both(0, 1, 2))
     assert second.share(own, {Question("a")}) == pytest.approx(spent(3 / 8))
@@ -336,7 +343,7 @@ def test_questions_at_an_early_look_wait_for_more_seeds() -> None:
 def test_looks_that_do_not_tell_what_they_asked_count_as_the_first_that_does() -> None:
     own, old = group(both(*range(8))), study(both(*range(8))).present._replace(time="2026-01-01")
     assert replace(study(both(*range(8))), metrics=["a"], earlier=[old]).share(own, {Question("a")}) == 1
-    told = old._replace(time="2026-01-02", asked=questions(["a"], {}))
+    told = old._replace(time="2026-01-02", metrics=["a"])
     later = replace(study(both(*range(8))), metrics=["a", "b"], earlier=[old, told])
     assert (later.share(own, {Question("a")}), later.share(own, {Question("b")})) == (1, FURTHER)
 
@@ -367,6 +374,41 @@ def test_a_report_with_another_metric_or_reference_is_a_look(runs: pd.DataFrame)
     assert list(warnings_of_looks(report().study)) == []
     assert report("val/accuracy").study.looks.place == 1
     assert len(looks_in(Path(runs["folder"].iloc[0]).parent)["noise_lb_seed"]) == 3
+
+
+def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:
+    """Otherwise one report about three metrics, and three reports about one of them each, would have 15 %."""
+    names = [f"val/m{number}" for number in range(3)]
+    rng = np.random.default_rng(2)
+    runs = runs.assign(**{name: rng.uniform(1, 2, size=len(runs)) for name in names})
+
+    def report(*metrics: str, margins: tuple[str, ...] = (), **references: object) -> ReportInputs:
+        options = ReportOptions(references, dict.fromkeys(margins, "1"), metrics)
+        return _with_look(collect_inputs(runs, options)[0])
+
+    def number(inputs: ReportInputs) -> int:
+        return inputs.families[-1].tests
+
+    every = report(*names, margins=tuple(names))
+    assert every.earlier_tests == EarlierTests(0, 0)
+    one = report(names[0], margins=(names[0],))
+    contrasts = 2 * 2 + 3  # two levels of noise with each lb, and lb with each noise
+    terms = every.variance.query("metric == 'val/m0'")["p GG"].count()
+    assert one.earlier_tests == EarlierTests(2 * (contrasts + terms), 2 * contrasts)
+    assert number(one) == number(every)
+    assert one.families[-1].earlier == 2 * (contrasts + terms)
+    assert one.families[-1].looks == (1.0, 1.0)
+    smallest = [inputs.contrasts.query("metric == 'val/m0'")["p TOST"].idxmin() for inputs in (one, every)]
+    corrected = [each.contrasts.loc[row, "p TOST Holm"] for each, row in zip((one, every), smallest, strict=True)]
+    assert corrected[0] == pytest.approx(min(1, 3 * contrasts * one.contrasts.loc[smallest[0], "p TOST"]))
+    assert any(
+        f"{2 * (contrasts + terms)} of them were made by earlier reports alone" in str(block)
+        for block in how_it_decides(one)
+    )
+    other = report(noise=0.5)
+    pairs = 2  # 0.1 vs 0.0 at two lb; 0.5 vs 0.0 is asked again
+    assert other.earlier_tests.unplanned == 3 * (contrasts + terms) + pairs * len(other.tested)
+    assert report(*names).earlier_tests.unplanned == (len(names) + len(other.tested)) * pairs - pairs * len(names)
 
 
 def test_the_planned_number_is_that_of_the_first_look() -> None:

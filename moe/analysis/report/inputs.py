@@ -37,13 +37,25 @@ NOT_TRAINED = "no run was trained"  # why a figure over training cannot be drawn
 class Family(NamedTuple):
     """A family of tests, and the share of 5 % that it gets.
 
-    looks: the smallest and the largest share of its level that a test of the family has in this look.
+    looks: the smallest and the largest share of its level that a test of the family has in this look. earlier: how many
+    of the tests are not in this report: earlier reports about these settings made them.
     """
 
     name: str
     tests: int
     share: float
     looks: tuple[float, float] = (1.0, 1.0)
+    earlier: int = 0
+
+
+class EarlierTests(NamedTuple):
+    """How many tests earlier reports made of the same settings that this one does not make.
+
+    unplanned: contrasts, and terms of the analysis of variance. equivalence: those of margins.
+    """
+
+    unplanned: int = 0
+    equivalence: int = 0
 
 
 class ReportOptions(NamedTuple):
@@ -86,6 +98,7 @@ class ReportInputs(NamedTuple):
     study: Study  # what was planned, and which reports were written before
     trials: pd.DataFrame  # the runs that chose the values of tuned keys; in a report on them, these runs themselves
     trained_at: pd.Series  # of each run that judges chosen values, these values as text; else empty
+    earlier_tests: EarlierTests = EarlierTests()  # those that count among the tests of this report
 
     @property
     def search(self) -> str | None:

@@ -1,7 +1,9 @@
 """Test the claims and comparisons of a report, and correct all tests together, for looks and for each other."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
 from moe.analysis.looks import ENDED, Question, group_of
-from moe.analysis.report.inputs import FAMILIES, Family, ReportInputs, reference_levels
+from moe.analysis.report.inputs import FAMILIES, EarlierTests, Family, ReportInputs, reference_levels
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import (
     comparisons,
@@ -27,6 +29,8 @@ from moe.results.comparable import not_poolable
 from moe.results.conditions import levels, narrowed
 
 OF_PAIRS = ("folder", "seed", "status", "causal", "place")  # what tells the pairs of a comparison, beside its factors
+UNPLANNED = len(FAMILIES) - 1  # the place of the family of comparisons that nobody planned
+EARLIER = "earlier"  # in place of the field of a test that only earlier reports made
 MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
 
 
@@ -48,9 +52,10 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     ]
     if is_crossed(runs):  # no seed is better than another
         tables = [table[~table["factor"].isin([INIT, DATA])] for table in tables]
+    compared = narrowed(runs, (*factors, *OF_PAIRS))
     own = {
         tuple(names.values()): _in_pairs(treated, baseline)
-        for names, treated, baseline in comparisons(narrowed(runs, (*factors, *OF_PAIRS)), factors, references)
+        for names, treated, baseline in comparisons(compared, factors, references)
     }
     for table in tables:
         names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
@@ -59,14 +64,52 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
         variance = withheld(variance) if len(variance) else variance
-    asked = {factor: str(references.get(factor, known[factor][0])) for factor in factors}
+    asked = {factor: str(reference) for factor, _, reference, _ in own}
+    inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))
     return inputs._replace(
-        study=replace(inputs.study, metrics=inputs.tested, references=asked),
+        earlier_tests=_earlier_tests(inputs, compared, factors, variance),
         claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
     )
+
+
+def _earlier_tests(
+    inputs: ReportInputs, compared: pd.DataFrame, factors: list[str], variance: pd.DataFrame
+) -> EarlierTests:
+    """Count the tests that earlier reports made of these settings, and that this one does not make.
+
+    They count among the tests of this report: whoever asks for less, until something is significant, has had all these
+    chances. compared: the runs, with the columns that tell the pairs. variance: the tests of terms in this report.
+    """
+
+    if not inputs.study.earlier:
+        return EarlierTests()
+
+    def pairs(references: Mapping[str, str]) -> set[tuple[Any, ...]]:
+        """Return the comparisons with these references, whichever of the two levels is the reference."""
+        known = {
+            factor: level
+            for factor in factors
+            for level in levels(compared[factor])
+            if str(level) == references.get(factor)
+        }
+        return {
+            (names["factor"], frozenset([str(names["level"]), str(names["reference"])]), names["within"])
+            for names, *_ in comparisons(compared, factors, known)
+            if names["factor"] in known
+        }
+
+    looks = {(frozenset(look.metrics), tuple(look.references.items())) for look in inputs.study.earlier}
+    now = {(metric, pair) for pair in pairs(inputs.study.references) for metric in inputs.tested}
+    before = {(metric, pair) for metrics, references in looks for pair in pairs(dict(references)) for metric in metrics}
+    dropped = set[str]().union(*(metrics for metrics, _ in looks)) - {*inputs.tested}
+    terms = variance.groupby("metric")["p GG"].count().max() if len(variance) else 0
+    first = inputs.study.earlier[0].margins
+    with_margin = {(metric, pair) for metric, pair in before | now if metric in first}
+    tested_now = {(metric, pair) for metric, pair in now if metric in inputs.margins}
+    return EarlierTests(len(before - now) + int(terms) * len(dropped), len(with_margin - tested_now))
 
 
 def _in_pairs(treated: pd.DataFrame, baseline: pd.DataFrame) -> frozenset[str]:
@@ -87,11 +130,13 @@ def with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
         holm=corrected(of_look, family),
         tests=divided,
         later=later,
-        bh=false_discovery(p.where(family == len(FAMILIES) - 1)),
+        bh=false_discovery(p.where(family == UNPLANNED)),
     )
-    of_look_by_family = tests[p > 0].groupby("family")["share"].agg(["size", "min", "max"])
+    earlier = sum(inputs.earlier_tests.unplanned for inputs in parts)
+    of_report = tests["share"].where(tests["field"] != EARLIER)
+    of_look_by_family = of_report[p > 0].groupby(tests["family"]).agg(["size", "min", "max"])
     families = [
-        Family(FAMILIES[number], int(count), share, (float(low), float(high)))
+        Family(FAMILIES[number], int(count), share, (float(low), float(high)), earlier * (number == UNPLANNED))
         for (number, count, low, high), share in zip(
             of_look_by_family.itertuples(), shares(len(of_look_by_family)), strict=True
         )
@@ -113,7 +158,9 @@ def _equivalence(parts: list[ReportInputs]) -> list[np.ndarray]:
         else pd.Series(np.nan, index=inputs.contrasts.index)
         for inputs in parts
     ]
-    return np.split(corrected(pd.concat(p, ignore_index=True)), np.cumsum([len(each) for each in p])[:-1])
+    earlier = pd.Series(1.0, index=range(sum(inputs.earlier_tests.equivalence for inputs in parts)))
+    places = np.cumsum([len(each) for each in p])
+    return np.split(corrected(pd.concat([*p, earlier], ignore_index=True)), places)[:-1]
 
 
 def _tests(inputs: ReportInputs) -> pd.DataFrame:
@@ -126,10 +173,13 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
     tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
     for field, column in columns.items():
         if len(table := getattr(inputs, field)):
-            family = claim_families(table) if field == "claims" else len(FAMILIES) - 1
+            family = claim_families(table) if field == "claims" else UNPLANNED
             both = {"share": _shares(inputs, field), "next share": inputs.study.looks.next_share}
             p = table[column].to_numpy(dtype=float)
             tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
+    if any((table["p"] > 0).any() for table in tables[1:] if table["family"].eq(UNPLANNED).all()):
+        facts = {"p": 1.0, "family": UNPLANNED, "share": 1.0, "next share": 1.0, "field": EARLIER}
+        tables.append(pd.DataFrame([facts] * inputs.earlier_tests.unplanned))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 

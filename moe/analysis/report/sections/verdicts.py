@@ -63,7 +63,8 @@ Whoever adds seeds and looks again has more chances of an error. Therefore each 
 looks.json beside the runs, and the looks share the level of a test. Up to the planned number of seeds the shares add
 up to 1: an early look gets little, and the last one nearly everything. If nobody planned a number, that of the first
 report counts as planned. Each look after that number was reached gets a fifth of the level of the one before. What
-counts is how many different seeds were in any report, so a report about other seeds, or about fewer, is a look too."""
+counts is how many runs a setting had in all reports, on average, so a report about other runs, or about fewer, is a
+look too. So is a report about a metric or a reference level that no report before had asked for."""
 ONLY_DESCRIBES = """\
 All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone, and
 for a single look: other looks at these runs do not widen it. Only the intervals of a league have the level of the look.
@@ -129,7 +130,8 @@ def _share_of(family: Family) -> str:
     if family.tests == 1:
         return f"1 test of {family.name} has {share}" + (f"; {applied}" if family.looks != (1, 1) else "")
     each = level_text(family.tests / family.share)
-    text = f"{family.tests} tests of {family.name} share {share}"
+    earlier = f" ({family.earlier} of them were made by earlier reports alone)" if family.earlier else ""
+    text = f"{family.tests} tests of {family.name}{earlier} share {share}"
     return f"{text}, {each} each" if family.looks == (1, 1) else f"{text}, {each} for all looks of each; {applied}"
 
 
