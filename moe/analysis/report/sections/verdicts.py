@@ -93,9 +93,9 @@ repeat: what each of them did, and what we do instead."""
 POST_HOC = """\
 Each level of a factor is compared with the factor's reference level: "A vs B" is A minus B, and B is the reference.
 The reference levels are {references}: those that `--reference` names, or else those that claims compare with most
-often, if there are any. These comparisons are post hoc: no claim predicted their results before the runs. The 95 % interval of a difference, in brackets, is for
-this difference alone. The verdict is corrected for all tests of this report, so it can be undecided although the
-interval leaves out 0."""
+often, if there are any. These comparisons are post hoc: no claim predicted their results before the runs. The 95 %
+interval of a difference, in brackets, is for this difference alone. The verdict is corrected for all tests of this
+report, so it can be undecided although the interval leaves out 0."""
 
 COVERED = """\
 {covered} of {all} contrasts have no sentence here, because a planned claim compares the same two levels, averaged over
