@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_a_difference_in_one_document_holds_for_other_seeds_and_not_for_other_te
     assert each["over seeds"].startswith("[+")
     assert each["over documents"].startswith("[+")
     assert (one["n"], one["documents"]) == (3, 5)
+
+
+def test_a_factor_that_one_level_lacks_leaves_no_comparison_without_documents(tmp_path: Path) -> None:
+    """A temperature is absent for top-k, and both of its contrasts have the intervals of the same pairs of runs."""
+    write_runs(tmp_path / "x", [0.1, 0.11, 0.1, 0, 0.12, 0.1])
+    for folder in (tmp_path / "x").iterdir():
+        seed, hot = int(folder.name[-1]), "noise=0.5" in folder.name
+        routers = {2.0: "temperature", 4.0: "temperature"} if hot else {None: "topk"}
+        for temp, router in routers.items():
+            settings = {"router._target_": router, "seed": seed} | ({"router.temp": temp} if temp else {})
+            copied = tmp_path / "y" / f"{router} {temp} {seed}"
+            shutil.copytree(folder, copied)
+            write_record(copied, config=settings, choices={"router": router})
+    blocks = other_seeds_and_other_text(collect_inputs(load_runs([tmp_path / "y"]))[0])
+    [shown] = [block.frame for block in blocks if isinstance(block, TableBlock)]
+    of_routers = shown[shown["factor"] == "router"]
+    assert set(of_routers["within"]) == {"router.temp=2.0", "router.temp=4.0"}
+    assert (shown["documents"] == 5).all()
+    assert of_routers["over documents"].str.startswith("[").all()
 
 
 def test_small_differences_and_their_intervals_have_as_many_digits_as_they_need(tmp_path: Path) -> None:

@@ -12,18 +12,20 @@ from moe.analysis.bootstrap import bootstrap
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import decimals, levels_compared
-from moe.analysis.statistics import contrasts, name_cell
+from moe.analysis.statistics import comparisons, contrasts
 from moe.checks import plain
 from moe.results.comparable import NOT_COMPARABLE
-from moe.results.conditions import conditions
+from moe.results.conditions import narrowed
 from moe.runs.documents import FILE, DocumentLosses, read_documents
 
 LOSS = "val/loss"
+NAMES = ("factor", "level", "reference", "within")  # the columns that name a comparison, as in `comparisons`
 EXPLAINED = """\
 The difference of the validation loss, in nats per token, between runs of the same seed. The interval over seeds says
 which difference other seeds would show on this text (t interval). The interval over documents says which difference
 these runs would show on other text of the same kind (bootstrap-t over documents, paired by document, averaged over the
-seeds). It is missing below four documents. This table describes; it tests nothing."""
+seeds). It is missing below four documents, and where a run has other documents or no losses by document. This table
+describes; it tests nothing."""
 
 
 def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
@@ -39,23 +41,18 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
     problems = [f"{levels_compared(row)}: {row.note}" for row in table[on_other_text].itertuples()]
     table = table[(table["n"] > 0) & ~on_other_text]
     read = cache(partial(_read, problems=problems))
+    few = narrowed(runs, (LOSS, "seed", "folder", "causal", "place", *inputs.factors))
+    sides = {tuple(names.values()): pair for names, *pair in comparisons(few, inputs.factors, references)}
     rows = []
-    for factor, of_factor in table.groupby("factor", sort=False):
-        others = [other for other in inputs.factors if other != factor]
-        cells = {name_cell(cell): members for cell, members in conditions(runs, others)}
-        for _, row in of_factor.iterrows():
-            members = cells[row["within"]]
-            sides = [
-                members[(members[factor] == row[side]) & members[LOSS].notna()].set_index("seed")["folder"]
-                for side in ("level", "reference")
-            ]
-            pairs = pd.concat(sides, axis=1).dropna().to_numpy()
-            rows.append(
-                row[["factor", "level", "reference", "within", "n", "difference", "ci_low", "ci_high"]].to_dict()
-            )
-            losses = {folder: read(folder) for folder in pairs.ravel()}
-            problems += _differing_documents(losses)
-            rows[-1] |= _over_documents([[losses[folder] for folder in pair] for pair in pairs])
+    for _, row in table.iterrows():
+        folders = [
+            side[side[LOSS].notna()].set_index("seed")["folder"] for side in sides[tuple(row[names] for names in NAMES)]
+        ]
+        pairs = pd.concat(folders, axis=1).dropna().to_numpy()
+        losses = {folder: read(folder) for folder in pairs.ravel()}
+        problems += _differing_documents(losses)
+        documents = _over_documents([[losses[folder] for folder in pair] for pair in pairs])
+        rows.append(row[[*NAMES, "n", "difference", "ci_low", "ci_high"]].to_dict() | documents)
     found = pd.DataFrame(rows)
     compared = len(found) > 0 and found["documents"].any()
     if not compared and not problems:
@@ -73,7 +70,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         [_interval(low, high, number) for (low, high), number in zip(found[columns].to_numpy(), digits, strict=True)]
         for columns in ends
     )
-    shown = found[["factor", "level", "reference", "within", "n"]].assign(
+    shown = found[[*NAMES, "n"]].assign(
         **{
             "difference": [plain(f"{d:+.{number}f}") for d, number in zip(found["difference"], digits, strict=True)],
             "over seeds": seeds,
