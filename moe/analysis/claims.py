@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.comparisons import NAN, Comparison, compared, runs_of_claim
+from moe.analysis.comparisons import NAN, Comparison, compared
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
@@ -97,7 +97,7 @@ def measured_claims(runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> pd
     """Return a row for every planned claim, before the correction for other tests; `decided` completes it.
 
     Claims about quality have no p if no model of their experiment is better than a unigram model. `own` are the runs
-    that the claim compares, for `moe.analysis.looks.Study`. evals: see `moe.analysis.comparisons.compared`.
+    on which its test depends, for `moe.analysis.looks.Study`. evals: see `moe.analysis.comparisons.compared`.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     planned = planned_claims(runs)
@@ -233,7 +233,7 @@ def _detectable(n: int, spread: float, claim: Prediction, unit: str, most: float
 
 def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> dict[str, Any]:
     """Return the row of one claim, before the correction for the other claims."""
-    row = _claim_row(claim.text, claim.source, claim.metric, claim.kind) | {"own": runs_of_claim(claim, runs)}
+    row = _claim_row(claim.text, claim.source, claim.metric, claim.kind)
     if claim.kind == "interaction" and claim.margin is None and claim.direction is None:
         rise, fall = (_judge_levels(replace(claim, direction=each), runs, evals) for each in ("higher", "lower"))
         return row | (fall if rise["verdict"] == "contradicted" else rise)
@@ -242,11 +242,12 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | N
 
 def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None) -> dict[str, Any]:
     """Return the columns about the comparisons of the named levels of a claim with their rivals."""
-    named, rivals, pairs, absent = compared(claim, runs, evals)
+    found = compared(claim, runs, evals)
+    named, rivals, pairs, absent = found
     if absent:
         sides = [_listed(_label(claim, runs, each) for each in side) for side in (named, rivals)]
         text = f"{claim.factor} {' vs '.join(sides)}"
-        return _row(text, Comparison(0, doubt="; ".join(absent)), NAN, "undecided", "")
+        return _row(text, Comparison(0, doubt="; ".join(absent)), NAN, "undecided", "") | {"own": found.runs}
     favor, p_for, p_against = (
         np.array([[getattr(pair, field) for pair in line] for line in pairs])
         for field in ("favor", "p_for", "p_against")
@@ -266,7 +267,7 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     predicted = _predicted(shown if estimates != "mixed" else shown._replace(mean=NAN))._replace(
         named=len(named), rivals=len(rivals), freedom=shown.freedom, best=best
     )
-    return row | shown_sides | {"predicted": predicted}
+    return row | shown_sides | {"predicted": predicted, "own": found.runs}
 
 
 def _deciding(

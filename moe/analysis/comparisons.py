@@ -1,10 +1,10 @@
 """What a planned claim compares: each level that it names with each rival, paired by seed. `claims.py` judges it."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,10 @@ from moe.results.table import level
 
 NAN = float("nan")
 BASE = "base/value"  # the metric before a change, of whose mean a margin may be a share; "/" as in a metric
+SECOND = "second/folder"  # of the run after a change
 ONE_SEED = "one seed tells no spread, so there is nothing to test the difference against"
 ONE_SEED_CONNECTS = "without one of its seeds the others cannot tell the difference, so nothing can test it"
+NO_WEIGHT = 1e-9  # of a run in an estimate, which rounding may give it
 NO_SPREAD = "the difference is the same in every seed, so nothing tells how far chance could move it"
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
@@ -47,6 +49,7 @@ class Comparison(NamedTuple):
     deterministic: whether the difference is the same in every seed. It is then tested only against a share of a mean.
     note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
+    runs: the folders of the runs on which the test depends.
     """
 
     n: int
@@ -64,6 +67,7 @@ class Comparison(NamedTuple):
     deterministic: bool = False
     note: str = ""
     doubt: str = ""
+    runs: frozenset[str] = frozenset()
 
 
 class Compared(NamedTuple):
@@ -77,6 +81,15 @@ class Compared(NamedTuple):
     rivals: list[Any]
     pairs: list[list[Comparison]]
     absent: list[str]
+
+    @property
+    def runs(self) -> frozenset[str]:
+        """The folders of the runs on which the test of the claim depends, for `moe.analysis.looks.Study`.
+
+        A run that changes no number is not among them: its seed lacks the other side, or its combination of other
+        factors has too few pairs. In a mixed model, a run at another level counts if it tells how the seeds differ.
+        """
+        return frozenset().union(*(pair.runs for line in self.pairs for pair in line))
 
 
 def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None = None) -> Compared:
@@ -112,14 +125,6 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         return Compared(named, rivals, [], [str(error)])
 
 
-def runs_of_claim(claim: ClaimConfig, runs: pd.DataFrame) -> frozenset[str]:
-    """Return the runs at the levels that a claim compares; of a mixed model, all runs, because it uses them all."""
-    runs = _selected(claim, runs)
-    if claim.kind != "mixed" and claim.factor in runs:
-        runs = runs[runs[claim.factor].isin([*chain(*_sides(claim, runs))])]
-    return group_of(runs)
-
-
 def _sides(claim: ClaimConfig, runs: pd.DataFrame) -> tuple[list[Any], list[Any]]:
     """Return the levels that a claim names, and those with which it compares them."""
     present = levels(runs[claim.factor]) if claim.factor in runs else []
@@ -142,8 +147,9 @@ def _pairs_at_cost(
 ) -> list[list[Comparison]]:
     """Compare as `_pairs` does, at each combination of other factors at a cost that both sides have reached.
 
-    A mixed model compares all levels at once, so these share it. Raises NoEqualCostError if a combination has none, and
-    if a cost or a metric is not known over training.
+    A mixed model compares all levels at once, so these share it. A run that lacks a partner decides no cost of others.
+    All runs that decide a cost are runs of the test. Raises NoEqualCostError if a combination has none, and if a cost
+    or a metric is not known over training.
     """
     cost = COST_COLUMNS[claim.at or ""]
     for each in (*named, *rivals) if cost == FLOPS else ():
@@ -151,14 +157,21 @@ def _pairs_at_cost(
             raise NoEqualCostError(f"{claim.factor}={each}: {reason}")
     curves = metric_curves(runs, _metrics(claim), cost, evals)
     if claim.kind == "mixed":
-        return _pairs(claim, at_common_cost(runs, _others(claim, runs), curves), named, rivals)
+        found = _pairs(claim, at_common_cost(runs, _others(claim, runs), curves), named, rivals)
+        return [[pair._replace(runs=group_of(runs)) for pair in line] for line in found]
     runs = runs[runs[claim.factor].isin([*named, *rivals])]
     others = _others(claim, runs)
 
     def pair(a: Any, b: Any) -> Comparison:
-        both = at_common_cost(two_levels(runs, claim.factor, (a, b), others), others, curves)
-        [[found]] = _pairs(claim, both, [a], [b])
-        return found
+        both = two_levels(runs, claim.factor, (a, b), others)
+        sides = both.groupby([*others, "seed"], dropna=False)[claim.factor].transform("nunique")
+        paired = {*both.loc[sides == 2, "folder"]}
+        of_pairs = {
+            metric: {folder: curve for folder, curve in known.items() if folder in paired}
+            for metric, known in curves.items()
+        }
+        [[found]] = _pairs(claim, at_common_cost(both, others, of_pairs), [a], [b])
+        return found._replace(runs=group_of(both[sides == 2]))
 
     return [[pair(a, b) for b in rivals] for a in named]
 
@@ -265,7 +278,8 @@ def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
         return first.assign(**{claim.metric: runs[_metrics(claim)[1]] - first[claim.metric]})
     second = _with_mean_of_domains(claim, runs[runs[factor] == level(claim.within[factor][1])])
     keys = list(dict.fromkeys([claim.factor, "seed", *varied_factors(first), *varied_factors(second)]))
-    pairs = first.merge(second[[*keys, claim.metric]], on=keys, suffixes=("", " at the second level"))
+    second = second[[*keys, claim.metric, "folder"]].rename(columns={"folder": SECOND})
+    pairs = first.merge(second, on=keys, suffixes=("", " at the second level"))
     return pairs.assign(**{claim.metric: pairs.pop(f"{claim.metric} at the second level") - pairs[claim.metric]})
 
 
@@ -275,7 +289,8 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     In a mixed model the runs at the other levels count too: where a run is missing, they tell how the seeds differ.
     """
     sides: dict[str, pd.DataFrame] = {}
-    alone: dict[str, pd.Series] = {}
+    folders: dict[str, pd.DataFrame] = {}
+    alone: dict[str, pd.DataFrame] = {}
     for cell, members in conditions(two_levels(runs, claim.factor, (treated, reference), others), others):
         both = [members[members[claim.factor] == side] for side in (treated, reference)]
         if all(map(len, both)):
@@ -285,28 +300,54 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
             a, b = (by_seed(rows, claim.metric) for rows in both)
             base = by_seed(both[1], BASE) if BASE in runs else b
             sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b, "base": base})
+            treated_runs, reference_runs = map(_folders, both)
+            folders[name_cell(cell)] = pd.DataFrame({"treated": treated_runs, "reference": reference_runs})
         else:
-            alone[name_cell(cell)] = by_seed(members, claim.metric)
+            alone[name_cell(cell)] = members
     if not sides:
         return Comparison(0, doubt=f"no runs differ in {claim.factor} alone")
     table = pd.concat(sides, axis=1)  # a row for each seed; NaN where a run is missing
     of_side = {side: table.xs(side, axis=1, level=1) for side in ("treated", "reference", "base")}
+    runs_of = pd.concat(folders, axis=1).reindex(table.index)
+    of_side |= {f"{side}_runs": runs_of.xs(side, axis=1, level=1) for side in ("treated", "reference")}
     if claim.kind != "mixed":
         return _of_pairs(claim, **of_side, alone=list(alone))
     if reason := not_poolable(claim.metric, runs, timed=timed(claim)):
         return Comparison(0, doubt=reason)
     others_too = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
-    rest = [by_seed(members, claim.metric) for _, members in others_too] + list(alone.values())
-    return _in_all_runs(claim, **of_side, alone=list(alone), rest=rest)
+    rest = [members for _, members in others_too] + list(alone.values())
+    values, runs_of_rest = [by_seed(members, claim.metric) for members in rest], [_folders(members) for members in rest]
+    return _in_all_runs(claim, **of_side, alone=list(alone), rest=values, rest_runs=runs_of_rest)
+
+
+def _folders(runs: pd.DataFrame) -> pd.Series:
+    """Return the folders of the runs by seed, each as a set; of a change, those of both runs."""
+    columns = [column for column in ("folder", SECOND) if column in runs]
+    sets = [frozenset(map(os.path.abspath, row)) for row in runs[columns].itertuples(index=False, name=None)]
+    found = pd.Series(sets, index=runs["seed"], dtype=object)
+    return found[~found.index.duplicated()]
+
+
+def _used(folders: pd.DataFrame, uses: np.ndarray) -> frozenset[str]:
+    """Return the folders in a table of seeds by settings, of those cells that a test uses."""
+    sets = folders.to_numpy(dtype=object)[uses]
+    return frozenset().union(*(each for each in sets if isinstance(each, frozenset)))
 
 
 def _of_pairs(
-    claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame, base: pd.DataFrame, alone: list[str]
+    claim: ClaimConfig,
+    treated: pd.DataFrame,
+    reference: pd.DataFrame,
+    base: pd.DataFrame,
+    treated_runs: pd.DataFrame,
+    reference_runs: pd.DataFrame,
+    alone: list[str],
 ) -> Comparison:
     """Compare two levels by pairs of runs: the mean over combinations of the mean difference over their seeds.
 
     A row for each seed and a column for each combination of other factors, as in `_in_all_runs`. base: the values of
-    whose mean the claimed range may be a share. alone: combinations that have one of the two levels in no seed.
+    whose mean the claimed range may be a share. treated_runs, reference_runs: the folders of the runs, in the same
+    places. alone: combinations that have one of the two levels in no seed.
     """
     pairs = treated - reference
     kept, note = _judged(pairs.count(), "pair", pairs, alone)
@@ -322,7 +363,8 @@ def _of_pairs(
         values = (times * pairs - share * base).to_numpy(dtype=float)
         return contrast(values, weights, seed_effects=False, scale=scale)
 
-    return _estimated(claim, estimate, reference, base, note)
+    used = [_used(each[kept], pairs.notna().to_numpy()) for each in (treated_runs, reference_runs)]
+    return _estimated(claim, estimate, reference, base, note)._replace(runs=used[0] | used[1])
 
 
 def _in_all_runs(
@@ -330,18 +372,24 @@ def _in_all_runs(
     treated: pd.DataFrame,
     reference: pd.DataFrame,
     base: pd.DataFrame,
+    treated_runs: pd.DataFrame,
+    reference_runs: pd.DataFrame,
     alone: list[str],
     rest: list[pd.Series],
+    rest_runs: list[pd.Series],
 ) -> Comparison:
     """Compare the values of two levels by a model of all runs; the other arguments are those of `_of_pairs`.
 
     rest: values of other settings by seed. They tell how the seeds differ, and so do the runs of combinations that are
-    left out of the comparison.
+    left out of the comparison. rest_runs: their folders.
     """
     counts = pd.concat([treated.count(), reference.count()], axis=1).min(axis=1)
     kept, note = _judged(counts, "run of a level", treated - reference, alone)
     sides = [treated[kept], reference[kept], treated.drop(columns=kept), reference.drop(columns=kept)]
     table = pd.concat([*sides, *rest], axis=1)
+    sides_runs = [treated_runs[kept], reference_runs[kept]]
+    sides_runs += [treated_runs.drop(columns=kept), reference_runs.drop(columns=kept)]
+    folders = pd.concat([*sides_runs, *rest_runs], axis=1).reindex(table.index)
     note = "; ".join(filter(None, (f"mixed model of {table.count().sum()} runs", note)))
     if kept.empty:
         return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
@@ -356,9 +404,13 @@ def _in_all_runs(
 
     reference, base = (each[kept].reindex(table.index) for each in (reference, base))
     try:
-        return _estimated(claim, estimate, reference, base, note)
+        found = _estimated(claim, estimate, reference, base, note)
+        by = [estimate(1.0, share).estimator for share in (0.0, *(end.share for end in claimed_range(claim)))]
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
+    uses = ~np.isnan(values)
+    uses[uses] = (np.abs([row for each in by for row in (each.of_runs, *each.changes)]) > NO_WEIGHT).any(axis=0)
+    return found._replace(runs=_used(folders, uses))
 
 
 def _judged(counts: pd.Series, unit: str, pairs: pd.DataFrame, alone: list[str]) -> tuple[pd.Index, str]:

@@ -18,7 +18,7 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
-from moe.analysis.comparisons import NO_SPREAD, ONE_SEED
+from moe.analysis.comparisons import NO_SPREAD, ONE_SEED, compared
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
 from moe.analysis.sentences import contrast_sentence
@@ -307,6 +307,50 @@ def runs_of_two_factors(effect: float, change: float, *, seeds: int = 5) -> pd.D
     parts = [runs_with_means({0.0: 100, 0.5: 100 + effect}, seeds=seeds).assign(lb=0.0)]
     parts += [runs_with_means({0.0: 90, 0.5: 90 + effect + change}, seeds=seeds, draw=1).assign(lb=0.01)]
     return pd.concat(parts, ignore_index=True)
+
+
+@pytest.mark.parametrize(
+    "planned",
+    [
+        claim("higher", [0.5], [0.0]),
+        claim("lower", [0.5], [0.0], within={"lb": [0.0]}),
+        claim("higher", [0.5], [0.0], size=["1%", "5%"]),
+        claim("highest", [0.5]),
+        claim("lowest", [0.5, 0.1]),
+        claim("equivalent", [0.5], [0.0, 0.1], margin="2%"),
+        claim("interaction", [0.5], [0.0], within={"lb": [0.0, 0.01]}, direction="higher"),
+        claim("interaction", [0.5], [0.0], within={"lb": [0.0, 0.01]}, margin="2%"),
+        claim("mixed", [0.5], [0.0], direction="higher"),
+        claim("mixed", [0.5], [0.0], margin="2%"),
+    ],
+    ids=lambda each: " ".join(filter(None, (each.kind, *map(str, each.within), *map(str, each.size), each.margin))),
+)
+def test_the_runs_of_a_claim_are_those_that_change_a_number_of_its_test(planned: ClaimConfig) -> None:
+    """Seeds lack a run of one side, or of all but one setting; a combination has a single pair."""
+    runs = pd.concat(
+        [
+            runs_with_means({0.0: 100, 0.1: 101, 0.5: 102}, draw=draw).assign(lb=lb)
+            for draw, lb in enumerate((0.0, 0.01))
+        ]
+        + [runs_with_means({0.0: 100, 0.5: 102}, seeds=1, draw=2).assign(lb=0.1)],
+        ignore_index=True,
+    )
+    noise, lb, seed = runs["noise"], runs["lb"], runs["seed"]
+    runs = runs[~((noise == 0.5) & (lb == 0.0) & (seed == 1)) & ~((noise > 0) & (lb == 0.01) & (seed == 2))]
+    runs = runs[(runs["seed"] != 4) | ((runs["noise"] == 0.5) & (runs["lb"] == 0.0))].reset_index(drop=True)
+    runs = runs.assign(folder=[f"/runs/{number}" for number in runs.index])
+
+    def numbers(table: pd.DataFrame) -> list[float]:
+        return [each for line in compared(planned, table).pairs for pair in line for each in (pair.p_for, pair.favor)]
+
+    before, changing = numbers(runs), set()
+    for number in runs.index:
+        changed = runs.copy()
+        changed.loc[number, PPL] += 0.37
+        if numbers(changed) != pytest.approx(before, rel=1e-7):
+            changing.add(f"/runs/{number}")
+    assert 0 < len(changing) < len(runs)
+    assert compared(planned, runs).runs == changing
 
 
 def test_a_claim_within_some_levels_is_judged_by_the_runs_at_these_levels_alone() -> None:

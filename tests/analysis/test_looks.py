@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from moe.analysis.claims import planned_claims
-from moe.analysis.comparisons import runs_of_claim
+from moe.analysis.comparisons import compared
 from moe.analysis.looks import (
     FURTHER,
     SMALLEST,
@@ -558,6 +558,19 @@ def test_a_run_without_a_partner_is_no_look_at_a_comparison(runs: pd.DataFrame) 
     assert found.loc[found["level"] == 0.1, "tests"].unique() == pytest.approx(alone / (FURTHER + FURTHER**2))
 
 
+def test_a_run_without_a_partner_is_no_look_at_a_claim(runs: pd.DataFrame) -> None:
+    """All settings have three seeds at the first look. Then noise 0 gets two more, which claims about lb use alone."""
+    first, second = runs[runs["seed"] < 3], runs[(runs["seed"] < 3) | (runs["noise"] == 0)]
+    alone = collect_inputs(first)[0].claims
+    record_look(first, study_of(first))
+    again = collect_inputs(second)[0].claims
+    of_noise = alone["compared"].str.startswith("noise ")
+    assert of_noise.value_counts().to_dict() == {True: 5, False: 3}
+    assert again.loc[of_noise, "p"].tolist() == pytest.approx(alone.loc[of_noise, "p"].tolist())
+    expected = (alone["tests"] / (~of_noise).map({True: FURTHER, False: 1})).tolist()
+    assert again["tests"].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("of_second", "ended"), [("12:00", [0, 1, 2]), ("09:00", [])])
 def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path
@@ -576,7 +589,7 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
     study = study_of(runs)
     assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
-    tests = [group_of(runs), *(runs_of_claim(claim, members) for claim, members in planned_claims(runs))]
+    tests = [group_of(runs), *(compared(claim, members).runs for claim, members in planned_claims(runs))]
     assert {study.share(test) for test in tests} == {FURTHER if ended else 1.0}
     assert study_of(runs.assign(planned_seeds=5)).looks.share() == pytest.approx(1 - spent(0.6) if ended else 1)
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
@@ -660,7 +673,7 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
     path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
     for first, share in ((runs[runs["seed"] < 4], 1.0), (runs, FURTHER)):  # the same runs again, and more
-        assert {study_of(first).share(runs_of_claim(*each)) for each in planned_claims(first)} == {share}
+        assert {study_of(first).share(compared(*each).runs) for each in planned_claims(first)} == {share}
     assert record_look(runs, study_of(runs))
     looks = LooksRecord.read(path).looks["noise_lb_seed"]
     assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
