@@ -9,7 +9,13 @@ import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.sections.commands import command_for_more, fixed_settings, grid_of, training_command
+from moe.analysis.report.sections.commands import (
+    MOST_LISTED,
+    command_for_more,
+    fixed_settings,
+    grid_of,
+    training_command,
+)
 from moe.analysis.report.sections.setup import _replaced
 from moe.config.cell import Cell
 from moe.config.keys import flatten
@@ -116,6 +122,17 @@ def test_what_a_command_replaced_in_its_experiment_is_a_fact_of_the_report() -> 
 
 
 @pytest.mark.usefixtures("labs")
+def test_many_more_seeds_are_a_range() -> None:
+    _, runs = trained("steps=1", "seed=1", "-m")
+    command = training_command(runs, range(2, 2 + MOST_LISTED + 1))
+    again = read_cells(shlex.split(command)[2:])
+    assert command == "python train.py -m steps=1 'seed=range(2,23)'"
+    assert again is not None
+    assert [cell.config.seed for cell in again] == [*range(2, 23)]
+    assert training_command(runs, range(2, 4)) == "python train.py -m steps=1 seed=2,3"
+
+
+@pytest.mark.usefixtures("labs")
 def test_a_claim_that_was_changed_keeps_its_own_command() -> None:
     """Seed 2 was added with another claim, so an advice about the old claim must name it."""
     old = "[{text: 'a \"b\", 1 %', metric: val/loss, factor: noise, levels: [0.1], than: [0.0], kind: higher}]"
@@ -130,6 +147,7 @@ def test_a_claim_that_was_changed_keeps_its_own_command() -> None:
             folders.append(str(cell.folder))
     [inputs] = collect_inputs(load_runs([Path(folders[0]).parent]))
     assert inputs.claims["claim"].tolist() == ['a "b", 1 %', "c"]
+    assert command_for_more(inputs, 900).endswith("'seed=range(3,903)'")
     for row, claim in enumerate((old, new)):
         words = shlex.split(command_for_more(inputs, 2, row))[2:]
         again, wanted = read_cells(words), read_cells(["-m", "noise=0.0,0.1", "seed=3,4", f"claims={claim}"])

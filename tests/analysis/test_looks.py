@@ -25,8 +25,10 @@ from moe.analysis.looks import (
     spent,
 )
 from moe.analysis.recorded import record_look, study_of
+from moe.analysis.report.blocks import Cards
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
+from moe.analysis.report.judgments import cards
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
@@ -660,7 +662,14 @@ def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -
     [inputs] = collect_inputs(runs.assign(planned_seeds=6))
     text = "\n".join(map(block_as_markdown, answer(inputs)))
     assert "1 of the 6 planned seeds is left." in text
-    assert "That is more than the 6 planned seeds; “More seeds” says what it costs" in text
+    price = "That is more than the 6 planned seeds; “More seeds” says what it costs."
+    assert f". {price}" in text
+    assert "; About" not in text
+    [first] = cards(inputs.judgments[-1:], lambda each: "train.py seed=7", lambda each: price)
+    assert first.advice.endswith(f", if the true difference is the estimated one. {price} `train.py seed=7`")
+    [second] = cards(inputs.judgments[-1:], lambda each: "train.py seed=7")
+    assert second.advice.endswith(", if the true difference is the estimated one: `train.py seed=7`")
+    assert block_as_markdown(Cards([second])).count(f". {second.advice}") == 1
 
 
 def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from moe.analysis.sentences import (
     p_equals,
     percent,
     standing,
+    with_capital,
 )
 from moe.checks import plain
 
@@ -218,24 +219,31 @@ def on_contrast(row: pd.Series, tests_later: float | None = None) -> Judgment:
     )
 
 
-def cards(judged: list[Judgment], command_for_more: Callable[[Judgment], str] = lambda judged: "") -> list[Card]:
+def cards(
+    judged: list[Judgment],
+    command_for_more: Callable[[Judgment], str] = lambda judged: "",
+    price: Callable[[Judgment], str] = lambda judged: "",
+) -> list[Card]:
     """Return a card for each judgment. Those with one unit have one scale.
 
-    command_for_more: the command that trains the seeds that a judgment needs, or an empty text.
+    command_for_more: the command that trains the seeds that a judgment needs, or an empty text. price: a sentence about
+    what they cost, or an empty text.
     """
     axes = {unit: _span([each for each in judged if each.unit == unit]) for unit in {each.unit for each in judged}}
-    return [_card(each, axes[each.unit], _advice(each, command_for_more)) for each in judged]
+    return [_card(each, axes[each.unit], _advice(each, command_for_more, price)) for each in judged]
 
 
-def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str]) -> str:
-    """Return what would decide a question, with its command; an empty text if there is no advice."""
+def _advice(judged: Judgment, command_for_more: Callable[[Judgment], str], price: Callable[[Judgment], str]) -> str:
+    """Return what would decide a question, with its command at the end; an empty text if there is no advice."""
     if not judged.advice:
         return ""
-    advice = judged.advice[:1].upper() + judged.advice[1:]
+    advice = with_capital(judged.advice)
     if math.isnan(judged.needed):
         return f"{advice}."
-    command = command_for_more(judged)
-    return f"{advice}: `{command}`" if command else f"{advice}."
+    command, more = command_for_more(judged), price(judged)
+    if not command or more:
+        advice += f". {more}".rstrip()
+    return f"{advice}{'' if more else ':'} `{command}`" if command else advice
 
 
 def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:

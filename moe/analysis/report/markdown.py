@@ -70,9 +70,10 @@ def block_as_markdown(block: ReportBlock) -> str:
 
 
 def _card_text(card: Card) -> str:
-    """Return a verdict as one sentence."""
-    parts = [f"{card.text}: **{card.verdict}**", card.effect, card.advice]
-    return "; ".join(filter(None, (part.rstrip(".") for part in parts)))
+    """Return a verdict as one sentence, and its advice as further ones."""
+    parts = [f"{card.text}: **{card.verdict}**", card.effect]
+    verdict = "; ".join(filter(None, (part.rstrip(".") for part in parts)))
+    return f"{verdict}. {card.advice}" if card.advice else verdict
 
 
 def table_as_markdown(table: pd.DataFrame) -> str:

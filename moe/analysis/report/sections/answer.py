@@ -55,7 +55,7 @@ Pairs in brackets are 95 % intervals over the validation documents: how much oth
 number. What is counted is corrected for the number of layers, of experts, or of numbers of experts (tokens excepted).
 Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
-ONE_SEED = "With one seed nothing tells a difference from chance: train at least three seeds, such as `seed=42,43,44`."
+ONE_SEED = "With one seed nothing tells a difference from chance. Train three or more: `seed=42,43,44`"
 OTHER_CODE = """\
 **The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
 to the code."""
@@ -117,11 +117,11 @@ def _numbers(inputs: ReportInputs) -> Iterator[str]:
 
 def _cards(inputs: ReportInputs) -> list[Card]:
     """Return the cards; one that advises more seeds than planned says so."""
-    shown = cards(inputs.judgments, lambda each: command_for_more(inputs, each.more, each.row))
-    notes = [error_of_more(inputs.study, each.needed) if each.advice else "" for each in inputs.judgments]
-    return [
-        card._replace(advice=f"{card.advice} {note}") if note else card for card, note in zip(shown, notes, strict=True)
-    ]
+    return cards(
+        inputs.judgments,
+        lambda each: command_for_more(inputs, each.more, each.row),
+        lambda each: error_of_more(inputs.study, each.needed),
+    )
 
 
 def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBlock]:

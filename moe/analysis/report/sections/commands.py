@@ -18,7 +18,7 @@ from moe.results.conditions import levels
 from moe.runs.planned import digest_of
 from moe.runs.record import CommandsRecord, RecordError, SweepRecord
 
-MOST_SEEDS = 40  # that a command lists
+MOST_LISTED = 20  # seeds that a command names one by one
 DEFAULT_PLACE = Path("multirun")
 NO_OPTION = "variant"  # a group without a usual option; null cannot be chosen alone
 
@@ -48,6 +48,8 @@ def training_command(
     for factor in (*grid.factors, "seed"):
         values = seeds if factor == "seed" and seeds is not None else [cell[factor] for cell in cells if factor in cell]
         given = grid.typed.get(factor) or dict.fromkeys(map(as_word, values))
+        if isinstance(values, range) and len(values) > MOST_LISTED:
+            given = [f"range({values.start},{values.stop})"]
         words += [f"{factor}={','.join(given)}"] if given else []
     return f"python train.py -m {shlex.join(words)}"
 
@@ -88,13 +90,13 @@ def _named_fields(claim: ClaimConfig) -> dict[str, Any]:
 
 
 def command_for_more(inputs: ReportInputs, number: int, row: int | None = None) -> str:
-    """Return the command that trains the settings with so many more seeds; an empty text if they are too many.
+    """Return the command that trains the settings with so many more seeds; an empty text if no file tells it.
 
     row: that of the claim that needs the seeds, in the table of claims. If the newest command has no such claim, the
     command names all claims of the newest run that recorded it.
     """
     seeds = [seed for seed in levels(inputs.runs["seed"]) if isinstance(seed, int)] if "seed" in inputs.runs else []
-    if not seeds or number > MOST_SEEDS:
+    if not seeds:
         return ""
     seeds += [seed for seed in inputs.trials["seed"] if isinstance(seed, int)] if len(inputs.trials) else []
     claims = None if row is None else _claims_left_out(inputs, row)
