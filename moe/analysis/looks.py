@@ -101,7 +101,7 @@ class Seen(NamedTuple):
 
     runs: the folders of the runs that had ended, with their settings. seeds, planned: as `Looks` has them, at that
     time; planned is 0 if nothing tells it. margins: those that the reader gave. metrics, references: what the report
-    asked, as `Study` has them; nothing if no record tells it.
+    asked, as `Study` has them; nothing if no record tells it. decided: see `moe.runs.planned.Look`.
     """
 
     time: str
@@ -111,6 +111,7 @@ class Seen(NamedTuple):
     margins: Mapping[str, str] = {}
     metrics: Sequence[str] = ()
     references: Mapping[str, str] = {}
+    decided: Mapping[str, str] = {}
 
     @property
     def asked(self) -> frozenset[Question]:

@@ -79,7 +79,7 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
         runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
     runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
     seeds = look.mean_seeds or len(look.seeds)
-    return Seen(look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references)
+    return Seen(look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references, look.decided)
 
 
 def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
@@ -136,11 +136,16 @@ def finished_seeds(runs: pd.DataFrame) -> list[int]:
     return sorted({int(seed) for seed in runs.loc[runs["status"] == "finished", "seed"]}) if "seed" in runs else []
 
 
-def record_look(runs: pd.DataFrame, study: Study, margins: Mapping[str, object] | None = None) -> bool:
+def record_look(
+    runs: pd.DataFrame,
+    study: Study,
+    margins: Mapping[str, object] | None = None,
+    decided: Mapping[str, str] | None = None,
+) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    margins: those that the reader gave. A report in which no test is possible, because no two settings have two
-    seeds in common, is no look.
+    margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in
+    which no test is possible, because no two settings have two seeds in common, is no look.
     """
     experiment, present = str(runs["experiment"].iloc[0]), study.present
     if not study.testable:
@@ -153,6 +158,7 @@ def record_look(runs: pd.DataFrame, study: Study, margins: Mapping[str, object] 
         margins={name: str(size) for name, size in (margins or {}).items()},
         metrics=sorted(study.metrics),
         references=dict(sorted(study.references.items())),
+        decided=dict(decided or {}),
     )
     written = True
     for folder in _sweeps(runs):

@@ -41,6 +41,8 @@ class Look(NamedTuple):
     folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
     0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
     metrics: those that were tested. references: factor -> the level that the others were compared with, as text.
+    decided: the words of each claim, or the levels of each comparison of the first metric if there are no claims -> its
+    verdict, if it was decided.
     """
 
     time: str
@@ -51,6 +53,7 @@ class Look(NamedTuple):
     margins: dict[str, str] = {}
     metrics: list[str] = []
     references: dict[str, str] = {}
+    decided: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,12 @@ from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.planned import (
+    decisions,
     error_of_more,
     margin_facts,
     planned_facts,
     price_of_more,
+    warnings_of_decisions,
     warnings_of_looks,
     warnings_of_margins,
 )
@@ -376,6 +378,23 @@ def test_a_report_with_another_metric_or_reference_is_a_look(runs: pd.DataFrame)
     assert list(warnings_of_looks(report().study)) == []
     assert report("val/accuracy").study.looks.place == 1
     assert len(looks_in(Path(runs["folder"].iloc[0]).parent)["noise_lb_seed"]) == 3
+
+
+def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.DataFrame) -> None:
+    """With three seeds the load CV is lower by about the same in each of them, and with two more it is not."""
+    rng = np.random.default_rng(0)
+    cv = np.where((runs["lb"] == 0.01) & (runs["seed"] < 3), 0.2, 0.5) + rng.normal(0, 0.002, size=len(runs))
+    runs = runs.assign(**{"routing/load_cv/pooled": cv})
+    first = _with_look(collect_inputs(runs[runs["seed"] < 3])[0])
+    claim = "Balance weight 0.01 lowers the load CV"
+    assert decisions(first)[claim] == "supported"
+    assert list(warnings_of_decisions(first)) == []
+    second = _with_look(collect_inputs(runs)[0])
+    [warning] = (" ".join(text.split()) for text in warnings_of_decisions(second))
+    assert f"with 3 seeds on average, “{claim}” was supported" in warning
+    assert "That verdict stays valid" in warning
+    again = collect_inputs(runs[runs["seed"] < 3])[0]
+    assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
 
 
 def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:

@@ -50,6 +50,7 @@ from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
 from moe.analysis.report.sections.overview import what_was_run
+from moe.analysis.report.sections.planned import decisions
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
 from moe.analysis.report.sections.scaling import scaling_laws
@@ -229,7 +230,11 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def _with_look(inputs: ReportInputs) -> ReportInputs:
     """Write the look down, and return the inputs, which then say whether that was possible."""
-    looked = inputs.search or inputs.observed or record_look(inputs.loaded, inputs.study, inputs.options.margins)
+    looked = (
+        inputs.search
+        or inputs.observed
+        or record_look(inputs.loaded, inputs.study, inputs.options.margins, decisions(inputs))
+    )
     return inputs._replace(study=replace(inputs.study, unwritten=not looked))
 
 

@@ -31,6 +31,7 @@ from moe.analysis.report.sections.planned import (
     error_of_more,
     price_of_more,
     seeds_left,
+    warnings_of_decisions,
     warnings_of_looks,
     warnings_of_margins,
 )
@@ -164,6 +165,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
     yield from warnings_of_looks(inputs.study)
+    yield from warnings_of_decisions(inputs)
     yield from warnings_of_margins(inputs)
     if commits := _commits_of_settings(inputs):
         yield OTHER_CODE.format(commits=commits)

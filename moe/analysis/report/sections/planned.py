@@ -52,6 +52,10 @@ LEFT = """\
 reports on more seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
 That is more than the {planned} planned seeds; “More seeds” says what it costs."""
+DECIDED = """\
+**An earlier look decided what this one does not.** On {time}, with {seeds:.3g} seeds on average, {found}. That verdict
+stays valid: the looks share the 5 %, so that each may decide. If you quote it, quote its date, its seeds and this
+report too."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
@@ -71,6 +75,22 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
     for metric in inputs.study.late(inputs.options.margins):
         margin, time = literal(str(inputs.options.margins[metric])), inputs.study.earlier[0].time
         yield LATE_MARGIN.format(margin=margin, metric=metric, time=time)
+
+
+def decisions(inputs: ReportInputs) -> dict[str, str]:
+    """Return the decided claims or comparisons of the report with their verdicts."""
+    return {each.title: each.verdict for each in inputs.judgments if each.decided}
+
+
+def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
+    """Yield the last look whose verdict on some claim or comparison of this report is another than the present one."""
+    now = decisions(inputs) | {each.title: "" for each in inputs.judgments if not each.decided}
+    for look in reversed(inputs.study.earlier):
+        lost = {text: verdict for text, verdict in look.decided.items() if now.get(text, verdict) != verdict}
+        if lost:
+            found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
+            yield DECIDED.format(time=look.time, seeds=look.seeds, found=literal(found))
+            return
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
