@@ -229,6 +229,8 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     [figure] = [block.figure for block in blocks if isinstance(block, Drawing)]
     [axes] = figure.axes
     [point] = [line for line in axes.lines if line.get_marker() == "o"]
+    shown = ["factor", "level", "verdict", "times the compute"]
+    assert speed.columns[:4].tolist() == shown, "a narrow screen shows these"
     assert speed["times the compute"][0].startswith(f"{point.get_xdata()[0]:.3f} [")
     assert axes.get_xscale() == "log"
     assert charts(figure) is not None, "the page shows values"

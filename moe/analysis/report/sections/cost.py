@@ -46,6 +46,8 @@ COLUMNS = {
     SPEED: "tokens / s",
 }
 COUNTS = list(COLUMNS)[:5]
+NAMES = ["factor", "level", "reference", "within"]  # of a comparison
+SPEED_COLUMNS = [*NAMES[:2], "verdict", "times the compute", *NAMES[2:], "training FLOPs", "loss", "doubts"]
 COSTS_EXPLAINED = """\
 Medians over the runs of each condition. FLOPs per token are those of a forward pass in evaluation. Training FLOPs are
 those of all training steps, which cost three times as much for the experts that they ran, and nothing for others.
@@ -226,7 +228,7 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if from_curves:
         yield Paragraph(FROM_CURVES)
     yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=SPEED_COLUMNS)
     yield TableBlock(table)
     yield csv_file("speed_up", table, "this table.")
 

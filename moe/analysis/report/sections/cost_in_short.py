@@ -12,17 +12,15 @@ import pandas as pd
 from moe.analysis.equal_cost import FLOPS, LOSS, is_budget, is_scale, paired_sides, training_curves, unknown_flops
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.report.sections.cost import equal_flops, found_speed_ups, speed_up_row
+from moe.analysis.report.sections.cost import NAMES, SPEED_COLUMNS, equal_flops, found_speed_ups, speed_up_row
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
 
-CELLS = ["training FLOPs", "loss", "verdict", "times the compute", "doubts"]
 VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
     NOT_APART: "without a clear difference",
 }
-NAMES = ["factor", "level", "reference", "within"]
 SAME_FLOPS = """\
 The two settings of each comparison have the same training FLOPs within 1 %, so differences after the last step are at
 equal training FLOPs already."""
@@ -95,7 +93,7 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
     scales = all(is_scale(factor) or is_budget(inputs.runs, factor) for factor in inputs.factors)
     return CostInShort(
         equal_flops(inputs, curves),
-        pd.DataFrame(rows, columns=[*NAMES, *CELLS], dtype=object),
+        pd.DataFrame(rows, columns=SPEED_COLUMNS, dtype=object),
         SCALES_ALONE if scales else NO_CURVE,
         left_out,
         not left_out or any(paired_sides(inputs.runs, inputs.factors, reference_levels(inputs), FLOPS)),
