@@ -32,7 +32,7 @@ NOTHING_IN_COMMON = "the two have no cost in common"
 NO_EVALUATIONS = "no evaluation of these runs is known"
 ONLY_AT_THE_END = "{metric} is known only at the end of training, so it cannot be read at equal cost"
 NOT_RECORDED = """\
-they are older than the record of training FLOPs, and their evaluation does not tell them: a token may have had \
+they are older than the record of training FLOPs, and their evaluation does not tell these FLOPs: a token may have had \
 another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""

@@ -98,8 +98,9 @@ def test_a_page_holds_what_the_tables_show_between_its_marks(
     assert "80 % of cases" in text
     assert (
         "The plan was made on 2025-12-31 at 23:59 UTC, before the first run started (on 2026-01-01 at 00:00 UTC). The "
-        f"fingerprint of the plan is {plan['digest'][:8]}. The smallest effect that mattered is 0.5 %, but 0.01 nats "
-        "for val/loss. It names the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 that tune. Trained "
+        f"fingerprint of the plan is {plan['digest'][:8]}. The smallest difference that mattered is 0.5 % of the "
+        "mean, but 0.01 nats for val/loss. It names the seeds 1 to 4, 7 and 20 runs: 4 settings with each seed, and 2 "
+        "that tune. Trained "
         "were the seeds 1 to 3."
     ) in text
     assert "`moe plan` said before the runs how many" in text.replace("\n", " ")

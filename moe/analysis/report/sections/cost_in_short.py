@@ -29,9 +29,9 @@ There is no effective speed-up: {reason}."""
 SCALES_ALONE = "only sizes and budgets vary, and it compares settings of equal size"
 NO_CURVE = "no curve can be fitted through the runs of the reference"
 FLOPS_BULLET = """\
-At equal training FLOPs, of {all} comparisons of settings that differ in FLOPs by more than 1 %, the level has a lower
-loss than its reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations; the
-rest stays open."""
+{all} of settings that differ in FLOPs by more than 1 %: at equal training FLOPs, the level has a lower loss than its
+reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations; the rest stays
+open."""
 SPEED_BULLET = """\
 **{factor}**, {number} with {reference}: {counts}."""
 FLOPS_TABLE = """\
@@ -44,10 +44,10 @@ differ."""
 SPEED_TABLE = """\
 **Effective speed-up.** `times the compute` is how many times as much training compute (FLOPs) the reference needs for
 the loss that the level has after `training FLOPs`: 0.8 means that a fifth of the level's compute is wasted. The
-intervals say what other seeds could change: if the curve is right, all of this table contain the true values in 95 % of
-cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference during its
-training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more if its
-interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, and that it
+intervals say what other seeds could change: if the curve is right, all intervals of this table contain the true values
+in 95 % of cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
+during its training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more
+if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, and that it
 costs more only if they reach its loss. `doubts` tells where the curve is used beyond the reference's runs. A loss in
 the middle of training is higher than that of a run that ends there, so a number that is read there is too high, by more
 than its interval says. None of this was claimed before the runs."""
@@ -132,4 +132,4 @@ def _about_flops(table: pd.DataFrame) -> Iterator[str]:
         yield SAME_FLOPS
         return
     lower, higher = ((known["high"] + known["gap"]) < 0).sum(), ((known["low"] - known["gap"]) > 0).sum()
-    yield FLOPS_BULLET.format(all=len(known), lower=lower, higher=higher)
+    yield FLOPS_BULLET.format(all=f"{len(known)} comparison{'s' * (len(known) != 1)}", lower=lower, higher=higher)
