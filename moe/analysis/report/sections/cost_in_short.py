@@ -47,8 +47,8 @@ the loss that the level has after `training FLOPs`: 0.8 means that a fifth of th
 intervals say what other seeds could change: if the curve is right, all intervals of this table contain the true values
 in 95 % of cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
 during its training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more
-if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, and that it
-costs more only if they reach its loss. `doubts` tells where the curve is used beyond the reference's runs. A loss in
+if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, and that
+it costs more only if they reach its loss. `doubts` tells where the curve is used beyond the reference's runs. A loss in
 the middle of training is higher than that of a run that ends there, so a number that is read there is too high, by more
 than its interval says. None of this was claimed before the runs."""
 
