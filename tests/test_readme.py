@@ -51,25 +51,33 @@ def test_readme_begins_with_what_people_do() -> None:
     assert "\n## W&B\n" in README
 
 
-@pytest.fixture
-def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with what commands read: texts, an empty package of problems, and small models."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what commands read: texts, an empty package of problems, and small models."""
+    folder = tmp_path_factory.mktemp("downloads")
     for name in ("notes/a.txt", "reasoning_gym/__init__.py", "reasoning_gym-0.1.25.dist-info/METADATA"):
-        Path(name).parent.mkdir()
-        Path(name).write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 0.1.25\n" if "-" in name else "")
-    monkeypatch.syspath_prepend(tmp_path)
+        path = folder / name
+        path.parent.mkdir()
+        path.write_text("Metadata-Version: 2.1\nName: reasoning-gym\nVersion: 0.1.25\n" if "-" in name else "")
     tokenizer = train_bpe(["some words"], 259)
-    tokenizer.save_pretrained("smollm2")
+    tokenizer.save_pretrained(folder / "smollm2")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     for name in ("smollm2", "code", "chat"):
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(name)
-    tokenizer.save_pretrained("MODEL")
-    tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained("MODEL")
-    tokenizer.save_pretrained("RUN/model")
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "MODEL")
+    tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder / "MODEL")
+    tokenizer.save_pretrained(folder / "RUN" / "model")
     router = {"_target_": "moe.routers.topk.TopK", "k": 2, "gate": "renorm"}
     config = MoEConfig(vocab_size=len(tokenizer), max_position_embeddings=128, router=router, **sizes)
-    MoEForCausalLM(config).save_pretrained("RUN/model")
+    MoEForCausalLM(config).save_pretrained(folder / "RUN" / "model")
+    return folder
+
+
+@pytest.fixture
+def downloaded(downloads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to the folder that commands read. No command writes there, because none is carried out."""
+    monkeypatch.chdir(downloads)
+    monkeypatch.syspath_prepend(downloads)
 
 
 @pytest.mark.usefixtures("downloaded")
