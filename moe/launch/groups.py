@@ -5,6 +5,7 @@ import pickle
 from copy import copy
 from functools import cache
 
+import omegaconf.base
 from hydra import compose
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
@@ -13,6 +14,9 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig
 
 _READ: dict[tuple[object, ...], bytes] = {}
+# OmegaConf parses the text of an interpolation such as ${seed} whenever its value is read. That takes a tenth of the
+# time of composing a sweep, and the values of all cells have the same few texts.
+omegaconf.base.parse = cache(omegaconf.base.parse)
 
 
 class FilesReadOnce(ConfigRepository):

@@ -888,6 +888,15 @@ def test_a_cell_is_what_hydra_composes_from_its_overrides(arguments: str) -> Non
     assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
 
 
+def test_the_text_of_an_interpolation_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other values behind the same text are read each time."""
+    values = OmegaConf.create({"seed": 1, "data": {"seed": "${seed}", "name": "seed-${seed}"}})
+    assert (values.data.seed, values.data.name) == (1, "seed-1")
+    monkeypatch.setattr("omegaconf.grammar_parser.OmegaConfGrammarLexer.mode", lambda *_: pytest.fail("parsed again"))
+    values.seed = 2
+    assert (values.data.seed, values.data.name) == (2, "seed-2")
+
+
 def test_an_option_file_is_read_again_only_after_it_has_changed(tmp_path: Path) -> None:
     Plugins.instance()  # it registers the kinds of folders that Hydra reads
     path = ConfigSearchPathImpl()
