@@ -66,16 +66,16 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
     digits = [
         max(decimals(row["difference"], *row[columns], least=4) for columns in ends) for _, row in found.iterrows()
     ]
-    seeds, documents = (
+    over_seeds, over_documents = (
         [_interval(low, high, number) for (low, high), number in zip(found[columns].to_numpy(), digits, strict=True)]
         for columns in ends
     )
     shown = found[[*NAMES, "n"]].assign(
         **{
             "difference": [plain(f"{d:+.{number}f}") for d, number in zip(found["difference"], digits, strict=True)],
-            "over seeds": seeds,
+            "over seeds": over_seeds,
             "documents": found["documents"],
-            "over documents": documents,
+            "over documents": over_documents,
         }
     )
     yield Paragraph(EXPLAINED)
