@@ -7,10 +7,10 @@
 `ship` writes the tables of runs and of evaluations into a folder. `write` puts the answer, the verdicts, the
 comparisons at equal cost and the table of conditions of each such folder NAME between the two marks in NAME.md beside
 it. It also writes the verdict of each claim that `docs/findings.md`, the page above, names in a mark such as `<!--
-noise_lb_seed: Noise 0.5 raises perplexity -->`, and of each speed-up, as in `<!-- spectra_ablation: At equal cost,
-variant dense vs top2 -->`. If the folder has the plan.json of `moe plan`, the page says when it was made, its
-fingerprint, and what it planned. `report` writes the report.html of such a folder, without the files beside it. Tests
-compare.
+noise_lb_seed: Noise 0.5 raises perplexity -->`, of each speed-up, as in `<!-- spectra_ablation: At equal cost, variant
+dense vs top2 -->`, and of the spread, as in `<!-- seed_components: Sources of the spread -->`. If the folder has the
+plan.json of `moe plan`, the page says when it was made, its fingerprint, and what it planned. `report` writes the
+report.html of such a folder, without the files beside it. Tests compare.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.cost_in_short import CostInShort, cost_in_short, in_short
 from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
+from moe.analysis.report.sections.seed_components import seed_components, spread_sentence
 from moe.analysis.report.sections.tuning import tuning
 from moe.analysis.report.sections.verdicts import claim_verdicts
 from moe.analysis.sentences import effects_in_words, enumerated, numbers_in_words
@@ -56,6 +57,7 @@ CURVE = (
     f"{LOSS} over training: the mean of all settings, and the means of the best and of the worst setting at that step."
 )
 PLAN = "plan.json"
+SPREAD = "Sources of the spread"  # what a mark names
 MADE = """\
 The plan was made on {time}, {order} the first run started (on {started}). The fingerprint of the plan is
 {fingerprint}. The smallest difference that mattered is {effect}. {wanted} Trained were the seeds {trained}."""
@@ -177,6 +179,7 @@ def shown_by(folder: Path, experiments: list[ReportInputs], costs: list[CostInSh
         sections = [
             *(each(part) for each in VERDICTS),
             in_short(cost) if cost else (),
+            seed_components(part) if part.crosses_seeds else condition_table(part),
             *(each(part) for each in TABLES),
         ]
         blocks = _plain(itertools.chain.from_iterable(sections))
@@ -283,8 +286,10 @@ def _moment(time: datetime) -> str:
 
 
 def _quotes(experiments: list[ReportInputs], costs: list[CostInShort | None]) -> Iterator[tuple[str, str]]:
-    """Yield what a mark may name, and the line below it: each claim of a study, and each speed-up."""
+    """Yield what a mark may name, and the line below it: each claim of a study, each speed-up, sources of spread."""
     for part, cost in zip(experiments, costs, strict=True):
+        if part.crosses_seeds:
+            yield SPREAD, f"> {literal(spread_sentence(part.runs, part.tested[0]))}\n"
         for _, row in part.claims.iterrows():
             yield row["claim"], _quote(row["claim"], row["verdict"], evidence_sentence(row))
         for compared, (verdict, text) in (cost.quotes if cost else {}).items():
@@ -328,7 +333,7 @@ def learning_curve(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 VERDICTS = (answer, claim_verdicts, league, how_much_routing_matters, scaling_laws)
-TABLES = (condition_table, tuning, learning_curve)
+TABLES = (tuning, learning_curve)
 
 
 def _lower(block: ReportBlock) -> ReportBlock:
