@@ -73,7 +73,7 @@ There was no pilot. So a distance is in standard deviations of the differences b
 PAGE = re.compile(r"`docs/([\w-]+\.md)`")  # in the text of a report, which knows no page beside it
 AT_EQUAL_COST = "At equal cost, {compared}"
 FINDINGS = "findings.md"  # beside the folder of the studies
-VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> “.*\n)?")
+VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)[ ]*\n(?:> .*\n)?")
 
 
 def main(command: list[str] | None = None) -> int:
