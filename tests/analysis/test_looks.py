@@ -564,6 +564,16 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     assert list(warnings_of_looks(alone.study)) == []
 
 
+def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) -> None:
+    complete = " ".join(map(block_as_markdown, answer(collect_inputs(runs)[0])))
+    assert "lack seeds" not in complete
+    lacking = runs[~((runs["noise"] == 0.5) & (runs["seed"] > 2)) & ~((runs["lb"] == 0.01) & (runs["seed"] == 4))]
+    text = " ".join(" ".join(map(block_as_markdown, answer(collect_inputs(lacking)[0]))).split())
+    assert "Some settings lack seeds that others have** (runs that are missing: 6; seeds 3 and 4)" in text
+    running = runs.assign(status=runs["status"].where(runs["seed"] != 1, "running"))
+    assert "lack seeds" not in " ".join(map(block_as_markdown, answer(collect_inputs(running)[0])))
+
+
 def test_a_run_without_a_partner_is_no_look_at_a_comparison(runs: pd.DataFrame) -> None:
     """All settings have three seeds at the first look. Then all but noise 0.5 get two more, and at last noise 0.5."""
     first, second = runs[runs["seed"] < 3], runs[(runs["seed"] < 3) | (runs["noise"] < 0.5)]

@@ -24,7 +24,7 @@ from moe.analysis.report.question import question_of
 from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting, ranking
-from moe.analysis.report.sections.commands import command_for_more
+from moe.analysis.report.sections.commands import command_for_more, seeds_to_complete, training_command
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import (
@@ -57,6 +57,9 @@ number. What is counted is corrected for the number of layers, of experts, or of
 Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
 ONE_SEED = "With one seed nothing tells a difference from chance. Train three or more: `seed=42,43,44`"
+INCOMPLETE = """\
+**Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). A comparison uses the
+seeds that both of its settings have, so complete these seeds before you add others{command}"""
 OTHER_CODE = """\
 **The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
 to the code."""
@@ -164,6 +167,13 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
         yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
+    if inputs.study.testable and (lacking := seeds_to_complete(inputs)):
+        command = training_command(inputs.runs, list(lacking))
+        yield INCOMPLETE.format(
+            seeds=f"seed{'s' * (len(lacking) > 1)} {enumerated(list(lacking))}",
+            runs=sum(lacking.values()),
+            command=f": `{command}`" if command else "",
+        )
     yield from warnings_of_looks(inputs.study)
     yield from warnings_of_decisions(inputs)
     yield from warnings_of_margins(inputs)

@@ -1,6 +1,7 @@
 """Commands that train the runs of a report again, or the same settings with more seeds."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -101,6 +102,13 @@ def command_for_more(inputs: ReportInputs, number: int, row: int | None = None) 
     seeds += [seed for seed in inputs.trials["seed"] if isinstance(seed, int)] if len(inputs.trials) else []
     claims = None if row is None else _claims_left_out(inputs, row)
     return training_command(inputs.runs, range(max(seeds) + 1, max(seeds) + 1 + number), claims)
+
+
+def seeds_to_complete(inputs: ReportInputs) -> dict[int, int]:
+    """Return each seed that some settings have and others lack, with the number of settings that lack it."""
+    settings = {run.setting for run in inputs.study.runs.values()}
+    number = Counter(run.seed for run in inputs.study.runs.values() if run.ended)
+    return {seed: len(settings) - have for seed, have in sorted(number.items()) if have < len(settings)}
 
 
 def _claims_left_out(inputs: ReportInputs, row: int) -> list[ClaimConfig] | None:
