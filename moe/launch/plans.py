@@ -1,12 +1,17 @@
 """Write down what a command plans, before the first step of its runs: claims, seeds, and when the report decides."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from moe.config import run_routers
 from moe.config.cell import Cell
 from moe.runs.folder import stored_record
 from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in, plans_in
 
+LATER_TOKENS = """\
+{some} of {all} runs, such as {name}, have routers that may use later tokens of the text: their losses are not \
+comparable with those of the others. A claim or table that compares them does not say which model predicts better"""
 KEPT = "{runs} claims of an earlier command, which differ: each claim is judged by the runs that recorded it"
 
 
@@ -41,3 +46,14 @@ def kept_claims(cells: list[Cell]) -> str:
     begun = [(cell.config.claims, record.claims()) for cell in cells if (record := stored_record(cell))]
     kept = sum(digest_of([*map(asdict, now)]) != digest_of([*map(asdict, recorded)]) for now, recorded in begun)
     return KEPT.format(runs="1 run keeps the" if kept == 1 else f"{kept} runs keep the") if kept else ""
+
+
+def not_comparable(cells: Sequence[Cell]) -> str:
+    """Return a line about runs whose losses are not comparable, because their routers are not causal; "" if all agree.
+
+    This imports torch, unless there is one cell.
+    """
+    later = [cell for cell in cells if len(cells) > 1 and not run_routers.is_causal(cell.config)]
+    if not 0 < len(later) < len(cells):
+        return ""
+    return LATER_TOKENS.format(some=len(later), all=len(cells), name=later[0].folder.name)

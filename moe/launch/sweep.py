@@ -14,7 +14,7 @@ from moe.config.keys import is_free
 from moe.config.options import named_folders
 from moe.distributed import ranks
 from moe.files import shown, walk
-from moe.launch.plans import kept_claims, record_plan
+from moe.launch.plans import kept_claims, not_comparable, record_plan
 from moe.launch.revisions import pinned
 from moe.launch.slurm import Refused
 from moe.program import program
@@ -69,6 +69,8 @@ def carry_out(cells: list[Cell], launch: Callable[[], object], *, tables: bool =
     for cell in cells:
         _check_folder(cell)
     _state_claims(cells)
+    if line := not_comparable(cells):
+        print(line, flush=True)
     before = [_state(cell) for cell in cells]
     _state_disk([cell for cell, state in zip(cells, before, strict=True) if state != "finished"])
     with _reserved(cells):

@@ -27,6 +27,7 @@ from moe.config.options import named_folders
 from moe.config.words import SEARCHED, as_word
 from moe.files import read_text, shown
 from moe.launch.listing import number_text
+from moe.launch.plans import not_comparable
 from moe.planning.cells import planned_cells
 from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_runs
 from moe.planning.plan import Plan, Request, make_plan, pilot_command
@@ -92,6 +93,8 @@ def main() -> int:
     except (ConfigError, RecordError) as error:
         print(f"{program('moe plan')}: {error}", file=sys.stderr)
         return 2
+    if line := not_comparable(cells):
+        print("\n".join(_wrapped(f"{line}.")))
     print("\n".join(_lines(plan)))
     print(f"\n{written}")
     return 0

@@ -1049,6 +1049,8 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     assert "| expert_choice (not causal) | 3 | 3 |" in text
     assert "| capacity | null |" in text
     assert "router expert_choice (not causal) vs topk: -0.2 validation perplexity" in text
+    doubt = "; not comparable, because one of the routers may use later tokens of the text: this compares"
+    assert text.count(doubt) == 2, "a card, and a sentence"
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match=r"^reference router=topkk: allowed are expert_choice, topk$"):

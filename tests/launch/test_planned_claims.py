@@ -12,7 +12,7 @@ from moe.config.question import parts_of
 from moe.config.schema import without_defaults
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
-from moe.launch.plans import kept_claims
+from moe.launch.plans import kept_claims, not_comparable
 from moe.launch.run import write_run_record
 from moe.runs.planned import digest_of_run
 
@@ -159,6 +159,15 @@ def test_a_command_says_that_runs_which_have_begun_keep_their_claims(tmp_path: P
     again = read_cells([*words, f"claims=[{claim.replace('higher', 'lower')}]"]) or []
     assert kept_claims(again).startswith("2 runs keep the claims of an earlier command, which differ")
     assert kept_claims(again[:1]).startswith("1 run keeps the claims")
+
+
+def test_a_command_says_before_the_runs_that_losses_of_routers_which_see_later_tokens_are_not_comparable() -> None:
+    """It says nothing if all routers of the command see later tokens, or none."""
+    cells = read_cells(["-m", "router=topk,expert_choice", "seed=1,2"]) or []
+    assert not_comparable(cells).startswith("2 of 4 runs, such as router=expert_choice,seed=1, have routers that may")
+    causal = [cell for cell in cells if cell.choices["router"] == "topk"]
+    assert not_comparable(causal) == ""
+    assert not_comparable([cell for cell in cells if cell not in causal]) == ""
 
 
 def test_one_run_of_many_keeps_claims_about_levels_of_other_runs() -> None:

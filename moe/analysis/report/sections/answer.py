@@ -26,7 +26,7 @@ from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more, seeds_to_complete, training_command
 from moe.analysis.report.sections.experts import findings
-from moe.analysis.report.sections.headline import headline
+from moe.analysis.report.sections.headline import headline, later_tokens
 from moe.analysis.report.sections.planned import (
     error_of_more,
     price_of_more,
@@ -120,12 +120,17 @@ def _numbers(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _cards(inputs: ReportInputs) -> list[Card]:
-    """Return the cards; one that advises more seeds than planned says so."""
-    return cards(
+    """Return the cards; one says so that advises more seeds than planned, or compares losses of other causality."""
+    shown = cards(
         inputs.judgments,
         lambda each: command_for_more(inputs, each.more, each.row),
         lambda each: error_of_more(inputs.study, each.needed),
     )
+    doubts = [later_tokens(each.metric, each.compared, inputs) for each in inputs.judgments]
+    return [
+        card._replace(effect=f"{card.effect}; {doubt}") if doubt else card
+        for card, doubt in zip(shown, doubts, strict=True)
+    ]
 
 
 def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBlock]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment
-from moe.analysis.report.sections.headline import LATER_TOKENS, compares_causal_with_others, effect
+from moe.analysis.report.sections.headline import effect, later_tokens
 from moe.analysis.report.sections.league import order_of_routers
 from moe.analysis.report.sections.scaling import laws_in_words
 from moe.analysis.sentences import UNDECIDED, UNTESTED, enumerated
@@ -66,7 +66,7 @@ def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:
 
     Which comparisons there are is said where the claim is listed.
     """
-    return judged.choice.rpartition("; ")[2], LATER_TOKENS if compares_causal_with_others(judged, inputs) else ""
+    return judged.choice.rpartition("; ")[2], later_tokens(judged.metric, judged.compared, inputs)
 
 
 def _clauses(*clauses: str) -> str:

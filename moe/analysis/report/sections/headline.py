@@ -24,6 +24,9 @@ from moe.results.conditions import by_seed, without_causality
 
 WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
 LATER_TOKENS = "routers that see later tokens have losses that are not comparable with those of the others"
+NO_COMPARISON = """\
+not comparable, because one of the routers may use later tokens of the text: this compares the numbers as they are, \
+and does not say which model predicts better"""
 MOST_NAMED = 5  # levels that a sentence names
 
 
@@ -39,7 +42,7 @@ def headline(inputs: ReportInputs) -> str:
         return plain(_of_observed(inputs))
     if not inputs.judgments:
         return plain(_without_comparison(inputs))
-    judged = [each for each in inputs.judgments if not compares_causal_with_others(each, inputs)]
+    judged = [each for each in inputs.judgments if not later_tokens(each.metric, each.compared, inputs)]
     left_out = len(inputs.judgments) - len(judged)
     if not left_out:
         return plain(_of_judgments(inputs, judged))
@@ -71,21 +74,21 @@ def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
     return _of_undecided(inputs, judged)
 
 
-def compares_causal_with_others(judged: Judgment, inputs: ReportInputs) -> bool:
-    """Return whether losses are compared of routers that see later tokens with losses of routers that do not."""
-    if not is_quality(judged.metric) or inputs.runs["causal"].nunique() < 2:
-        return False
-    subject, _, place = judged.compared.partition(" at ")
+def later_tokens(metric: str, compared: str, inputs: ReportInputs) -> str:
+    """Return what a comparison of losses means if only one side has routers that see later tokens; otherwise ""."""
+    if not is_quality(metric) or inputs.runs["causal"].nunique() < 2:
+        return ""
+    subject, _, place = compared.partition(" at ")
     factor, _, sides = subject.partition(", change")[0].partition(" ")
     if factor not in inputs.runs:
-        return False
+        return ""
     runs = inputs.runs[inputs.runs["status"] == "finished"]
     there = inputs.condition.reindex(runs.index).map(lambda cell: set(place.split(", ")) <= set(str(cell).split(", ")))
     names, seen = runs[factor].map(without_causality).map(str), []
     for side in map(without_causality, sides.split(" vs ")):
         members = names.isin([side, f"{side}.0", side.removesuffix(".0")])  # a claim writes 0 for 0.0
         seen.append(set(runs.loc[members & there if (members & there).any() else members, "causal"].dropna()))
-    return all(seen) and seen[0] != seen[-1]
+    return NO_COMPARISON if all(seen) and seen[0] != seen[-1] else ""
 
 
 def _rank(judged: Judgment) -> tuple[bool, float]:
@@ -146,7 +149,7 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
 def _surest_contrast(inputs: ReportInputs) -> str:
     """Return how many contrasts chance does not explain, and the most certain one; an empty text if there is none."""
     rows = [(row, on_contrast(row, inputs.tests_later)) for _, row in inputs.contrasts.iterrows()]
-    rows = [(row, judged) for row, judged in rows if not compares_causal_with_others(judged, inputs)]
+    rows = [(row, judged) for row, judged in rows if not later_tokens(judged.metric, judged.compared, inputs)]
     found = [judged for row, judged in rows if standing(row) == SIGNIFICANT]
     if not found:
         return ""

@@ -18,6 +18,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import OF_CLAIMS, Family, ReportInputs
+from moe.analysis.report.sections.headline import later_tokens
 from moe.analysis.sentences import (
     DETECTABLE,
     DETERMINISTIC,
@@ -155,11 +156,11 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(DETECTABLE)
     advice = {each.row: each.advice for each in inputs.judgments}
     titles = {each.row: each.title for each in inputs.judgments}
-    sentences = [
-        f"{literal(titles[number])} ({literal(row['source'])}): **{row['verdict']}**; {literal(evidence_sentence(row))}"
-        + (f"; {advice[number]}" if advice[number] else "")
-        for number, (_, row) in enumerate(judged.iterrows())
-    ]
+    sentences = []
+    for number, (_, row) in enumerate(judged.iterrows()):
+        verdict = f"{literal(titles[number])} ({literal(row['source'])}): **{row['verdict']}**"
+        doubt = later_tokens(row["metric"], row["compared"], inputs)
+        sentences.append("; ".join(filter(None, [verdict, literal(evidence_sentence(row)), doubt, advice[number]])))
     yield BulletList(sentences)
     yield csv_file("claims", inputs.claims, "every claim with its numbers.")
 
@@ -183,7 +184,7 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(NO_VERDICT)
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
-        sentences.setdefault(standing(contrast), []).append(_verdict(contrast))
+        sentences.setdefault(standing(contrast), []).append(_verdict(contrast, inputs))
     explained = len(inputs.claims) and (inputs.claims["verdict"] == UNDECIDED).any()
     if UNDECIDED in sentences and not explained:
         yield Paragraph(DETECTABLE)
@@ -201,7 +202,9 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(COVERED.format(covered=covered, all=len(inputs.contrasts)))
 
 
-def _verdict(contrast: pd.Series) -> str:
-    c = contrast
+def _verdict(contrast: pd.Series, inputs: ReportInputs) -> str:
+    c, compared = contrast, levels_compared(contrast)
     up, down = directions(c["metric"])
-    return contrast_sentence(c, literal(levels_compared(c)), unit=noun(c["metric"]), up=up, down=down)
+    text = contrast_sentence(c, literal(compared), unit=noun(c["metric"]), up=up, down=down)
+    note = later_tokens(c["metric"], compared, inputs)
+    return f"{text}; {note}" if note else text
