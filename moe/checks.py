@@ -258,9 +258,10 @@ def plain(text: str) -> str:
 
 def _nearest(name: str, names: list[str]) -> str:
     """Return the name that is nearly the same, such as layers for layer, or else those that have `name` as a part, such
-    as optimizer.muon_lr for lr, or else those that begin with it.
+    as optimizer.muon_lr for lr, or else those that begin with it, or whose words have its last word, such as
+    routing/load_gini for routing/gini.
 
-    Without any, return the most similar one.
+    Without any, or with more than five, return the most similar one.
 
     What `name` has in common with others up to its last dot is no similarity: router.temp is not near router.gate.
     """
@@ -272,8 +273,11 @@ def _nearest(name: str, names: list[str]) -> str:
     near = near or [other for short, other in in_group.items() if last in re.split(r"[._/]", short)]
     if not near and len(last) >= 3:  # the beginning of a name, such as exp for exponential
         near = [other for short, other in in_group.items() if short.startswith(last)]
+    word = last.rpartition("/")[2]
+    near = near or [other for short, other in in_group.items() if word in re.split(r"[._/]", short)]
     if not 1 <= len(near) <= 5:
-        near = [in_group[short] for short in difflib.get_close_matches(last, in_group, n=1, cutoff=0.6)]
+        some = [short for short, other in in_group.items() if not near or other in near]
+        near = [in_group[short] for short in difflib.get_close_matches(last, some, n=1, cutoff=0.6)]
     return f"; nearest: {', '.join(near)}" if near else ""
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from moe.checks import escaped, not_on_hub
+from moe.checks import escaped, not_on_hub, unknown
 
 markdown_it = pytest.importorskip("markdown_it")
 
@@ -19,6 +19,18 @@ def test_the_title_of_a_section_is_shown_as_it_is(text: str) -> None:
 
 def test_code_is_not_escaped() -> None:
     assert escaped("`_target_` of _a_ and `#b`") == r"`_target_` of \_a\_ and `#b`"
+
+
+def test_the_nearest_names_have_the_last_word_of_the_typed_one() -> None:
+    names = [
+        "routing/margin",
+        "routing/load_gini",
+        *(f"routing/load_cv/layer{number}" for number in range(6)),
+        "val/mi",
+    ]
+    assert str(unknown("metric", "routing/gini", names)) == "unknown metric 'routing/gini'; nearest: routing/load_gini"
+    assert "; nearest: routing/load_cv/layer" in str(unknown("metric", "routing/cv", names))
+    assert str(unknown("metric", "routing/margins", names)).endswith("; nearest: routing/margin")
 
 
 def answered(kind: type[Exception], status: int | None = None) -> Exception:

@@ -15,7 +15,7 @@ from moe.analysis.equal_cost import FLOPS, SECONDS, NoEqualCostError, at_common_
 from moe.analysis.looks import group_of
 from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
 from moe.analysis.sentences import null_everywhere
-from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, name_cell, p_of_share
+from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, mean_difference, name_cell, p_of_share
 from moe.analysis.within_seeds import Contrast, contrast
 from moe.config.claim import DOMAIN, Amount, ClaimConfig, amount_of
 from moe.metrics.catalog import lookup
@@ -440,7 +440,8 @@ def _estimated(
     freedom = _freedom(found, n)
     if found.estimator.freedom < n - 1:
         note = "; ".join(filter(None, (note, f"{found.estimator.freedom:.2g} degrees of freedom")))
-    comparison = Comparison(n, mean + found.effect, mean, freedom=freedom, note=note)
+    treated = mean_difference(np.array([mean + found.effect]), scale=abs(mean))  # 0, not what rounding leaves of it
+    comparison = Comparison(n, treated, mean, freedom=freedom, note=note)
     return _tested(claim, comparison, of_base, estimate)
 
 

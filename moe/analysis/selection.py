@@ -1,6 +1,8 @@
 """How much of the lead of a chosen setting is luck: the best of several equal settings leads too."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -22,6 +24,24 @@ class Lead(NamedTuple):
     chosen: float
     luck: float
     judged: float
+
+
+def first_alike(results: Sequence[Mapping[int, bytes]]) -> list[int]:
+    """Return for each setting the place of the first one with the same results, which may be its own.
+
+    results: of each setting, seed -> the numbers of its run, to the last bit. Two settings are the same if all seeds
+    that both have, two at least, have equal numbers.
+    """
+    places: list[int] = []
+    having: dict[tuple[int, bytes], list[int]] = {}
+    for place, setting in enumerate(results):
+        equal = Counter(other for run in setting.items() for other in having.get(run, []))
+        alike = (o for o, seeds in equal.items() if seeds >= 2 and seeds == len(setting.keys() & results[o].keys()))
+        first = min(alike, default=place)
+        places.append(place if first == place else places[first])
+        for run in setting.items():
+            having.setdefault(run, []).append(place)
+    return places
 
 
 def lead(choosing: Float[np.ndarray, "M N"], judging: Float[np.ndarray, "M N"]) -> Lead:

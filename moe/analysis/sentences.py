@@ -89,8 +89,13 @@ def percent(share: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value with two digits, such as "0.031"; or "< 0.0001", as its digits would say more than is known."""
-    return f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else f"{p:.2g}"
+    """Return a p-value with two digits, such as "0.031"; or "< 0.0001", as its digits would say more than is known.
+
+    It has more digits where it would be rounded to 0.05, such as "0.0496", because those decide.
+    """
+    texts = (f"{p:.{digits}g}" for digits in range(2, 18))
+    exact = next(text for text in texts if p == SIGNIFICANCE or float(text) != SIGNIFICANCE)
+    return f"< {SMALLEST_P:.4f}" if p < SMALLEST_P else exact
 
 
 def p_equals(p: float) -> str:

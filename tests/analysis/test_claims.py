@@ -302,6 +302,18 @@ def test_our_own_claims_take_no_significance_from_those_of_a_source() -> None:
     assert both.loc["Balance weight 0.01 lowers the load CV", "p Holm"] == pytest.approx(0.046, abs=5e-4)
 
 
+def test_the_mean_of_a_level_that_is_always_zero_is_zero() -> None:
+    """The difference is a mean of its own, so mean plus difference would leave what rounding makes of it."""
+    loads = {0.0: [0.6335, 0.6127, 0.6419, 0.6331, 0.6174], 0.5: [0.0] * 5}
+    rows = [{"noise": each, "seed": n, PPL: value} for each, values in loads.items() for n, value in enumerate(values)]
+    runs = pd.DataFrame(rows).assign(status="finished", folder="made up", experiment="made up")
+    for kind in ("lower", "mixed"):
+        direction = {"direction": "lower"} if kind == "mixed" else {}
+        judged = judge_first(runs, claim(kind, [0.5], [0.0], **direction))
+        assert judged["mean"] == 0, kind
+        assert judged["reference mean"] > 0.6
+
+
 def runs_of_two_factors(effect: float, change: float, *, seeds: int = 5) -> pd.DataFrame:
     """Return made-up runs in which noise 0.5 costs `effect` at lb 0.0, and `change` more at lb 0.01."""
     parts = [runs_with_means({0.0: 100, 0.5: 100 + effect}, seeds=seeds).assign(lb=0.0)]

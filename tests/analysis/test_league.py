@@ -209,8 +209,11 @@ def test_without_three_routers_with_a_loss_the_report_says_why_there_is_no_leagu
     assert isinstance(said, Paragraph)
     assert " ".join(said.text.split()) == (
         "None: a league needs at least 3 causal routers with a finite val/loss, topk among them, and a seed that all "
-        "of these have. Of 3 routers, 2 have a finite val/loss."
+        "of these have. Of 3 routers, 2 have a finite val/loss, and 2 of these are causal."
     )
+    [_, said] = league(inputs_of(tmp_path / "later", {"topk": 3.0, "hash": 3.1, "expert_choice": 2.0}))
+    assert isinstance(said, Paragraph)
+    assert said.text.endswith("Of 3 routers, 3 have a finite val/loss, and 2 of these are causal.")
 
 
 def test_the_next_setting_is_told_apart_by_the_ranks_of_the_league(tmp_path: Path) -> None:

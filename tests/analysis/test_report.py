@@ -57,7 +57,7 @@ from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.asked import asked
-from moe.analysis.report.sections.best_setting import best_setting
+from moe.analysis.report.sections.best_setting import about_same_settings, best_setting
 from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, SHORT, collapse
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.headline import headline
@@ -509,6 +509,8 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
     )
     assert with_metric.tested == [*without_metric.tested, "routing/load_gini"]
     [line] = asked(with_metric)
+    same = asked(with_metric._replace(contrasts=with_metric.contrasts.assign(deterministic=True)))
+    assert "1 comparison (1 the same in every seed)" in next(iter(same))
     assert line.count("Gini coefficient of the experts' load") == 2, "a heading and an effect name it by the same words"
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
     parts = [table[column] for part in (with_metric, without_metric) for table, column in post_hoc_tests(part)]
@@ -1222,6 +1224,35 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
     acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
     assert acausal in text
     assert "Left out: router=topk, noise=0.2 (no finished run has a finite validation perplexity)." in text
+
+
+def test_two_names_of_one_setting_count_once_where_settings_are_counted(tmp_path: Path) -> None:
+    """A temperature of 1 gives what top-k gives, in every seed, to the last bit; at 2 it does not."""
+    temperatures = {"a": None, "b": 1.0, "c": 2.0}
+    for seed, (name, temp) in product((1, 2, 3), temperatures.items()):
+        loss = math.log(100 + seed) + (0.1 + seed / 100) * (temp == 2)
+        folder = tmp_path / "r" / f"{name} {seed}"
+        write_run(folder, {"val/loss": loss, "val/perplexity": math.exp(loss)}, seed=seed)
+        router, settings = ("temperature", {"router.temp": temp}) if temp else ("topk", {})
+        config = {"seed": seed, "router._target_": router} | settings
+        change_record(folder, choices={"router": router}, config=config, identity=config)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    text, luck, *_ = best_setting(inputs)
+    assert "of 2 settings, router=topk has" in text
+    assert "That of the next one, router=temperature, router.temp=2.0, is" in text
+    assert "the mean of both settings; if all were equal, the best of 2 would" in luck
+    [said] = about_same_settings(inputs)
+    assert said.startswith(
+        "router=topk and router=temperature, router.temp=1.0 gave the same results in every seed, so they are one "
+        "setting with 2 names. It counts once"
+    )
+    assert said in write_report(load_runs([tmp_path]), tmp_path / "out").read_text()
+    metrics = json.loads((tmp_path / "r" / "b 3" / "metrics.json").read_text())
+    changed = metrics["final_metrics"]["val/loss"] + 1e-15
+    write_metrics(tmp_path / "r" / "b 3", metrics["final_metrics"] | {"val/loss": changed})
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert not list(about_same_settings(inputs))
+    assert "of 3 settings, " in next(best_setting(inputs))
 
 
 def test_settings_are_ranked_by_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moe.analysis.selection import Lead, c4, expected_largest, lead
+from moe.analysis.selection import Lead, c4, expected_largest, first_alike, lead
 
 SETTINGS, SEEDS, REPEATS = 8, 3, 1000
 
@@ -24,6 +24,12 @@ def simulated(*, effect: float = 0.0) -> np.ndarray:
         validation, test = (model + 0.2 * draws.normal(size=(SETTINGS, SEEDS)) for _ in range(2))
         found.append(lead(validation, test))
     return np.array(found)
+
+
+def test_settings_are_the_same_if_all_seeds_in_common_have_equal_numbers_and_there_are_two() -> None:
+    setting = {1: b"a", 2: b"b", 3: b"c"}
+    others = [{1: b"a", 2: b"b", 3: b"d"}, {2: b"b", 3: b"c", 4: b"e"}, {1: b"a"}, {3: b"c", 2: b"b"}, {}]
+    assert first_alike([setting, *others]) == [0, 1, 0, 3, 0, 5]
 
 
 def test_the_best_of_eight_equal_settings_leads_by_luck_and_by_nothing_when_judged() -> None:

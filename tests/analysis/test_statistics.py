@@ -458,6 +458,8 @@ def test_a_tiny_p_has_no_digits_in_sentences_and_tables_but_tables_sort_by_it() 
     assert [p_equals(p) for p in (0.5, 0.0312, 0.0001, 0.00009999, 4.7e-134)] == [
         *("p=0.5", "p=0.031", "p=0.0001", "p < 0.0001", "p < 0.0001")
     ]
+    close = (0.0496, 0.0504, 0.05, 0.04999999)  # to the level, which decides
+    assert [p_equals(p) for p in close] == ["p=0.0496", "p=0.0504", "p=0.05", "p=0.04999999"]
     table = pd.DataFrame({"p Holm": [0.25, 3e-9, 4.7e-134], "ppl": [1.0, 3e-9, 2.0]})
     assert table_as_markdown(table).count("| &lt; 0.0001 | ") == 2
     _, rows = cells(table)

@@ -23,10 +23,10 @@ from moe.analysis.report.judgments import cards
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.asked import asked
-from moe.analysis.report.sections.best_setting import best_setting, ranking
+from moe.analysis.report.sections.best_setting import about_same_settings, best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more, seeds_to_complete, training_command
 from moe.analysis.report.sections.experts import findings
-from moe.analysis.report.sections.headline import headline, later_tokens
+from moe.analysis.report.sections.headline import WORDS, headline, later_tokens
 from moe.analysis.report.sections.planned import (
     error_of_more,
     price_of_more,
@@ -143,7 +143,8 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
             {
                 "experiment": name,
                 "answer": " ".join(filter(None, (inputs.learned_little, *_answer_in_words(inputs)))),
-                "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
+                "verdicts": ", ".join(f"{count} {WORDS.get(verdict, verdict)}" for verdict, count in counts.items())
+                or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",
                 "runs finished": f"{(inputs.runs['status'] == 'finished').sum()} of {len(inputs.runs)}",
             }
@@ -190,6 +191,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."
     if (runs["causal"] == False).any() and (runs["causal"] == True).any():  # noqa: E712
         yield "Routers marked (not causal) see later tokens. Their losses are not comparable with those of the others."
+    yield from about_same_settings(inputs)
     followers = [
         key for key, leader in inputs.tied.items() if not key.startswith(f"{leader}.") and leader != "experiment"
     ]

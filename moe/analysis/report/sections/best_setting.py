@@ -13,13 +13,13 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.cost import SPEED, about_speeds
 from moe.analysis.report.sections.league import league_metric, standings
-from moe.analysis.selection import lead
+from moe.analysis.selection import first_alike, lead
 from moe.analysis.sentences import SIGNIFICANT, enumerated, levels_compared, noun, standing
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import has_no_spread, name_cell
 from moe.checks import plain
 from moe.metrics.catalog import lookup
-from moe.results.conditions import by_seed, conditions
+from moe.results.conditions import by_seed, conditions, narrowed
 from moe.results.table import ABSENT
 
 MOST_NAMED = 5  # settings that a sentence names
@@ -32,6 +32,9 @@ LUCK = ", so the order of the two may be luck"
 NOT_COMPARED = ", but no test of this report compares the two"
 UNCERTAIN = ", but by the ranks of the league, whose intervals overlap, the order of the two may be luck"
 TURNED = ", but the league has the two the other way round, and its ranks are certain"
+SAME = """\
+{names} gave the same results in every seed, so they are one setting with {number} names. It counts once where \
+settings are counted and ranked; comparisons with it are listed under each name."""
 CORRECTED = ", but corrected for all tests of this report, the order of the two may be luck"
 
 
@@ -48,6 +51,7 @@ class Ranking(NamedTuple):
     """The settings by their means of a metric, the best one first, and those that cannot be ranked.
 
     acausal: settings whose routers see later tokens, if others do not: their losses are not comparable.
+    A setting of several names (`same_settings`) is there once, under the first one.
     without_value: settings without a finished run that has a finite value. dropped: seeds that some setting lacks.
     """
 
@@ -70,9 +74,11 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
     if metric is None or not inputs.factors or {INIT, DATA} & {*inputs.factors}:  # the best seed is luck alone
         return None
     ranked, acausal, without = [], [], []
+    again = {name for names in same_settings(inputs) for name in names[1:]}
     comparable = inputs.runs["causal"] != False if (inputs.runs["causal"] == True).any() else None  # noqa: E712
     for cell, members in conditions(inputs.runs, inputs.factors):
-        name = name_cell({factor: level for factor, level in cell.items() if level != ABSENT})
+        if (name := _name(cell)) in again:
+            continue
         finished = members[members["status"] == "finished"]
         values = by_seed(finished, metric)
         if comparable is not None and not comparable[members.index].any():
@@ -86,6 +92,34 @@ def ranking(inputs: ReportInputs) -> Ranking | None:
     ranked = [each._replace(values=each.values.reindex(common)) for each in ranked] if len(common) else []
     best_first = sorted(ranked, key=lambda each: each.values.mean())
     return Ranking(metric, best_first, acausal, without, [seed for seed in values.index if seed not in common])
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return name_cell({factor: level for factor, level in cell.items() if level != ABSENT})
+
+
+def same_settings(inputs: ReportInputs) -> list[list[str]]:
+    """Return the names of each setting that has several: in each seed, all have the same results on validation text."""
+    numbers = [name for name in inputs.runs if name.startswith("val/")]
+    if not inputs.factors or not numbers or {INIT, DATA} & {*inputs.factors}:
+        return []
+    finished = inputs.runs[inputs.runs["status"] == "finished"]
+    names, results = [], []
+    for cell, members in conditions(narrowed(finished, ["seed", *inputs.factors, *numbers]), inputs.factors):
+        names.append(_name(cell))
+        rows = members[numbers].to_numpy(dtype=float)
+        results.append({int(seed): row.tobytes() for seed, row in zip(members["seed"], rows, strict=True)})
+    alike: dict[int, list[str]] = {}
+    for name, first in zip(names, first_alike(results), strict=True):
+        alike.setdefault(first, []).append(name)
+    return [each for each in alike.values() if each[1:]]
+
+
+def about_same_settings(inputs: ReportInputs) -> Iterator[str]:
+    """Yield a sentence for each setting that has several names."""
+    for names in same_settings(inputs):
+        some = [*names[:MOST_NAMED], *([f"{len(names) - MOST_NAMED} more"] if names[MOST_NAMED:] else [])]
+        yield SAME.format(names=literal(enumerated(some)), number=len(names))
 
 
 def best_setting(inputs: ReportInputs) -> Iterator[str]:

@@ -79,7 +79,7 @@ SAME_COST = 1.02  # the largest ratio of FLOPs per token at which routers count 
 LEFT_OUT = "Left out: {}."
 NO_LEAGUE = """\
 None: a league needs at least {least} causal routers with a finite {metric}, {reference} among them, and a seed that all
-of these have. Of {planned} routers, {measured} have a finite {metric}."""
+of these have. Of {planned} routers, {measured} have a finite {metric}, and {causal} of these are causal."""
 CERTAIN = "In each league, the intervals of all ranks hold together in {confidence} of cases."
 BY_INTERVALS = "By intervals for all routers together, of differences and of ranks"
 OVERLAP = "the intervals of some ranks overlap"
@@ -109,9 +109,10 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     metric, reference, leagues = str(league_metric(inputs)), _reference(inputs), _leagues(inputs)
     yield Heading("League of routers")
     if not leagues:
-        measured = inputs.runs.loc[np.isfinite(inputs.runs[metric].astype(float)), ROUTER].nunique()
-        facts = {"reference": literal(str(reference)), "planned": inputs.runs[ROUTER].nunique(), "measured": measured}
-        yield Paragraph(NO_LEAGUE.format(least=LEAST, metric=metric, **facts))
+        measured = inputs.runs[np.isfinite(inputs.runs[metric].astype(float))]
+        routers = {"planned": inputs.runs, "measured": measured, "causal": measured[measured["causal"] != False]}  # noqa: E712
+        numbers = {name: runs[ROUTER].nunique() for name, runs in routers.items()}
+        yield Paragraph(NO_LEAGUE.format(least=LEAST, metric=metric, reference=literal(str(reference)), **numbers))
     for number, (place, (found, finished, lacking)) in enumerate(leagues.items()):
         name = f"league_{number}" if place else "league"
         table = _table(found, reference, finished, metric)

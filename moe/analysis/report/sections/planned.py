@@ -27,7 +27,7 @@ BEYOND = """\
 **This is look {number} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
 report or because a command had ended.{new} In this look, {tests} together have {share:.3g} % instead of 5 %.{old}
 Together with the looks before, chance decides something in at most {total:.3g} % of studies. {keep}"""
-KEEP_RUNS = "To keep 5 %, plan the number of seeds before the first run (`planned_seeds=8`)."
+KEEP_RUNS = "To keep 5 %, plan the number of seeds before the first run (for example `planned_seeds=8`)."
 KEEP_QUESTIONS = "To keep 5 %, name all metrics and references in the first report."
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
