@@ -132,6 +132,17 @@ def _sides(claim: ClaimConfig, runs: pd.DataFrame) -> tuple[list[Any], list[Any]
     return named, [level(each) for each in claim.than] or [each for each in present if each not in named]
 
 
+def mean_compared_with(claim: ClaimConfig, runs: pd.DataFrame) -> float:
+    """Return the mean of which a percentage of a claim's difference is a share: that of the levels it compares with.
+
+    It is the mean of the metric in all these runs if they lack those levels.
+    """
+    members = _selected(claim, runs)
+    reference = members[members[claim.factor].isin(_sides(claim, runs)[1])] if claim.factor in members else members[:0]
+    known = reference[claim.metric].dropna()
+    return float((known if len(known) else runs[claim.metric]).mean())
+
+
 def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any]) -> list[list[Comparison]]:
     """Compare each of the levels `named` with each of `rivals`."""
     if claim.kind == "interaction":

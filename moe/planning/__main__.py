@@ -68,6 +68,7 @@ In parentheses: the 95 % interval of the spread, and the numbers of seeds for it
 distance to the bound: from the true difference that is assumed to what the claim does not allow. It is the
   effect; or half of the range, if the claim has one.
 spread: the standard deviation of the difference between two settings, from seed to seed.
+mean: of the setting with which the claim compares, as in the report; of all these runs if they lack it.
 level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
 A claim that needs over {most} seeds is out of reach. Longer runs differ less, so they need fewer seeds."""

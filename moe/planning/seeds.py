@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, timed
+from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, mean_compared_with, timed
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.config.claim import ClaimConfig
@@ -21,8 +21,8 @@ from moe.results.conditions import conditions, varied_factors
 class Spread(NamedTuple):
     """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
-    mean: that of the metric over the runs that tell it; NaN if the spread is not known. Its value is then 1. source:
-    in words. freedom: its degrees of freedom; infinite if it is exact, or not known.
+    mean: that of the metric (`moe.analysis.comparisons.mean_compared_with`); NaN if the spread is not known. Its value
+    is then 1. source: in words. freedom: its degrees of freedom; infinite if it is exact, or not known.
     """
 
     value: float
@@ -74,7 +74,7 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
     a single setting, the runs of a seed count as if they had nothing in common. Then it is rather too large. evals: as
     in `moe.analysis.comparisons.compared`.
     """
-    if claim.metric not in runs or not (mean := float(runs[claim.metric].mean())) < math.inf:
+    if claim.metric not in runs or not (mean := mean_compared_with(claim, runs)) < math.inf:
         return NOT_TOLD
     if timed(claim) and not_poolable(claim.metric, runs, timed=True):
         return NOT_TOLD  # these runs did not take turns, so their spread would be that of the machine's load

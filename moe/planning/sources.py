@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe.analysis.comparisons import mean_compared_with
 from moe.analysis.learned import TOO_LITTLE, learned_little
 from moe.analysis.tuned import tuned_keys
 from moe.checks import ConfigError, first_line, require
@@ -120,7 +121,7 @@ class Sources:
         for source in self._in_order(claim):
             spread = source.spread(claim)
             if not math.isnan(spread.mean):
-                return (spread if source.here else self._at_level_here(spread, claim.metric)), source
+                return (spread if source.here else self._at_level_here(spread, claim)), source
         return NOT_TOLD, None
 
     def _in_order(self, claim: ClaimConfig) -> Iterator[Source]:
@@ -164,14 +165,14 @@ class Sources:
         sources = [Source(name, grid, differences(self.cells, grid), evals) for grid in grids]
         return min(sources, key=lambda source: (not _tells(source.runs), len(source.differs)), default=None)
 
-    def _at_level_here(self, spread: Spread, metric: str) -> Spread:
+    def _at_level_here(self, spread: Spread, claim: ClaimConfig) -> Spread:
         """Return a spread of shipped runs with the same share of the mean, if finished runs here tell the mean.
 
         They must have the settings of the plan, but one seed is enough.
         """
-        if self.own is None or self.own.differs or metric not in self.own.runs:
+        if self.own is None or self.own.differs or claim.metric not in self.own.runs:
             return spread
-        mean = float(self.own.runs[metric].mean())
+        mean = mean_compared_with(claim, self.own.runs)
         if not (0 < mean < math.inf and spread.mean > 0):
             return spread
         value, low, high = (mean / spread.mean * each for each in (spread.value, spread.low, spread.high))

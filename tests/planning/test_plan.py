@@ -621,6 +621,8 @@ def test_the_spread_of_a_pilot_without_the_level_is_that_within_seeds() -> None:
     assert spread.value == pytest.approx(math.sqrt(2 * (rest**2).sum() / (39 * 2)))
     assert spread.low < math.sqrt(2) < spread.high
     alone = spread_of(CLAIM, runs[runs["noise"] == 0.1])
+    assert alone.mean == pytest.approx(table[:, 1].mean()), "the runs lack the level with which the claim compares"
+    assert spread.mean == pytest.approx(table[:, 0].mean())
     assert alone.value == pytest.approx(math.sqrt(2) * table[:, 1].std(ddof=1))
 
 
