@@ -19,7 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from moe.analysis.comparisons import NAN, Comparison, compared
-from moe.analysis.learned import TOO_LITTLE, learned_little
+from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
     UNDECIDED,
@@ -46,6 +46,7 @@ from moe.results.conditions import (
     with_causality,
     without_causality,
 )
+from moe.results.learned import learned_little
 from moe.results.table import level
 
 SHOWN, SHOWN_UNTESTED = "shown is the comparison on which p depends", "shown is a comparison that is not tested"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe.analysis.comparisons import mean_compared_with
-from moe.analysis.learned import TOO_LITTLE, learned_little
+from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.tuned import tuned_keys
 from moe.checks import ConfigError, first_line, require
 from moe.config.cell import Cell
@@ -18,6 +18,7 @@ from moe.files import shown
 from moe.planning.differences import differences
 from moe.planning.seeds import NOT_TOLD, Spread, spread_of
 from moe.results.conditions import conditions, varied_factors
+from moe.results.learned import learned_little
 from moe.results.shipped import RUNS, STUDIES, read_shipped, seeds_with
 from moe.results.table import level, load_runs
 

@@ -20,6 +20,7 @@ from moe.results.conditions import (
     with_readable_levels,
 )
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
+from moe.results.learned import learned_little
 from moe.results.table import load_runs, read_event_tables
 
 NOISE_STUDY = "moe_routing_noise_experiment_results"  # name of the file
@@ -66,6 +67,8 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
 def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
     """Return as text: mean ± std of the headline metrics and of `metrics` by condition, and the unfinished runs.
 
+    It ends with whether the models of an experiment learned too little for a verdict.
+
     Each experiment, and each grid of an experiment, has a table of its own.
     """
     lines = []
@@ -77,6 +80,7 @@ def console_table(runs: pd.DataFrame, metrics: Iterable[str] = ()) -> str:
     failures = unfinished(runs)
     lines.append(f"{len(runs) - len(failures)} of {len(runs)} runs finished")
     lines += [f"  {row.status}: {row.run}" + (f": {row.error}" if row.error else "") for row in failures.itertuples()]
+    lines += dict.fromkeys(filter(None, (learned_little(members) for _, members in experiments)))
     return "\n".join(printable(line) for text in lines for line in text.splitlines())
 
 

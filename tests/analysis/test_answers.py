@@ -13,7 +13,7 @@ from run_folders import write_metrics, write_record
 
 from moe.analysis.claims import judge_planned
 from moe.analysis.league import League
-from moe.analysis.learned import TOO_LITTLE, learned_little
+from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.report.blocks import BulletList, Cards, Paragraph
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportInputs, ReportOptions, reference_levels
@@ -27,6 +27,8 @@ from moe.analysis.report.sections.provenance import _value_text
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts
 from moe.config.claim import ClaimConfig
 from moe.config.question import text_of
+from moe.results.learned import learned_little
+from moe.results.sweep_tables import console_table
 from moe.results.table import load_runs
 
 WORSE = ClaimConfig("noise hurts", "val/perplexity", "noise", [0.5], "higher", "us", than=[0.0])
@@ -88,6 +90,8 @@ def test_a_report_warns_if_no_setting_is_better_than_a_unigram_model(tmp_path: P
         inputs = inputs_of(tmp_path / str(unigram), unigram_perplexity=unigram)
         [_, index] = index_of_verdicts({"made_up": inputs})
         found[unigram] = learned_little(inputs.runs)
+        last = console_table(inputs.loaded).splitlines()[-1]
+        assert last == (found[unigram] or "6 of 6 runs finished")
         assert index.frame["answer"][0].startswith(found[unigram] or "“noise hurts”")
         second = [block.text for block in answer(inputs) if isinstance(block, Paragraph)][1]
         assert second.startswith(f"**{found[unigram]}**" if found[unigram] else "**Answer:**")

@@ -13,7 +13,6 @@ from run_folders import write_metrics, write_record
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.league import league_of
-from moe.analysis.learned import learned_little
 from moe.analysis.limits import covered
 from moe.analysis.looks import Seen
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
@@ -31,6 +30,7 @@ from moe.analysis.report.sections.best_setting import (
 from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_matters, league, order_of_routers
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import to_reference
+from moe.results.learned import learned_little
 from moe.results.table import load_runs
 
 

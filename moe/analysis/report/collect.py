@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from moe.analysis.learned import learned_little
 from moe.analysis.recorded import study_of
 from moe.analysis.report.inputs import GRADIENT_METRICS, TESTED, ReportInputs, ReportOptions, full_names, tested_metrics
 from moe.analysis.report.tested import with_comparisons, with_corrections
@@ -28,6 +27,7 @@ from moe.results.conditions import (
     with_readable_levels,
     without_causality,
 )
+from moe.results.learned import learned_little
 from moe.results.table import EventTables, read_event_tables
 from moe.runs.record import RunRecord
 

@@ -94,7 +94,7 @@ class ReportInputs(NamedTuple):
     past: EventTables  # every evaluation, and some metrics of every training step
     records: dict[str, RunRecord]  # folder -> its record, of all runs of the whole report that have a readable one
     options: ReportOptions
-    learned_little: str  # that no setting is better than a unigram model (`moe.analysis.learned`); else empty
+    learned_little: str  # that no setting is better than a unigram model (`moe.results.learned`); else empty
     study: Study  # what was planned, and which reports were written before
     trials: pd.DataFrame  # the runs that chose the values of tuned keys; in a report on them, these runs themselves
     trained_at: pd.Series  # of each run that judges chosen values, these values as text; else empty
