@@ -78,11 +78,12 @@ class Looks(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a run: its setting as text, its seed, and whether it has ended."""
+    """What is known of a run: its setting as text, its seed, whether it has ended, and its final loss as text."""
 
     setting: str
     seed: int
     ended: bool
+    result: str = ""
 
 
 class Question(NamedTuple):
@@ -120,19 +121,6 @@ class Seen(NamedTuple):
         return frozenset(Question(metric, *each) for metric in self.metrics for each in compared)
 
 
-class _View(NamedTuple):
-    """What is left of a look: its share, its runs that still have a result, and the settings of which it had others.
-
-    settings_gone: whether some of its settings have no result any more. asked: what it asked.
-    """
-
-    share: float
-    runs: frozenset[str]
-    lost: set[str]
-    settings_gone: bool
-    asked: frozenset[Question]
-
-
 @dataclass(frozen=True)
 class Study:
     """What is known about the decisions of an experiment beside its results.
@@ -142,8 +130,9 @@ class Study:
     planned for these runs, the last one being that of the newest command. changed: earlier plans with other claims for
     some of the same runs, with the number of these runs. unwritten: whether this look could not be written down.
     starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
-    metrics, references: what this report asks: the tested metrics, and factor -> the level that others are compared
-    with, as text.
+    name: that of the grid of the runs, or of their experiment. tested: whether a test of this report has a p. metrics,
+    references: what this report asks: the tested metrics, and factor -> the level that others are compared with, as
+    text.
     """
 
     planned: int | None = None
@@ -154,6 +143,8 @@ class Study:
     unwritten: bool = False
     starts: Mapping[int, datetime] = field(default_factory=dict)
     here: bool = True
+    name: str = ""
+    tested: bool = False
     metrics: Sequence[str] = ()
     references: Mapping[str, str] = field(default_factory=dict)
 
@@ -208,8 +199,8 @@ class Study:
 
     @property
     def testable(self) -> bool:
-        """Whether any test is possible, because two settings have two seeds in common."""
-        return is_testable(run for run in self.runs.values() if run.ended)
+        """Whether any test was made, or is possible because two settings have two seeds in common."""
+        return self.tested or is_testable(run for run in self.runs.values() if run.ended)
 
     def late(self, margins: Mapping[str, object]) -> list[str]:
         """Return the metrics whose margin is not that of the first look, so that results may have chosen it."""
@@ -222,32 +213,18 @@ class Study:
         """Return the share of its level that a test has in this look.
 
         own: the folders of the runs that the test may use. asked_by: the questions each of which asks this test; none
-        for a test of every report. Runs of its settings that are gone may have been left out because of their results,
-        so a look that had them saw other runs. So did one with a setting that is gone, because its tests shared the
-        level with more others.
+        for a test of every report. A look of which any run is gone gives nothing: the run may have been left out
+        because of its result, and the tests of that look shared the level with those that the run had.
         """
-        settings = {self.runs[folder].setting for folder in own & self.runs.keys()}
         now = own & self.present.runs.keys()
         same = [
-            view.share
-            for view in self._views
-            if own & view.runs == now
-            and not (view.lost & settings or view.settings_gone)
-            and (not asked_by or not asked_by.isdisjoint(view.asked))
+            self.looks.share(place)
+            for place, look in enumerate(self.distinct)
+            if look.runs.keys() <= self.present.runs.keys()
+            and own & look.runs.keys() == now
+            and (not asked_by or not asked_by.isdisjoint(look.asked))
         ]
         return min(1.0, sum(same))
-
-    @cached_property
-    def _views(self) -> list[_View]:
-        """What is left of each look."""
-        settings = {*self.present.runs.values()}
-        views = []
-        for place, look in enumerate(self.distinct):
-            runs = look.runs
-            lost = {runs[folder] for folder in runs.keys() - self.present.runs.keys()}
-            left = frozenset(runs.keys() & self.present.runs.keys())
-            views.append(_View(self.looks.share(place), left, lost & settings, bool(lost - settings), look.asked))
-        return views
 
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:

@@ -1,8 +1,9 @@
 """Read what sweep folders tell about a study, its plans and its looks, and write a look down."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from moe.runs.planned import (
     looks_in,
     plans_in,
 )
-from moe.runs.record import RecordError
+from moe.runs.record import RecordError, SweepRecord
+
+RESULT = ("val/loss", "val/perplexity")  # the first of these tells two trainings of a run apart
 
 
 def study_of(runs: pd.DataFrame) -> Study:
@@ -32,20 +35,16 @@ def study_of(runs: pd.DataFrame) -> Study:
     first_planned = int(planned) if pd.notna(planned) else None
     known = _known(runs)
     of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
-    names = {experiment, experiment.partition(": ")[0]}  # the second is that of a report about folders of runs
-    looks = [
-        seen
-        for folder in _sweeps(runs)
-        for name, of_experiment in looks_in(folder).items()
-        for seen in (_seen(look, folder, known) for look in of_experiment)
-        if name == experiment or ((name in names or not of_sweep) and not known.keys().isdisjoint(seen.runs))
-    ]
+    study = experiment if of_sweep else _grid_of(runs) or experiment
+    names = {study, study.partition(": ")[0]}  # the second is that of a report about folders of runs
+    looks = _looks_about(runs, known, study, None if not of_sweep else names)
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
     plans = sorted(
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
     looks = _of_one_report(looks, known) + _without_report(runs, known, plans, first_planned)
     return Study(
+        name=study,
         planned=first_planned,
         runs=known,
         earlier=sorted(looks, key=lambda look: look.time),
@@ -56,6 +55,41 @@ def study_of(runs: pd.DataFrame) -> Study:
     )
 
 
+def _grid_of(runs: pd.DataFrame) -> str:
+    """Return the name of the smallest grid that has all of these runs, which were given by their folders; else ""."""
+    names = set()
+    for sweep in _sweeps(runs):
+        cells = [Path(folder).name for folder in runs["folder"] if Path(folder).parent == sweep]
+        try:
+            grid = SweepRecord.read(sweep / SweepRecord.FILE).grid_with(*cells)
+        except RecordError:
+            return ""
+        names.add(grid.name if grid else "")
+    return names.pop() if len(names) == 1 else ""
+
+
+def _looks_about(runs: pd.DataFrame, known: Mapping[str, Known], study: str, names: Set[str] | None) -> list[Seen]:
+    """Return the looks at these runs, and those at runs that a report showed together with them.
+
+    known: what is known of the runs. A look of the name of the study counts, and so does one with another of the
+    `names` (None: with any name) that saw some of these runs.
+    """
+    folders, found = _sweeps(runs), list[Seen]()
+    own = len(folders)
+    for place, folder in enumerate(folders):  # which grows
+        together = {*known}.union(*(look.runs for look in found))
+        for name, of_experiment in looks_in(folder).items():
+            for look in (_seen(each, folder, known) for each in of_experiment):
+                shares_runs = not together.isdisjoint(look.runs)
+                if (name == study and (place < own or shares_runs)) or (
+                    (names is None or name in names) and shares_runs
+                ):
+                    found.append(look)
+                    beside = {Path(run).parent for run in look.runs if os.path.isabs(run)}
+                    folders += sorted(each for each in beside - {*folders} if (each / LooksRecord.FILE).exists())
+    return found
+
+
 def _known(runs: pd.DataFrame) -> dict[str, Known]:
     """Return what is known of each run, by its folder. A run that diverged has ended too: it will not go on."""
     if "seed" not in runs:
@@ -63,17 +97,25 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
     runs = runs[runs["seed"].notna()]
     factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
     ended = runs["status"].isin(ENDED)
+    loss = next((runs[name] for name in RESULT if name in runs), ended)
+    columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr))
     return {
-        os.path.abspath(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(has_ended))
-        for folder, levels, seed, has_ended in zip(
-            runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, strict=True
-        )
+        os.path.abspath(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), result)
+        for folder, levels, seed, end, result in zip(*columns, strict=True)
     }
 
 
 def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
-    """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds."""
-    runs = {os.path.abspath(sweep / name): setting for setting, names in look.runs.items() for name in names}
+    """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds.
+
+    A run that was trained again, with another result, is another run.
+    """
+    runs = {}
+    for setting, names in look.runs.items():
+        for name in names:
+            folder = os.path.abspath(sweep / name)
+            same = folder not in known or look.results.get(name, known[folder].result) == known[folder].result
+            runs[folder if same else f"{folder} ({look.results[name]})"] = setting
     if not look.runs:
         runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
         runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
@@ -147,11 +189,11 @@ def record_look(
     margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in
     which no test is possible, because no two settings have two seeds in common, is no look.
     """
-    experiment, present = str(runs["experiment"].iloc[0]), study.present
+    present = study.present
     if not study.testable:
         return True
     look = Look(
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        datetime.now(UTC).isoformat(),
         finished_seeds(runs),
         float(present.seeds),
         float(present.planned),
@@ -165,13 +207,14 @@ def record_look(
         ended: dict[str, list[str]] = {}
         for run, setting in sorted(present.runs.items()):
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
-        here = look._replace(runs=ended)
+        results = {os.path.relpath(run, folder): study.runs[run].result for run in present.runs}
+        here = look._replace(runs=ended, results=results)
         looks = looks_in(folder)
-        of_experiment = looks.get(experiment, [])
+        of_experiment = looks.get(study.name, [])
         if any(_same(each, here) for each in of_experiment):
             continue
         try:
-            LooksRecord(looks=looks | {experiment: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
+            LooksRecord(looks=looks | {study.name: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
         except OSError:
             written = False
     return written
@@ -179,12 +222,8 @@ def record_look(
 
 def _same(look: Look, other: Look) -> bool:
     """Return whether two looks saw the same, and were asked the same."""
-    return (look.runs, look.margins, look.metrics, look.references) == (
-        other.runs,
-        other.margins,
-        other.metrics,
-        other.references,
-    )
+    fields = attrgetter("runs", "results", "margins", "metrics", "references")
+    return bool(fields(look) == fields(other))
 
 
 def _sweeps(runs: pd.DataFrame) -> list[Path]:

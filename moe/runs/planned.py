@@ -40,9 +40,9 @@ class Look(NamedTuple):
     planned: the number of seeds after which the study decides. runs: setting, such as "lb=0.01, noise=0.1" -> the
     folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
     0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
-    metrics: those that were tested. references: factor -> the level that the others were compared with, as text.
-    decided: the words of each claim, or the levels of each comparison of the first metric if there are no claims -> its
-    verdict, if it was decided.
+    results: folder of a run -> its final loss, as text. metrics: those that were tested. references: factor -> the
+    level that the others were compared with, as text. decided: the words of each claim, or the levels of each
+    comparison of the first metric if there are no claims -> its verdict, if it was decided.
     """
 
     time: str
@@ -54,6 +54,7 @@ class Look(NamedTuple):
     metrics: list[str] = []
     references: dict[str, str] = {}
     decided: dict[str, str] = {}
+    results: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

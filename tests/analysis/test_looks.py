@@ -46,10 +46,11 @@ from moe.analysis.report.sections.verdicts import claim_verdicts, how_it_decides
 from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
+from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in
-from moe.runs.record import FORMAT, RecordError
+from moe.runs.record import FORMAT, RecordError, SweepRecord
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 
@@ -219,10 +220,23 @@ def test_the_shares_of_a_test_add_up_to_no_more_than_the_rule_says(planned: int 
         assert sum(used.values()) <= 1.25 + 1e-9
 
 
+def test_a_look_of_which_any_run_is_gone_gives_its_tests_nothing() -> None:
+    """Otherwise whoever leaves all but one seed of other settings out has fewer tests, and each keeps its share."""
+    every: Sets = {f"x={number}": [*range(5)] for number in range(8)}
+    p, looks = np.random.default_rng(0).uniform(size=(4000, 7)), [every]
+    found = (p <= 0.05 / 7).any(1)
+    for number in range(1, 8):
+        now = {name: seeds if name in ("x=0", f"x={number}") else [0] for name, seeds in every.items()}
+        own = group({name: every[name] for name in ("x=0", f"x={number}")})
+        found |= p[:, number - 1] <= 0.05 * study(now, *looks).share(own)
+        looks.append(now)
+    assert found.mean() <= 0.0625
+
+
 def test_runs_that_are_gone_may_have_been_left_out_for_their_results() -> None:
     old = both(0, 1, 2)
     assert study(old, old | {"x=2": [0, 1, 2]}).share(group(old)) == FURTHER, "the test shared its level with others"
-    assert study(old | {"x=2": [3]}, old | {"x=2": [0, 1, 2]}).share(group(old)) == 1, "the settings are the same"
+    assert study(old | {"x=2": [3]}, old | {"x=2": [0, 1, 2]}).share(group(old)) == FURTHER
     assert study(old, old | {"x=0": [0, 1, 2, 3]}).share(group(old)) == FURTHER
     three = old | {"x=2": [0, 1, 2]}
     fewer = study(three, three | {"x=3": [0, 1, 2]})
@@ -231,6 +245,58 @@ def test_runs_that_are_gone_may_have_been_left_out_for_their_results() -> None:
         None, {f: run._replace(ended=f != "/x=0/2") for f, run in study(old).runs.items()}, [study(old).present]
     )
     assert again.share(group(both(0, 1))) == FURTHER, "a run was removed, and the sweep still awaits it"
+
+
+def test_a_run_that_was_trained_again_with_another_result_is_another_run(runs: pd.DataFrame) -> None:
+    record_look(runs, study_of(runs))
+    assert study_of(runs).looks.share() == 1, "the same result is the same run"
+    again = runs.assign(**{"val/perplexity": runs["val/perplexity"] + (runs["noise"] == 0.5)})
+    later = study_of(again)
+    assert later.looks.share() == later.share(group_of(runs)) == FURTHER
+    assert later.present.seeds == pytest.approx(5 * 8 / 6), "ten of thirty runs are new"
+
+
+def test_reports_about_two_folders_and_about_one_of_them_know_of_each_other(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """Each report is written into the folders of its own runs alone. The one about both names the runs of both."""
+    second = tmp_path / "sweeps" / "second"
+    second.mkdir()
+    for folder in runs.loc[runs["lb"] == 0.01, "folder"]:
+        Path(folder).rename(second / Path(folder).name)
+    both_folders = runs.assign(
+        folder=runs["folder"].where(runs["lb"] != 0.01, runs["folder"].str.replace("/noise/", "/second/"))
+    )
+    record_look(both_folders, study_of(both_folders))
+    for place, lb in enumerate((0.0, 0.01, 0.0), 1):
+        alone = both_folders[both_folders["lb"] == lb]
+        assert study_of(alone).looks.share() == FURTHER ** (place if place < 3 else 1)
+        record_look(alone, study_of(alone))
+
+
+def test_looks_of_one_second_are_two(runs: pd.DataFrame) -> None:
+    first = replace(study_of(runs), metrics=["val/perplexity", "a"])
+    second = replace(study_of(runs), metrics=["val/perplexity", "b"])
+    record_look(runs, first)
+    record_look(runs, second)
+    assert [[*look.metrics] for look in study_of(runs).earlier] == [["a", "val/perplexity"], ["b", "val/perplexity"]]
+
+
+def test_new_seeds_that_are_given_by_their_folders_have_the_looks_of_their_grid(tmp_path: Path) -> None:
+    made_up = null_runs("", "noise_lb_seed", 5, "equal", np.random.default_rng(0))
+    sweep = tmp_path / "default"
+    folders = [sweep / str(number) for number in range(len(made_up))]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        write_record(folder, "noise_lb_seed")
+    cells = {folder.name: {"noise": 0.0, "seed": 1} for folder in folders}
+    grid = Grid("default: noise", ["noise"], {}, [*cells])
+    SweepRecord(grids=[grid], cells=cells).write(sweep / SweepRecord.FILE)
+    by_grid = made_up.assign(folder=list(map(str, folders)), experiment="default: noise", varied='["noise"]')
+    by_folder = by_grid.assign(experiment="default", varied=None)
+    new = by_folder["seed"] > 2
+    record_look(by_grid[~new], study_of(by_grid[~new]))
+    assert study_of(by_folder[new]).looks.share() == FURTHER
+    record_look(by_folder[new], study_of(by_folder[new]))
+    assert study_of(by_grid).looks.share() == FURTHER**2
 
 
 def test_runs_whose_folders_are_named_one_by_one_have_the_looks_of_their_sweep(runs: pd.DataFrame) -> None:
@@ -476,7 +542,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
         nothing_new
     )
     all_runs = study(both(*range(6)), both(0, 1, 2))
-    assert "On 2026-01-01, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
+    assert "On 2026-01-01T00:00:00, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
     gone = study(both(7, 8, 9), both(0, 1, 2))
     assert "the results of 6 runs could be seen" in one_line(gone)
     assert "A comparison that an earlier look made with the same runs keeps the share" in one_line(all_runs)

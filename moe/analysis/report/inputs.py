@@ -8,6 +8,7 @@ import pandas as pd
 from moe.analysis.claims import planned_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.figures.style import MOST_LINES
+from moe.analysis.league import LEAST, METRICS, PLAIN, ROUTER
 from moe.analysis.looks import Study
 from moe.analysis.report.judgments import Judgment
 from moe.analysis.tuned import is_judged
@@ -16,6 +17,7 @@ from moe.results.comparable import search_goal, several_tokenizers, with_every_r
 from moe.results.conditions import (
     NAMED_ROUTERS,
     levels,
+    present,
     readable_level,
     reference_level,
     without_causality,
@@ -32,6 +34,9 @@ TESTED = tuple(metric.headline for metric in select(shown="tested"))
 
 GRADIENT_METRICS = tuple(metric.name for metric in select(shown="gradient figure"))
 NOT_TRAINED = "no run was trained"  # why a figure over training cannot be drawn
+
+
+LEAGUE = "the league of routers"  # in place of a factor, for the reference of the league
 
 
 class Family(NamedTuple):
@@ -185,3 +190,17 @@ def full_names(inputs: ReportInputs, references: dict[str, Any]) -> dict[str, An
             if name == readable_level(factor, wanted) or same:
                 found[factor] = name
     return found
+
+
+def league_metric(inputs: ReportInputs) -> str | None:
+    """Return the loss by which routers are compared; None if there are too few routers for a league."""
+    if ROUTER not in inputs.factors or inputs.runs[ROUTER].nunique() < LEAST:
+        return None
+    return next(iter(present(inputs.runs, METRICS)), None)
+
+
+def league_reference(inputs: ReportInputs) -> Any:
+    """Return the router with which the others are compared."""
+    runs = inputs.runs[inputs.runs["status"] == "finished"]
+    usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
+    return reference_levels(inputs).get(ROUTER, usual)

@@ -4,8 +4,8 @@ import json
 
 import yaml
 
-from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.sections.league import league_metric, standings
+from moe.analysis.report.inputs import ReportInputs, league_metric
+from moe.analysis.report.sections.league import standings
 from moe.analysis.sentences import noun
 from moe.config.options import sources
 from moe.config.question import Part, parts_of, text_of

@@ -12,7 +12,16 @@ from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
 from moe.analysis.looks import ENDED, Question, group_of
-from moe.analysis.report.inputs import FAMILIES, EarlierTests, Family, ReportInputs, reference_levels
+from moe.analysis.report.inputs import (
+    FAMILIES,
+    LEAGUE,
+    EarlierTests,
+    Family,
+    ReportInputs,
+    league_metric,
+    league_reference,
+    reference_levels,
+)
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import (
     comparisons,
@@ -65,14 +74,18 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         tables = [withheld(table) for table in tables]
         variance = withheld(variance) if len(variance) else variance
     asked = {factor: str(reference) for factor, _, reference, _ in own}
+    if league_metric(inputs) is not None:
+        asked[LEAGUE] = str(league_reference(inputs))
     inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))
-    return inputs._replace(
+    inputs = inputs._replace(
         earlier_tests=_earlier_tests(inputs, compared, factors, variance),
         claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
     )
+    p = _tests(inputs)["p"]
+    return inputs._replace(study=replace(inputs.study, tested=bool(p.notna().any())))
 
 
 def _earlier_tests(

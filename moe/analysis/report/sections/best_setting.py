@@ -10,9 +10,9 @@ from moe.analysis.components import DATA, INIT
 from moe.analysis.league import ROUTER
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.report.blocks import literal
-from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.inputs import ReportInputs, league_metric
 from moe.analysis.report.sections.cost import SPEED, about_speeds
-from moe.analysis.report.sections.league import league_metric, standings
+from moe.analysis.report.sections.league import standings
 from moe.analysis.selection import first_alike, lead
 from moe.analysis.sentences import SIGNIFICANT, enumerated, levels_compared, noun, standing
 from moe.analysis.simultaneous import interval

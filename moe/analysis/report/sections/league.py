@@ -13,8 +13,6 @@ from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
 from moe.analysis.league import (
     LEAST,
-    METRICS,
-    PLAIN,
     ROUTER,
     WORSE,
     League,
@@ -28,10 +26,10 @@ from moe.analysis.limits import ORACLE, RANDOM, Share, covered
 from moe.analysis.looks import SMALLEST, group_of
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
-from moe.analysis.report.inputs import ReportInputs, reference_levels
+from moe.analysis.report.inputs import LEAGUE, ReportInputs, league_metric, league_reference
 from moe.analysis.sentences import enumerated, noun, with_interval
 from moe.analysis.statistics import name_cell
-from moe.results.conditions import conditions, present, reference_level
+from moe.results.conditions import conditions
 
 COST = {
     "model.ffn": "width of an expert",
@@ -106,7 +104,7 @@ def league(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield the ranks of all routers with intervals, their differences to the reference, and their costs."""
     if league_metric(inputs) is None or inputs.contrasts.empty:
         return
-    metric, reference, leagues = str(league_metric(inputs)), _reference(inputs), _leagues(inputs)
+    metric, reference, leagues = str(league_metric(inputs)), league_reference(inputs), _leagues(inputs)
     yield Heading("League of routers")
     if not leagues:
         measured = inputs.runs[np.isfinite(inputs.runs[metric].astype(float))]
@@ -135,7 +133,7 @@ def order_of_routers(inputs: ReportInputs) -> str:
     lacking = dict.fromkeys(each for league in leagues.values() for each in league.lacking)
     found = {place: each.found for place, each in leagues.items()}
     confidence = _confidence(max(each.level for each in found.values()))
-    order = _order(found, noun(str(league_metric(inputs))), _reference(inputs), confidence)
+    order = _order(found, noun(str(league_metric(inputs))), league_reference(inputs), confidence)
     return f"{order} {LEFT_OUT.format('; '.join(lacking))}" if lacking else order
 
 
@@ -149,7 +147,7 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
     metric = league_metric(inputs)
     if metric is None or inputs.contrasts.empty:
         return {}
-    leagues, reference = {}, _reference(inputs)
+    leagues, reference = {}, league_reference(inputs)
     for cell, members in _cells(inputs, inputs.runs):
         finished, level = members[members["status"] == "finished"], _level(inputs, members)
         if (found := league_of(finished, metric, reference, level)) is not None:
@@ -162,7 +160,7 @@ def _level(inputs: ReportInputs, runs: pd.DataFrame) -> float:
 
     A league with another reference is another one, because it compares other routers.
     """
-    asked_by = {each for each in inputs.study.present.asked if each.factor == ROUTER}
+    asked_by = {each for each in inputs.study.present.asked if each.factor == LEAGUE}
     share = inputs.study.share(group_of(runs), asked_by)
     return 0.0 if inputs.learned_little or share <= SMALLEST else SIGNIFICANCE * share
 
@@ -174,13 +172,6 @@ def _confidence(level: float) -> str:
 def _ranked(found: League) -> pd.DataFrame:
     """Return the rows of a league that have a rank, the best one first."""
     return found.table.dropna(subset="rank").sort_values("rank")
-
-
-def league_metric(inputs: ReportInputs) -> str | None:
-    """Return the loss by which routers are compared; None if there are too few routers for a league."""
-    if ROUTER not in inputs.factors or inputs.runs[ROUTER].nunique() < LEAST:
-        return None
-    return next(iter(present(inputs.runs, METRICS)), None)
 
 
 def _order(found: dict[str, League], unit: str, reference: Any, confidence: str) -> str:
@@ -248,13 +239,6 @@ def _changed_places(leagues: dict[str, pd.DataFrame]) -> str:
             if ahead and other.loc[b, "worst rank"] < other.loc[a, "best rank"]:
                 return f"{a} is better than {b} at {here}, and worse at {there}"
     return ""
-
-
-def _reference(inputs: ReportInputs) -> Any:
-    """Return the router with which the others are compared."""
-    runs = inputs.runs[inputs.runs["status"] == "finished"]
-    usual = PLAIN if PLAIN in set(runs[ROUTER]) else reference_level(runs, ROUTER)
-    return reference_levels(inputs).get(ROUTER, usual)
 
 
 def _league_figure(found: League, reference: Any) -> Figure | str:

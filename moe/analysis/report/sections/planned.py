@@ -73,7 +73,7 @@ def margin_facts(inputs: ReportInputs) -> list[tuple[str, str]]:
 def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
     """Yield for each margin that was given after the first look that it is not judged."""
     for metric in inputs.study.late(inputs.options.margins):
-        margin, time = literal(str(inputs.options.margins[metric])), inputs.study.earlier[0].time
+        margin, time = literal(str(inputs.options.margins[metric])), _to_second(inputs.study.earlier[0].time)
         yield LATE_MARGIN.format(margin=margin, metric=metric, time=time)
 
 
@@ -89,7 +89,7 @@ def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
         lost = {text: verdict for text, verdict in look.decided.items() if now.get(text, verdict) != verdict}
         if lost:
             found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
-            yield DECIDED.format(time=look.time, seeds=look.seeds, found=literal(found))
+            yield DECIDED.format(time=_to_second(look.time), seeds=look.seeds, found=literal(found))
             return
 
 
@@ -177,7 +177,12 @@ def _seen_before(study: Study) -> tuple[str, str]:
     """Return when the look before this one was, and which runs it saw."""
     last = study.distinct[study.looks.place - 1]
     seeds = sorted({study.runs[folder].seed for folder in last.runs if folder in study.runs})
-    return last.time, f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
+    return _to_second(last.time), f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
+
+
+def _to_second(time: str) -> str:
+    """Return the time of a look without the parts of its second."""
+    return datetime.fromisoformat(time).isoformat(timespec="seconds")
 
 
 def _asked(new: Set[Question]) -> str:
