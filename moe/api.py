@@ -194,6 +194,9 @@ def compare(
 def judge(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row with a verdict for each claim that was planned before these runs (`claims` of an experiment).
 
+    The claims have all of the 5 %: neither the contrasts of a report nor earlier looks at these runs take a part of it.
+    `analyze.py` corrects for both, and writes the look down, so quote its verdicts.
+
     >>> len(judge(load_runs("outputs")))  # nobody planned a claim about this run
     0
     """

@@ -14,10 +14,11 @@ from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
 from moe.analysis.league import league_of
 from moe.analysis.limits import covered
-from moe.analysis.looks import Seen
+from moe.analysis.looks import FURTHER, Seen
+from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.inputs import LEAGUE, ReportInputs
 from moe.analysis.report.question import question_of
 from moe.analysis.report.sections.best_setting import (
     NOT_COMPARED,
@@ -27,7 +28,13 @@ from moe.analysis.report.sections.best_setting import (
     _by_ranks,
     best_setting,
 )
-from moe.analysis.report.sections.league import _unequal_cost, how_much_routing_matters, league, order_of_routers
+from moe.analysis.report.sections.league import (
+    _level,
+    _unequal_cost,
+    how_much_routing_matters,
+    league,
+    order_of_routers,
+)
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import to_reference
 from moe.results.learned import learned_little
@@ -242,3 +249,16 @@ def test_a_mean_is_over_the_seeds_that_all_ranked_routers_have() -> None:
     found = league_of(runs, "test/loss", "a")
     assert found is not None
     assert found.table["mean"].to_dict() == pytest.approx({"a": 5.02, "b": 5.12, "c": 5.22})
+
+
+def test_a_league_with_another_reference_is_another_one(tmp_path: Path) -> None:
+    """The league compares with top-k, and the contrasts with the first router, unless the reader names a reference."""
+    losses = {"hash": 3.08, "topk": 3.0, "random": 3.09}
+    inputs = inputs_of(tmp_path, losses)
+    first = inputs.study.present._replace(time="2026-01-01")
+    league_of = {name: each for name, each in inputs.study.references.items() if name == LEAGUE}
+    assert league_of == {LEAGUE: "topk"}
+    for reference, share in (("topk", 1.0), ("random", FURTHER)):
+        asked = inputs.study.references | {LEAGUE: reference}
+        later = inputs._replace(study=replace(inputs.study, earlier=[first], references=asked))
+        assert _level(later, inputs.runs) == pytest.approx(SIGNIFICANCE * share)
