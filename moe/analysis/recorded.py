@@ -80,10 +80,8 @@ def _looks_about(runs: pd.DataFrame, known: Mapping[str, Known], study: str, nam
         together = {*known}.union(*(look.runs for look in found))
         for name, of_experiment in looks_in(folder).items():
             for look in (_seen(each, folder, known) for each in of_experiment):
-                shares_runs = not together.isdisjoint(look.runs)
-                if (name == study and (place < own or shares_runs)) or (
-                    (names is None or name in names) and shares_runs
-                ):
+                shown_together = (names is None or name in names) and not together.isdisjoint(look.runs)
+                if shown_together or (name == study and place < own):
                     found.append(look)
                     beside = {Path(run).parent for run in look.runs if os.path.isabs(run)}
                     folders += sorted(each for each in beside - {*folders} if (each / LooksRecord.FILE).exists())
