@@ -395,13 +395,14 @@ def _in_all_runs(
     left out of the comparison. rest_runs: their folders.
     """
     counts = pd.concat([treated.count(), reference.count()], axis=1).min(axis=1)
-    kept, note = _judged(counts, "run of a level", treated - reference, alone)
+    kept, lacks = _judged(counts, "run of a level", treated - reference, alone)
     sides = [treated[kept], reference[kept], treated.drop(columns=kept), reference.drop(columns=kept)]
     table = pd.concat([*sides, *rest], axis=1)
     sides_runs = [treated_runs[kept], reference_runs[kept]]
     sides_runs += [treated_runs.drop(columns=kept), reference_runs.drop(columns=kept)]
     folders = pd.concat([*sides_runs, *rest_runs], axis=1).reindex(table.index)
-    note = "; ".join(filter(None, (f"mixed model of {table.count().sum()} runs", note)))
+    total = int(table.count().sum())
+    note = "; ".join(filter(None, (f"mixed model of {total} runs", lacks)))
     if kept.empty:
         return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
     values = table.to_numpy(dtype=float)
@@ -415,13 +416,14 @@ def _in_all_runs(
 
     reference, base = (each[kept].reindex(table.index) for each in (reference, base))
     try:
-        found = _estimated(claim, estimate, reference, base, note)
         by = [estimate(1.0, share).estimator for share in (0.0, *(end.share for end in claimed_range(claim)))]
+        uses = ~np.isnan(values)
+        uses[uses] = (np.abs([row for each in by for row in (each.of_runs, *each.changes)]) > NO_WEIGHT).any(axis=0)
+        if uses.sum() < total:
+            note = "; ".join(filter(None, (f"mixed model, which depends on {uses.sum()} of {total} runs", lacks)))
+        return _estimated(claim, estimate, reference, base, note)._replace(runs=_used(folders, uses))
     except ValueError as error:
         return Comparison(0, note=note, doubt=str(error))
-    uses = ~np.isnan(values)
-    uses[uses] = (np.abs([row for each in by for row in (each.of_runs, *each.changes)]) > NO_WEIGHT).any(axis=0)
-    return found._replace(runs=_used(folders, uses))
 
 
 def _judged(counts: pd.Series, unit: str, pairs: pd.DataFrame, alone: list[str]) -> tuple[pd.Index, str]:

@@ -42,7 +42,7 @@ from moe.planning.report_ahead import tests_ahead as ahead
 from moe.planning.seeds import NOT_TOLD, need, spread_of
 from moe.planning.sources import Sources, runs_of_pilot
 from moe.program import Stopped
-from moe.results.shipped import ship
+from moe.results.shipped import read_shipped, ship
 from moe.results.table import ABSENT, level, load_runs
 from moe.runs.folder import LOCK, locked
 from moe.runs.record import MetricsRecord, RunRecord, SweepRecord
@@ -75,6 +75,21 @@ def test_the_level_of_each_claim_is_the_one_that_its_report_applies(tmp_path: Pa
     found = ahead(cells)
     assert [each.tests for each in found] == report.claims["tests"].tolist()
     assert [each.rivals for each in found][:2] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["experiment_c", "capacity_factorial"])
+def test_a_plan_divides_by_the_tests_of_the_shipped_report(name: str) -> None:
+    """A claim about a percentage of a mean is tested only if that mean is clear of zero."""
+    studies = Path(__file__).parents[2] / "docs" / "studies"
+    runs, past = read_shipped(studies / name)
+    report = collect_inputs(runs, past=past)[0]
+    cells = read_cells([f"experiment={name}"])
+    assert cells is not None
+    divided = [each.tests for each in ahead(cells)]
+    judged = report.claims["p"].notna().to_numpy()
+    assert [number for number, has_p in zip(divided, judged, strict=True) if has_p] == report.claims["tests"][
+        judged
+    ].tolist()
 
 
 def test_a_claim_at_equal_cost_has_as_many_tests_as_one_at_the_end() -> None:
