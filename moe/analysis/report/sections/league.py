@@ -56,9 +56,10 @@ on what else the machine did."""
 MATTERS_EXPLAINED = """\
 `{random}` deals tokens to experts at random and evenly in training, and `{oracle}` knows the domain of each text. The
 share is how much of the distance between their losses ({metric}) a router covers: 0 is as good as random, 1 as good as
-the oracle. It may be below 0, and above 1, because the domain is not the best that a router can know. The interval is
-Fieller's 95 % interval over seeds, for each router alone and for a single look, so other looks at these runs do not
-widen it; nothing is tested."""
+the oracle. It may be below 0, and above 1, because the domain is not the best that a router can know. In evaluation,
+`{random}` has a fixed table of experts, and its loss contains what this change costs. Without that, shares would be
+farther from 1. The interval is Fieller's 95 % interval over seeds, for each router alone and for a single look, so
+other looks at these runs do not widen it; nothing is tested."""
 UNCLEAR = """\
 The distance between `{random}` and `{oracle}` is {distance:+.3g}, which is not clear from zero with these seeds. So the
 shares have no interval: the data do not tell how much routing matters here."""
