@@ -161,7 +161,7 @@ def decided(
     table.insert(table.columns.get_loc("p Holm") + 1, "tests", tests)
     significant = table["p Holm"] <= SIGNIFICANCE
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
-    before = table["verdict"] + " before Holm's correction, not after it"
+    before = table["verdict"] + " before the correction for other tests and looks, not after it"
     later = tests if tests_later is None else tests_later
     spreads, predicted = table.pop("spread"), table.pop("predicted")
     changes = table["kind"].map({"interaction": 2}).fillna(1)  # a change of a change is twice as large at most

@@ -12,17 +12,19 @@ import pandas as pd
 from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import varied_factors
+from moe.results.table import read_run, table_of
 from moe.runs.planned import (
     Look,
     LooksRecord,
     PlannedStudy,
     PlansRecord,
     digest_of,
+    digest_of_run,
     digests_by_earlier_ones,
     looks_in,
     plans_in,
 )
-from moe.runs.record import RecordError, SweepRecord
+from moe.runs.record import RecordError, RunRecord, SweepRecord
 
 RESULT = ("val/loss", "val/perplexity")  # the first of these tells two trainings of a run apart
 
@@ -42,7 +44,8 @@ def study_of(runs: pd.DataFrame) -> Study:
     plans = sorted(
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
-    looks = _of_one_report(looks, known) + _without_report(runs, known, plans, first_planned)
+    named = _named_by(plans, runs) if plans else runs
+    looks = _of_one_report(looks, known) + _without_report(named, _known(named) | known, plans, first_planned)
     return Study(
         name=study,
         planned=first_planned,
@@ -136,6 +139,26 @@ def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
 
 def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
     return {folder: setting for folder, setting in look.runs.items() if folder not in known}
+
+
+def _named_by(plans: Sequence[PlannedStudy], runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs; if the report leaves some out that these plans name, all runs of the sweep folders that they do.
+
+    A run that cannot be read is passed over.
+    """
+    present, digests = group_of(runs), {digest for plan in plans for digest in plan.runs}
+    folders = [path.parent for sweep in _sweeps(runs) for path in sweep.glob(f"*/{RunRecord.FILE}")]
+    if {*map(os.path.abspath, folders)} <= present:
+        return runs
+    found = []
+    for folder in folders:
+        try:
+            identity = RunRecord.read(folder / RunRecord.FILE).identity
+        except RecordError:
+            continue
+        if os.path.abspath(folder) in present or digest_of_run(identity) in digests:
+            found.append(folder)
+    return runs if {*map(os.path.abspath, found)} <= present else table_of([read_run(folder) for folder in found])
 
 
 def _without_report(

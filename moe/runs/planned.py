@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -96,6 +97,7 @@ class LooksRecord(Record):
                 _check_numbers(f"{place}.seeds", look.seeds)
                 _check_numbers(f"{place}.mean_seeds", [look.mean_seeds])
                 _check_numbers(f"{place}.planned", [look.planned])
+                _check_time(f"{place}.time", look.time)
 
 
 def plans_in(folder: Path) -> list[PlannedStudy]:
@@ -118,6 +120,14 @@ def _without_claims(looks: Any) -> Any:
         {key: value for key, value in look.items() if key != "claims"} if isinstance(look, dict) else look
         for look in looks
     ]
+
+
+def _check_time(place: str, time: str) -> None:
+    """Raise ValueError unless a text is a time."""
+    try:
+        datetime.fromisoformat(time)
+    except ValueError:
+        raise ValueError(f"{place} has {time!r:.40}: must be a time such as 2026-11-27T09:30:00+00:00") from None
 
 
 def _check_numbers(place: str, numbers: Iterable[int | float]) -> None:

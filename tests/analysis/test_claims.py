@@ -288,7 +288,7 @@ def test_the_claims_of_an_experiment_are_corrected_by_holm() -> None:
     table = judge(runs, [with_effect, claim("higher", [0.5], [0.0]), *[without_effect] * 8])
     assert table["p Holm"].tolist() == pytest.approx(multipletests(table["p"], method="holm")[1].tolist())
     assert table["verdict"].tolist()[:2] == ["undecided", "supported"]
-    assert table["reason"].iloc[0] == "supported before Holm's correction, not after it"
+    assert table["reason"].iloc[0] == "supported before the correction for other tests and looks, not after it"
 
 
 def test_our_own_claims_take_no_significance_from_those_of_a_source() -> None:

@@ -50,7 +50,7 @@ from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in
-from moe.runs.record import FORMAT, RecordError, SweepRecord
+from moe.runs.record import FORMAT, RecordError, RunRecord, SweepRecord
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 
@@ -435,6 +435,8 @@ def test_a_report_with_another_metric_or_reference_is_a_look(runs: pd.DataFrame)
     [warning] = (" ".join(text.split()) for text in warnings_of_looks(more.study))
     assert "No earlier look at these runs had asked for val/accuracy. In this look, the comparisons that are" in warning
     assert "To keep 5 %, name all metrics and references in the first report." in warning
+    two = report(lb=0.01)
+    assert two.study.looks.place == 0, "of two levels, one as the reference asks the same as the other"
     other = report(noise=0.5)
     tests = other.contrasts[other.contrasts["factor"] == "noise"].groupby("level")["tests"].first()
     assert tests[0.1] == pytest.approx(tests[0.0] / FURTHER**2), "0.5 and 0.0 had been compared"
@@ -545,7 +547,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert "On 2026-01-01T00:00:00, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
     gone = study(both(7, 8, 9), both(0, 1, 2))
     assert "the results of 6 runs could be seen" in one_line(gone)
-    assert "A comparison that an earlier look made with the same runs keeps the share" in one_line(all_runs)
+    assert "A comparison that an earlier look made with the same runs keeps at least the share" in one_line(all_runs)
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))
     assert "was not written down" in warning
@@ -692,6 +694,42 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
     assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
+
+
+def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command(
+    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds 0 to 2 had ended when seeds 3 and 4 were added. Whatever part of them a report has, it is a second look."""
+    old = runs["seed"] < 3
+    started = old.map({True: "2026-02-01T10:00:00+00:00", False: "2026-02-01T13:00:00+00:00"})
+    runs = runs.assign(started=started, seconds=3600.0)
+    monkeypatch.setattr("moe.analysis.recorded.read_run", lambda folder: {"folder": str(folder)})
+    monkeypatch.setattr(
+        "moe.analysis.recorded.table_of", lambda rows: runs[runs["folder"].isin([row["folder"] for row in rows])]
+    )
+    of_all = digest_of_run(RunRecord.read(Path(runs["folder"].iloc[0]) / RunRecord.FILE).identity)
+    plans = [
+        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, names)
+        for time, seeds, names in (("08:00", [0, 1, 2], [of_all]), ("12:00", [0, 1, 2, 3, 4], [of_all, "of seed 3"]))
+    ]
+    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    for part in (runs["seed"] < 5, runs["seed"] < 2, runs["seed"] > 2, old & (runs["noise"] < 0.5)):
+        assert study_of(runs[part]).share(group_of(runs[part])) == FURTHER
+    assert study_of(runs[old]).share(group_of(runs[old])) == 1, "just the runs that had ended"
+
+
+def test_each_earlier_look_with_another_verdict_is_named_with_its_own_seeds(runs: pd.DataFrame) -> None:
+    inputs = collect_inputs(runs)[0]
+    text = next(each.title for each in inputs.judgments if not each.decided)
+    looks = [
+        study({"x=0": seeds, "x=1": seeds}).present._replace(
+            time=f"2026-01-0{day}", seeds=4 * day, decided={text: verdict}
+        )
+        for day, (seeds, verdict) in enumerate((([0, 1, 2, 3], "supported"), ([4, 5, 6, 7], "contradicted")), 1)
+    ]
+    first, second = warnings_of_decisions(inputs._replace(study=replace(inputs.study, earlier=looks)))
+    assert f"with 4 seeds on average, “{text}” was supported" in " ".join(first.split())
+    assert f"with 4 seeds on average, “{text}” was contradicted" in " ".join(second.split())
 
 
 def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(

@@ -28,7 +28,7 @@ from moe.analysis.sentences import (
 from moe.checks import plain
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
-ALONE = "the interval alone would decide it, but not after the correction for all tests of the report"
+ALONE = "the interval alone would decide it, but not after the correction for all tests of the report and all looks"
 BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on

@@ -73,7 +73,11 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
         variance = withheld(variance) if len(variance) else variance
-    asked = {factor: str(reference) for factor, _, reference, _ in own}
+    # Of two levels, one as the reference asks the same as the other.
+    asked = {
+        factor: min(str(level), str(reference)) if len(known[factor]) == 2 else str(reference)
+        for factor, level, reference, _ in own
+    }
     if league_metric(inputs) is not None:
         asked[LEAGUE] = str(league_reference(inputs))
     inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))

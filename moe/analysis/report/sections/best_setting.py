@@ -260,9 +260,11 @@ def _cost(inputs: ReportInputs, found: Ranking, best: pd.DataFrame) -> Iterator[
         total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
         known = SPEED in inputs.runs and inputs.runs[SPEED].notna().all() and not about_speeds(inputs.runs)
         times = f", {seconds / min(everything):.2f} times as long as the fastest setting" if known else ""
+        trials = inputs.trials["train_seconds"].sum() if len(inputs.trials) else 0.0
+        tuning = f", and {_duration(trials)} of the runs that tuned them" if trials else ""
         yield (
             f"**Its cost:** {_duration(seconds)} of training a run{times}; "
-            f"training of all runs together: {total}, without evaluation and start. "
+            f"training of all runs together: {total}{tuning}, without evaluation and start. "
             "Times hold for this machine and what else it did."
         )
 

@@ -21,14 +21,14 @@ CHANGED_SINCE = """\
 **The claims were changed between two commands.** On {time}, {experiment} was planned with {claims}, and on {newest}
 with others{changes}. Each claim is judged by the runs that recorded it alone. But the newer claims may have been chosen
 by results of the earlier runs."""
-OLD = " A comparison that an earlier look made with the same runs keeps the share that it had."
+OLD = " A comparison that an earlier look made with the same runs keeps at least the share that it had."
 NEW = " No earlier look at these runs had asked for {what}."
 BEYOND = """\
-**This is look {number} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
+**This is look {number}{of} at these runs, after {reached}.** On {time}, the results of {which} could be seen, in a
 report or because a command had ended.{new} In this look, {tests} together have {share:.3g} % instead of 5 %.{old}
-Together with the looks before, chance decides something in at most {total:.3g} % of studies. {keep}"""
-KEEP_RUNS = "To keep 5 %, plan the number of seeds before the first run (for example `planned_seeds=8`)."
-KEEP_QUESTIONS = "To keep 5 %, name all metrics and references in the first report."
+Together with the looks before, chance decides something in at most {total:.3g} % of studies.{keep}"""
+KEEP_RUNS = " To keep 5 %, plan the number of seeds before the first run (for example `planned_seeds=8`)."
+KEEP_QUESTIONS = " To keep 5 %, name all metrics and references in the first report."
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
 first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
@@ -83,14 +83,14 @@ def decisions(inputs: ReportInputs) -> dict[str, str]:
 
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
-    """Yield the last look whose verdict on some claim or comparison of this report is another than the present one."""
+    """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
     now = decisions(inputs) | {each.title: "" for each in inputs.judgments if not each.decided}
-    for look in reversed(inputs.study.earlier):
+    for look in inputs.study.earlier:
         lost = {text: verdict for text, verdict in look.decided.items() if now.get(text, verdict) != verdict}
         if lost:
             found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
-            yield DECIDED.format(time=_to_second(look.time), seeds=look.seeds, found=literal(found))
-            return
+            seeds = len(look.runs) / len({*look.runs.values()})
+            yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(found))
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
@@ -154,13 +154,14 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         return
     facts = {
         "number": looks.place + 1,
+        "of": f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else "",
         "now": f"{now:.3g}",
         "planned": f"{looks.planned:.3g}",
         "share": 100 * SIGNIFICANCE * looks.share(),
         "tests": "the comparisons that are new" if before else "the tests of a report",
         "old": OLD if before else "",
         "new": NEW.format(what=_asked(study.new)) if study.new else "",
-        "keep": KEEP_QUESTIONS if study.new else KEEP_RUNS,
+        "keep": KEEP_QUESTIONS if study.new else "" if study.planned else KEEP_RUNS,
     }
     if beyond := sum(each >= looks.planned for each in before):
         total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))

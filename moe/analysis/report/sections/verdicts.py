@@ -145,7 +145,7 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Paragraph(CLAIMS_EXPLAINED)
     if shares := [_share_of(family) for family in inputs.families if family.name in OF_CLAIMS]:
         shares += [THE_REST] if len(inputs.families) > len(shares) else []
-        most = " or ".join(dict.fromkeys(f"{tests:.3g}" for tests in sorted({*judged["tests"]} - {0})))
+        most = " or ".join(dict.fromkeys(f"{tests:.3g}" for tests in sorted({*judged.loc[judged["p"] > 0, "tests"]})))
         yield Paragraph(SECOND_P.format(shares="; ".join(shares), most=most))
     if not judged["source"].str.fullmatch(OURS).all():
         yield Paragraph(SOURCES)
