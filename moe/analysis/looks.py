@@ -12,6 +12,7 @@ can be seen without a report too, so a command that adds runs when others had en
 """
 
 import itertools
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -103,6 +105,7 @@ class Seen(NamedTuple):
     runs: the folders of the runs that had ended, with their settings. seeds, planned: as `Looks` has them, at that
     time; planned is 0 if nothing tells it. margins: those that the reader gave. metrics, references: what the report
     asked, as `Study` has them; nothing if no record tells it. decided: see `moe.runs.planned.Look`.
+    share: that it had at its time; 0 if no record tells it.
     """
 
     time: str
@@ -113,6 +116,7 @@ class Seen(NamedTuple):
     metrics: Sequence[str] = ()
     references: Mapping[str, str] = {}
     decided: Mapping[str, str] = {}
+    share: float = 0.0
 
     @property
     def asked(self) -> frozenset[Question]:
@@ -183,6 +187,15 @@ class Study:
                 found.append(look._replace(seeds=max([look.seeds, *(each.seeds for each in found)])))
         return found
 
+    @property
+    def spent(self) -> float:
+        """The shares of the looks up to this one together, each as it was at the time of its report.
+
+        They are more than 1.25 if a look could not know of one before it, such as that at another sweep folder.
+        """
+        looks = self.distinct[: self._place + 1]
+        return sum(look.share or self.looks.share(place) for place, look in enumerate(looks))
+
     @cached_property
     def _place(self) -> int:
         """The place of the present look: that of the look with which all its questions had been asked of its runs."""
@@ -224,7 +237,13 @@ class Study:
             and own & look.runs.keys() == now
             and (not asked_by or not asked_by.isdisjoint(look.asked))
         ]
-        return min(1.0, sum(same))
+        return min(1.0, sum(same, 0.0))
+
+
+def level_as_text(level: object) -> str:
+    """Return a level as a question has it. Numbers that are equal have the same text, such as 1000 and 1000.0."""
+    number = isinstance(level, numbers.Real) and not isinstance(level, bool | np.bool_)
+    return f"{float(level):.12g}" if number else str(level)  # type: ignore[arg-type]
 
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:

@@ -122,7 +122,9 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
         runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
     runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
     seeds = look.mean_seeds or len(look.seeds)
-    return Seen(look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references, look.decided)
+    return Seen(
+        look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references, look.decided, look.share
+    )
 
 
 def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
@@ -222,6 +224,7 @@ def record_look(
         metrics=sorted(study.metrics),
         references=dict(sorted(study.references.items())),
         decided=dict(decided or {}),
+        share=study.looks.share(),
     )
     written = True
     for folder in _sweeps(runs):

@@ -43,7 +43,8 @@ class Look(NamedTuple):
     0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
     results: folder of a run -> its final loss, as text. metrics: those that were tested. references: factor -> the
     level that the others were compared with, as text. decided: the words of each claim, or the levels of each
-    comparison of the first metric if there are no claims -> its verdict, if it was decided.
+    comparison of the first metric if there are no claims -> its verdict, if it was decided. share: of the level, that
+    the look had for its new tests.
     """
 
     time: str
@@ -56,6 +57,7 @@ class Look(NamedTuple):
     references: dict[str, str] = {}
     decided: dict[str, str] = {}
     results: dict[str, str] = {}
+    share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from moe.analysis.looks import (
     Seen,
     Study,
     group_of,
+    level_as_text,
     share_of_look,
     spent,
 )
@@ -270,6 +271,34 @@ def test_reports_about_two_folders_and_about_one_of_them_know_of_each_other(runs
         alone = both_folders[both_folders["lb"] == lb]
         assert study_of(alone).looks.share() == FURTHER ** (place if place < 3 else 1)
         record_look(alone, study_of(alone))
+
+
+def test_looks_that_did_not_know_of_each_other_are_added_up(runs: pd.DataFrame) -> None:
+    """Two sweep folders are looked at apart, each with the whole level, and then together."""
+    first, second = (runs[runs["lb"] == lb] for lb in (0.0, 0.01))
+    looks = [
+        study_of(each).present._replace(time=f"2026-01-0{day}", share=1.0)
+        for day, each in enumerate((first, second), 1)
+    ]
+    both_folders = replace(study_of(runs), earlier=looks)
+    assert both_folders.looks.share() == FURTHER**2
+    assert both_folders.spent == pytest.approx(2 + FURTHER**2)
+    assert "chance decides something in at most 10.2 % of studies" in one_line(both_folders)
+
+
+def test_a_level_that_is_a_whole_number_is_asked_beside_levels_with_fractions(runs: pd.DataFrame) -> None:
+    """A table of contrasts whose levels are all numbers has 1 as 1.0."""
+    mixed = runs.assign(noise=runs["noise"].map({0.0: 1, 0.1: 2, 0.5: 3}).astype(int))
+    inputs = collect_inputs(mixed)[0]
+    assert {*inputs.contrasts["factor"]} == {"noise", "lb"}
+    assert {*inputs.families[-1].looks} == {1.0}
+    assert [level_as_text(each) for each in (1, 1.0, np.float64(0.5), True, "top_k")] == [
+        "1",
+        "1",
+        "0.5",
+        "True",
+        "top_k",
+    ]
 
 
 def test_looks_of_one_second_are_two(runs: pd.DataFrame) -> None:

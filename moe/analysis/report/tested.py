@@ -11,7 +11,7 @@ import pandas as pd
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
-from moe.analysis.looks import ENDED, Question, group_of
+from moe.analysis.looks import ENDED, Question, group_of, level_as_text
 from moe.analysis.report.inputs import (
     FAMILIES,
     LEAGUE,
@@ -75,11 +75,13 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         variance = withheld(variance) if len(variance) else variance
     # Of two levels, one as the reference asks the same as the other.
     asked = {
-        factor: min(str(level), str(reference)) if len(known[factor]) == 2 else str(reference)
+        factor: min(level_as_text(level), level_as_text(reference))
+        if len(known[factor]) == 2
+        else level_as_text(reference)
         for factor, level, reference, _ in own
     }
     if league_metric(inputs) is not None:
-        asked[LEAGUE] = str(league_reference(inputs))
+        asked[LEAGUE] = level_as_text(league_reference(inputs))
     inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))
     inputs = inputs._replace(
         earlier_tests=_earlier_tests(inputs, compared, factors, variance),
@@ -110,10 +112,10 @@ def _earlier_tests(
             factor: level
             for factor in factors
             for level in levels(compared[factor])
-            if str(level) == references.get(factor)
+            if level_as_text(level) == references.get(factor)
         }
         return {
-            (names["factor"], frozenset([str(names["level"]), str(names["reference"])]), names["within"])
+            (names["factor"], frozenset(map(level_as_text, (names["level"], names["reference"]))), names["within"])
             for names, *_ in comparisons(compared, factors, known)
             if names["factor"] in known
         }
@@ -214,8 +216,8 @@ def _shares(inputs: ReportInputs, field: str) -> np.ndarray:
     rows = table[["own", "metric", "factor", "level", "reference"]].itertuples(index=False, name=None)
     return np.array(
         [
-            share(own, {Question(metric, factor, str(level)), Question(metric, factor, str(reference))})
-            for own, metric, factor, level, reference in rows
+            share(own, {Question(metric, factor, level_as_text(each)) for each in both})
+            for own, metric, factor, *both in rows
         ]
     )
 

@@ -163,8 +163,8 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         "new": NEW.format(what=_asked(study.new)) if study.new else "",
         "keep": KEEP_QUESTIONS if study.new else "" if study.planned else KEEP_RUNS,
     }
-    if beyond := sum(each >= looks.planned for each in before):
-        total = 100 * SIGNIFICANCE * sum(FURTHER**each for each in range(beyond + 1))
+    if any(each >= looks.planned for each in before):
+        total = 100 * SIGNIFICANCE * study.spent
         reached = (REACHED if study.planned else FIRST_LOOK).format(**facts)
         time, which = _seen_before(study)
         yield BEYOND.format(**facts, reached=reached, time=time, which=which, total=total)
