@@ -32,9 +32,6 @@ RESULT = ("val/loss", "val/perplexity")  # the first of these tells two training
 def study_of(runs: pd.DataFrame) -> Study:
     """Return what the sweep folders of the runs of one experiment tell. Raises RecordError for a damaged file."""
     experiment = str(runs["experiment"].iloc[0])
-    first = runs.sort_values("started").iloc[0]
-    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
-    first_planned = int(planned) if pd.notna(planned) else None
     known = _known(runs)
     of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
     study = experiment if of_sweep else _grid_of(runs) or experiment
@@ -45,6 +42,9 @@ def study_of(runs: pd.DataFrame) -> Study:
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
     named = _named_by(plans, runs) if plans else runs
+    first = named.sort_values("started").iloc[0]
+    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
+    first_planned = int(planned) if pd.notna(planned) else None
     looks = _of_one_report(looks, known) + _without_report(named, _known(named) | known, plans, first_planned)
     return Study(
         name=study,

@@ -745,6 +745,9 @@ def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command
     for part in (runs["seed"] < 5, runs["seed"] < 2, runs["seed"] > 2, old & (runs["noise"] < 0.5)):
         assert study_of(runs[part]).share(group_of(runs[part])) == FURTHER
     assert study_of(runs[old]).share(group_of(runs[old])) == 1, "just the runs that had ended"
+    runs["planned_seeds"] = old.map({True: None, False: 5})
+    assert study_of(runs[~old]).planned is None, "the first command planned no number"
+    assert study_of(runs[~old]).share(group_of(runs[~old])) == FURTHER
 
 
 def test_each_earlier_look_with_another_verdict_is_named_with_its_own_seeds(runs: pd.DataFrame) -> None:

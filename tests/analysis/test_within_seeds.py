@@ -58,7 +58,7 @@ def test_with_all_runs_it_is_the_paired_t_test_whatever_the_other_settings_are(s
     assert found.effect / found.error == pytest.approx(test.statistic)
     assert found.estimator.freedom == seeds - 1
     model, paired = judged(table, "mixed"), judged(table, "higher")
-    assert model["reason"].startswith(f"mixed model of {4 * seeds} runs")
+    assert model["reason"].startswith(f"mixed model, which depends on {2 * seeds} of {4 * seeds} runs")
     same = ["n", "mean", "reference mean", "difference", "ci_low", "ci_high", "p", "verdict", "seeds needed"]
     assert model[same].tolist() == pytest.approx(paired[same].tolist(), nan_ok=True)
     assert [model["ci_low"], model["ci_high"]] == pytest.approx([*test.confidence_interval()])
@@ -253,6 +253,6 @@ def test_what_a_mixed_claim_leaves_out_is_named_and_still_tells_how_the_seeds_di
         row = judge(runs, [claim]).iloc[0]
         assert row["n"] == 5
         assert row["difference"] == pytest.approx((table[:, 1] - table[:, 0]).mean())
-        assert f"mixed model of {len(runs)} runs; left out: lb=0.1: one run of a level" in row["reason"]
+        assert f" of {len(runs)} runs; left out: lb=0.1: one run of a level" in row["reason"]
     gone = judge(runs[(runs["lb"] == 0.0) | (runs["noise"] != 1.0)], [rises("mixed")]).iloc[0]
     assert "left out: lb=0.1: a level has no run" in gone["reason"]

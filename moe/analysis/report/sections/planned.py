@@ -177,7 +177,8 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
 def _seen_before(study: Study) -> tuple[str, str]:
     """Return when the look before this one was, and which runs it saw."""
     last = study.distinct[study.looks.place - 1]
-    seeds = sorted({study.runs[folder].seed for folder in last.runs if folder in study.runs})
+    known = last.runs.keys() <= study.runs.keys()
+    seeds = sorted({study.runs[folder].seed for folder in last.runs}) if known else []
     return _to_second(last.time), f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
 
 
