@@ -322,13 +322,13 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
     runs_of = pd.concat(folders, axis=1).reindex(table.index)
     of_side |= {f"{side}_runs": runs_of.xs(side, axis=1, level=1) for side in ("treated", "reference")}
     if claim.kind != "mixed":
-        return _of_pairs(claim, **of_side, alone=list(alone))
+        return _of_pairs(claim, _Sides(**of_side, alone=list(alone)))
     if reason := not_poolable(claim.metric, runs, timed=timed(claim)):
         return Comparison(0, doubt=reason)
     others_too = conditions(runs[~runs[claim.factor].isin([treated, reference])], [claim.factor, *others])
     rest = [members for _, members in others_too] + list(alone.values())
     values, runs_of_rest = [by_seed(members, claim.metric) for members in rest], [_folders(members) for members in rest]
-    return _in_all_runs(claim, **of_side, alone=list(alone), rest=values, rest_runs=runs_of_rest)
+    return _in_all_runs(claim, _Sides(**of_side, alone=list(alone)), values, runs_of_rest)
 
 
 def _folders(runs: pd.DataFrame) -> pd.Series:
@@ -345,21 +345,24 @@ def _used(folders: pd.DataFrame, uses: np.ndarray) -> frozenset[str]:
     return frozenset().union(*(each for each in sets if isinstance(each, frozenset)))
 
 
-def _of_pairs(
-    claim: ClaimConfig,
-    treated: pd.DataFrame,
-    reference: pd.DataFrame,
-    base: pd.DataFrame,
-    treated_runs: pd.DataFrame,
-    reference_runs: pd.DataFrame,
-    alone: list[str],
-) -> Comparison:
-    """Compare two levels by pairs of runs: the mean over combinations of the mean difference over their seeds.
+class _Sides(NamedTuple):
+    """The values of two levels: a row for each seed, and a column for each combination of other factors.
 
-    A row for each seed and a column for each combination of other factors, as in `_in_all_runs`. base: the values of
-    whose mean the claimed range may be a share. treated_runs, reference_runs: the folders of the runs, in the same
-    places. alone: combinations that have one of the two levels in no seed.
+    base: the values of whose mean the claimed range may be a share. treated_runs, reference_runs: the folders of the
+    runs, in the same places. alone: combinations that have one of the two levels in no seed.
     """
+
+    treated: pd.DataFrame
+    reference: pd.DataFrame
+    base: pd.DataFrame
+    treated_runs: pd.DataFrame
+    reference_runs: pd.DataFrame
+    alone: list[str]
+
+
+def _of_pairs(claim: ClaimConfig, sides: _Sides) -> Comparison:
+    """Compare two levels by pairs of runs: the mean over combinations of the mean difference over their seeds."""
+    treated, reference, base, treated_runs, reference_runs, alone = sides
     pairs = treated - reference
     kept, note = _judged(pairs.count(), "pair", pairs, alone)
     if kept.empty:
@@ -378,29 +381,22 @@ def _of_pairs(
     return _estimated(claim, estimate, reference, base, note)._replace(runs=used[0] | used[1])
 
 
-def _in_all_runs(
-    claim: ClaimConfig,
-    treated: pd.DataFrame,
-    reference: pd.DataFrame,
-    base: pd.DataFrame,
-    treated_runs: pd.DataFrame,
-    reference_runs: pd.DataFrame,
-    alone: list[str],
-    rest: list[pd.Series],
-    rest_runs: list[pd.Series],
-) -> Comparison:
-    """Compare the values of two levels by a model of all runs; the other arguments are those of `_of_pairs`.
+def _in_all_runs(claim: ClaimConfig, sides: _Sides, rest: list[pd.Series], rest_runs: list[pd.Series]) -> Comparison:
+    """Compare two levels by a model of all runs.
 
     rest: values of other settings by seed. They tell how the seeds differ, and so do the runs of combinations that are
     left out of the comparison. rest_runs: their folders.
     """
+    treated, reference, base, treated_runs, reference_runs, alone = sides
     counts = pd.concat([treated.count(), reference.count()], axis=1).min(axis=1)
     kept, lacks = _judged(counts, "run of a level", treated - reference, alone)
-    sides = [treated[kept], reference[kept], treated.drop(columns=kept), reference.drop(columns=kept)]
-    table = pd.concat([*sides, *rest], axis=1)
-    sides_runs = [treated_runs[kept], reference_runs[kept]]
-    sides_runs += [treated_runs.drop(columns=kept), reference_runs.drop(columns=kept)]
-    folders = pd.concat([*sides_runs, *rest_runs], axis=1).reindex(table.index)
+
+    def in_order(treated: pd.DataFrame, reference: pd.DataFrame, rest: list[pd.Series]) -> pd.DataFrame:
+        both = treated, reference
+        return pd.concat([*(each[kept] for each in both), *(each.drop(columns=kept) for each in both), *rest], axis=1)
+
+    table = in_order(treated, reference, rest)
+    folders = in_order(treated_runs, reference_runs, rest_runs).reindex(table.index)
     total = int(table.count().sum())
     note = "; ".join(filter(None, (f"mixed model of {total} runs", lacks)))
     if kept.empty:
@@ -430,7 +426,7 @@ def _judged(counts: pd.Series, unit: str, pairs: pd.DataFrame, alone: list[str])
     """Return the combinations of other factors in which a claim is judged, and a note of what they lack.
 
     counts: of what each combination has to compare, in words `unit`. One with a single such is left out if others have
-    more, because one seed alone tells no spread. pairs, alone: as in `_of_pairs`.
+    more, because one seed alone tells no spread. pairs: the differences. alone: see `_Sides`.
     """
     kept = counts.index[counts >= max(1, min(2, counts.max()))]
     if kept.empty:

@@ -45,7 +45,8 @@ def study_of(runs: pd.DataFrame) -> Study:
     first = named.sort_values("started").iloc[0]
     planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
     first_planned = int(planned) if pd.notna(planned) else None
-    looks = _of_one_report(looks, known) + _without_report(named, _known(named) | known, plans, first_planned)
+    everything = known if named is runs else _known(named) | known
+    looks = _of_one_report(looks, known) + _without_report(named, everything, plans, first_planned)
     return Study(
         name=study,
         planned=first_planned,
@@ -209,8 +210,8 @@ def record_look(
 ) -> bool:
     """Write into the sweep folders that a report about these runs was written; return whether that was possible.
 
-    margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in
-    which no test is possible, because no two settings have two seeds in common, is no look.
+    margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in which no test was made, and
+    no two settings have two seeds in common, is no look.
     """
     present = study.present
     if not study.testable:

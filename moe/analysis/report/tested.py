@@ -39,6 +39,7 @@ from moe.results.conditions import levels, narrowed
 
 OF_PAIRS = ("folder", "seed", "status", "causal", "place")  # what tells the pairs of a comparison, beside its factors
 UNPLANNED = len(FAMILIES) - 1  # the place of the family of comparisons that nobody planned
+P_OF = {"claims": "p", "contrasts": "p", "variance": "p GG"}  # field of the inputs -> the column of its p
 EARLIER = "earlier"  # in place of the field of a test that only earlier reports made
 MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
 
@@ -84,30 +85,38 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         asked[LEAGUE] = level_as_text(league_reference(inputs))
     inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))
     inputs = inputs._replace(
-        earlier_tests=_earlier_tests(inputs, compared, factors, variance),
+        earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, variance),
         claims=measured_claims(loaded, inputs.past.evals),
         contrasts=stack(tables),
         variance=variance,
         without_variance=refusals,
     )
-    p = _tests(inputs)["p"]
-    return inputs._replace(study=replace(inputs.study, tested=bool(p.notna().any())))
+    found = [(getattr(inputs, field), column) for field, column in P_OF.items()]
+    tested = any(bool(table[column].notna().any()) for table, column in found if len(table))
+    return inputs._replace(study=replace(inputs.study, tested=tested))
+
+
+def _pair(names: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a comparison is, whichever of its two levels is the reference. names: those of `comparisons`."""
+    factor, level, reference, within = names
+    return factor, frozenset(map(level_as_text, (level, reference))), within
 
 
 def _earlier_tests(
-    inputs: ReportInputs, compared: pd.DataFrame, factors: list[str], variance: pd.DataFrame
+    inputs: ReportInputs, present: set[Any], compared: pd.DataFrame, factors: list[str], variance: pd.DataFrame
 ) -> EarlierTests:
     """Count the tests that earlier reports made of these settings, and that this one does not make.
 
     They count among the tests of this report: whoever asks for less, until something is significant, has had all these
-    chances. compared: the runs, with the columns that tell the pairs. variance: the tests of terms in this report.
+    chances. present: each comparison of this report, as `_pair` has it. compared: the runs, with the columns that tell
+    the pairs. variance: the tests of terms in this report.
     """
 
     if not inputs.study.earlier:
         return EarlierTests()
 
     def pairs(references: Mapping[str, str]) -> set[tuple[Any, ...]]:
-        """Return the comparisons with these references, whichever of the two levels is the reference."""
+        """Return the comparisons with these references."""
         known = {
             factor: level
             for factor in factors
@@ -115,15 +124,22 @@ def _earlier_tests(
             if level_as_text(level) == references.get(factor)
         }
         return {
-            (names["factor"], frozenset(map(level_as_text, (names["level"], names["reference"]))), names["within"])
+            _pair(tuple(names.values()))
             for names, *_ in comparisons(compared, factors, known)
             if names["factor"] in known
         }
 
-    looks = {(frozenset(look.metrics), tuple(look.references.items())) for look in inputs.study.earlier}
-    now = {(metric, pair) for pair in pairs(inputs.study.references) for metric in inputs.tested}
-    before = {(metric, pair) for metrics, references in looks for pair in pairs(dict(references)) for metric in metrics}
-    dropped = set[str]().union(*(metrics for metrics, _ in looks)) - {*inputs.tested}
+    asked: dict[tuple[tuple[str, str], ...], set[str]] = {}  # references -> the metrics that were asked with them
+    for look in inputs.study.earlier:
+        asked.setdefault(tuple(sorted(look.references.items())), set()).update(look.metrics)
+    now = {(metric, pair) for pair in present for metric in inputs.tested}
+    before = {
+        (metric, pair)
+        for references, metrics in asked.items()
+        for pair in pairs(dict(references))
+        for metric in metrics
+    }
+    dropped = set[str]().union(*asked.values()) - {*inputs.tested}
     terms = variance.groupby("metric")["p GG"].count().max() if len(variance) else 0
     first = inputs.study.earlier[0].margins
     with_margin = {(metric, pair) for metric, pair in before | now if metric in first}
@@ -187,10 +203,9 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
 
     share, next share: the share of its level that this look has, and that the next one will have.
     """
-    columns = {"claims": "p", "contrasts": "p", "variance": "p GG"}
     empty: dict[str, list[float]] = {"p": [], "family": [], "share": [], "next share": [], "field": []}
     tables = [pd.DataFrame(empty).astype({"p": float, "family": int})]
-    for field, column in columns.items():
+    for field, column in P_OF.items():
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else UNPLANNED
             both = {"share": _shares(inputs, field), "next share": inputs.study.looks.next_share}
