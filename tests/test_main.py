@@ -11,6 +11,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from moe.__main__ import COMMANDS, main
+from moe.bench.questions import QUESTIONS
 from moe.config.options import CONF
 from moe.program import ended, program
 
@@ -145,6 +146,27 @@ finally:
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "False False"
     assert ("training step, alone and in" in " ".join(done.stdout.split())) == (words == "--help")
+
+
+def test_the_help_of_each_question_of_the_benchmarks_imports_nothing_that_takes_seconds() -> None:
+    """All in one process, so that it starts once."""
+    code = """
+import sys
+from moe.bench.__main__ import QUESTIONS, main
+for name in QUESTIONS:
+    sys.argv = ["bench", name, "-h"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    loaded = [heavy for heavy in ("torch", "transformers", "numpy", "pandas", "scipy", "hydra") if heavy in sys.modules]
+    print("loaded", name, loaded)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("loaded")] == [
+        f"loaded {name} []" for name in QUESTIONS
+    ]
+    assert all(f" {name} [-h]" in done.stdout for name in QUESTIONS)
 
 
 def test_a_wheel_holds_every_yaml_where_an_installed_package_looks_for_it(tmp_path: Path) -> None:

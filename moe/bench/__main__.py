@@ -3,34 +3,16 @@
 import argparse
 import json
 import os
-import pkgutil
 import pydoc
 import sys
 from pathlib import Path
-from typing import Any
 
 from moe.bench.options import OneLineParser, new_file, whole
+from moe.bench.questions import QUESTIONS
 from moe.checks import ConfigError, unknown
 from moe.program import ended, program
 
 USUAL = "python -m moe.bench"
-# Each question, and the module that answers it. A module is imported only if its options or its answer are needed,
-# because most of them import PyTorch, which takes seconds.
-QUESTIONS = {
-    "layer": "layer",
-    "step": "step",
-    "profile": "profile",
-    "routers": "routers",
-    "growth": "growth",
-    "dispatch": "dispatch",
-    "sweep": "jobs",
-    "footprint": "footprint",
-    "analyze": "analyze",
-    "errors": "errors",
-    "power": "power",
-    "speed-ups": "speed_ups",
-    "suite": "suite",
-}
 
 
 def main() -> int:
@@ -51,11 +33,11 @@ def _read(typed: str, words: list[str]) -> argparse.Namespace:
     questions = parser.add_subparsers(dest="question", required=True)
     first = words[0] if words else "-h"
     of_question = {}
-    for name, module in QUESTIONS.items():
+    for name, (module, add_options) in QUESTIONS.items():
         purpose = pydoc.synopsis(str(Path(__file__).with_name(f"{module}.py"))) or ""
         of_question[name] = question = questions.add_parser(name, help=purpose, description=purpose)
         if name == first:
-            _module(name).add_arguments(question)
+            add_options(question)
         question.add_argument("--threads", type=whole, default=1, help="threads of PyTorch (1)")
         question.add_argument("--json", type=new_file, help="also write the tables to this file")
         question.set_defaults(question=name)
@@ -66,10 +48,6 @@ def _read(typed: str, words: list[str]) -> argparse.Namespace:
     if first not in ("-h", "--help"):
         raise ConfigError(f"{first}: name the question first: {typed} QUESTION {' '.join(words)}")
     return parser.parse_args(["-h"])  # prints the help
-
-
-def _module(question: str) -> Any:
-    return pkgutil.resolve_name(f"moe.bench.{QUESTIONS[question]}")
 
 
 def _answer(arguments: argparse.Namespace) -> None:
@@ -92,7 +70,7 @@ def _answer(arguments: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
     }
     tables: list[TimingTable] = []
-    for table in _module(arguments.question).answer(arguments):
+    for table in QUESTIONS[arguments.question].answer(arguments):
         if not tables:  # not before, so that wrong settings, which the question finds, are answered in one line
             print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
         print(table.markdown(), end="\n\n", flush=True)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.bench.options import whole
 from moe.bench.timing import TimingTable
 from moe.config.keys import flatten
 from moe.metrics.catalog import ROUTING_METRICS
@@ -32,11 +31,6 @@ class Cost(NamedTuple):
     seconds: float
     cpu_seconds: float
     gigabytes: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=whole, default=1000, help="number of synthetic runs (%(default)s)")
-    parser.add_argument("--steps", type=whole, default=500, help="steps in the event log of each run (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

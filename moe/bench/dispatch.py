@@ -14,24 +14,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moe.bench.options import folder, positive, seed, several, whole
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.checks import require
 from moe.routing.decision import Routing
 from moe.routing.dispatch import Dispatch, combine, dispatch, gather
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--experts", type=several(whole), default="64,128,256", help="numbers of experts (%(default)s)")
-    add("--k", type=several(whole), default="1,2,4", help="numbers of experts per token (%(default)s)")
-    capacities = "0.9,1.0,1.05,1.1,1.15,1.25,1.5"
-    add("--capacity", type=several(positive), default=capacities, help="capacity factors (%(default)s)")
-    add("--tokens", type=whole, default=32_768, help="tokens that are routed (%(default)s)")
-    add("--dim", type=whole, default=256, help="width of a token (%(default)s)")
-    add("--seed", type=seed, default=17, help="seed of the logits and tokens (%(default)s)")
-    add("--iterations", type=whole, default=5, help="rounds of which the median counts (%(default)s)")
-    add("--out", type=folder, default="results", help="folder of the rows and figures (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

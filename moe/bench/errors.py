@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -21,19 +20,13 @@ from moe.analysis.studies.published import experiment_claims
 from moe.bench.analyze import made_up_record
 from moe.bench.candidates import looks_table, variance_table
 from moe.bench.kinds import kinds_table
-from moe.bench.options import several, whole
+from moe.bench.questions import GRIDS
 from moe.bench.timing import TimingTable
 from moe.bench.workers import workers
 from moe.config.claim import OURS, ClaimConfig
 from moe.results.table import FACTS
 from moe.runs.record import RunRecord
 
-# The grids of three of our experiments, whose planned claims are judged too. Only names and numbers of levels matter.
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "noise_lb_seed": {"noise": [0.0, 0.1, 0.5], "lb": [0.0, 0.01]},
-    "temperature_ablation": {"router.temp": [0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]},
-    "experiment_c": {"router": ["switch", "topk_hard", "softk", "hash", "expert_choice"]},
-}
 MEAN = 100.0  # of every metric
 # How runs spread, in standard deviations of a run: the seeds' common offset is 5 in all three.
 SPREADS = {
@@ -41,16 +34,6 @@ SPREADS = {
     "seeds respond": "each seed has a slope of its own over the levels, up to 2 on either side",
     "a run missing": "as equal, and one run is missing",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    grids = f"whose grids: {', '.join(GRIDS)} (all)"
-    add("--experiments", nargs="+", default=list(GRIDS), choices=list(GRIDS), metavar="NAME", help=grids)
-    add("--studies", type=whole, default=200, help="simulated reports for each row (%(default)s)")
-    add("--tests", type=whole, default=20_000, help="simulated studies for each row about single tests (%(default)s)")
-    add("--seeds", type=several(whole), default="3,5", help="numbers of seeds of the reports (%(default)s)")
-    add("--jobs", type=whole, default=os.cpu_count(), help="rows that are simulated at a time (number of CPUs)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -30,10 +30,6 @@ class Footprint(NamedTuple):
     gigabytes: float
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="words of a command of train.py; its folder `out` is temporary")
-
-
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     with tempfile.TemporaryDirectory() as folder:
         words = [*arguments.overrides, f"out={folder}"]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from moe.bench.options import whole
 from moe.bench.step import bare_step
 from moe.bench.timing import TimingTable, time_in_turns, timed_device
 from moe.bench.workers import workers
@@ -34,10 +33,6 @@ class StepCost(NamedTuple):
     seconds: float
     flops: float
     gigabytes: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=whole, default=5, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

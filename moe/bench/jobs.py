@@ -1,7 +1,6 @@
 """Time the start of a run, and a sweep with N runs at a time compared with one run after another."""
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,20 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe.bench.options import whole
 from moe.bench.timing import TimingTable
 from moe.files import walk
 from moe.launch.command_line import read_cells
 
 TRAIN = [sys.executable, "-m", "moe", "train"]
 SMALL_MODEL = "logger.mode=disabled model.dim=64 model.layers=2 model.heads=2 data.max_val_blocks=32".split()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="overrides of every run, added to those of a small model")
-    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="runs at a time (number of CPUs)")
-    parser.add_argument("--steps", type=whole, default=100, help="steps of each run (%(default)s)")
-    parser.add_argument("--seeds", type=whole, default=4, help="seeds, each with two balance weights (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -10,53 +10,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from moe.bench.options import one_of, several, whole
+from moe.bench.questions import DTYPES, SHAPES, Shape
 from moe.bench.timing import UNCOUNTED, TimingTable, Variant, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
 
-
-class Shape(NamedTuple):
-    """E experts, K of them per token, width D, expert width F, T tokens."""
-
-    experts: int
-    k: int
-    dim: int
-    ffn: int
-    tokens: int
-
-
-SHAPES = {
-    "a": Shape(8, 2, 384, 1536, 4096),
-    "b": Shape(32, 4, 256, 512, 2048),
-    "c": Shape(8, 2, 128, 512, 2048),
-    "d": Shape(128, 2, 128, 256, 2048),
-}
 RECORDED = ("dense", "experts alone, equal groups", "MoE", "Mixtral, grouped_mm")  # also timed as CUDA graphs
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--shapes",
-        type=several(one_of(SHAPES)),
-        default=",".join(SHAPES),
-        help="shapes of docs/benchmarks.md (%(default)s)",
-    )
-    own = "tokens of every shape, in place of its own; a GPU needs many"
-    add("--tokens", type=several(whole), default=[None], help=own)
-    add("--dtype", type=several(one_of(DTYPES)), default="fp32", help="fp32 and bf16 (%(default)s)")
-    add("--rounds", type=whole, default=15, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     for name, tokens, dtype in itertools.product(arguments.shapes, arguments.tokens, arguments.dtype):
         shape = SHAPES[name]._replace(tokens=tokens or SHAPES[name].tokens)
         sizes = ", ".join(f"{letter}={size}" for letter, size in shape._asdict().items())
-        passes = layer_passes(shape, dtype=DTYPES[dtype])
+        passes = layer_passes(shape, dtype=getattr(torch, DTYPES[dtype]))
         variants: list[Variant] = [(title, layer_pass.forward_and_backward) for title, layer_pass in passes.items()]
         recorded = [title for title in passes if title in RECORDED and timed_device().type == "cuda"]
         variants += [(f"{title}, CUDA graph", as_graph(passes[title].forward_and_backward)) for title in recorded]

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from moe.analysis.comparisons import claimed_range
 from moe.analysis.power import Prediction, power, seeds_for
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.studies.published import experiment_claims
-from moe.bench.errors import GRIDS, MEAN, null_runs, write_record
-from moe.bench.options import positive, whole
+from moe.bench.errors import MEAN, null_runs, write_record
+from moe.bench.questions import GRIDS
 from moe.bench.timing import TimingTable
 from moe.bench.workers import workers
 from moe.config.claim import ClaimConfig
@@ -34,15 +33,6 @@ class Planned(NamedTuple):
     tests: int
     seeds: int
     power: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    claims = f"whose claims: {', '.join(GRIDS)} (noise_lb_seed)"
-    add("--experiments", nargs="+", default=["noise_lb_seed"], choices=list(GRIDS), metavar="NAME", help=claims)
-    add("--effect", type=positive, default=2.0, help="true effect, in standard deviations of paired differences (2)")
-    add("--studies", type=whole, default=200, help="simulated reports for each claim (%(default)s)")
-    add("--jobs", type=whole, default=os.cpu_count(), help="claims that are simulated at a time (number of CPUs)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

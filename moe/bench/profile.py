@@ -14,7 +14,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from moe.bench.options import whole
 from moe.bench.timing import UNCOUNTED, TimingTable, now, timed_device
 from moe.config.words import with_words
 from moe.launch.command_line import read_cells
@@ -37,12 +36,6 @@ class Profile(NamedTuple):
     summary: dict[str, Any]
     kernels: list[dict[str, Any]]
     waits: list[dict[str, Any]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    parser.add_argument("--rounds", type=whole, default=5, help="rounds of ten steps (5)")
-    parser.add_argument("--top", type=whole, default=25, help="kernels to show (25)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

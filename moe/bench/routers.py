@@ -7,9 +7,8 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from moe.bench.options import one_of, several, whole
 from moe.bench.timing import UNCOUNTED, TimingTable, time_call
-from moe.config.options import complete, options
+from moe.config.options import complete
 from moe.config.words import with_words
 from moe.launch.command_line import read_cells
 from moe.training.setup import set_up
@@ -17,13 +16,6 @@ from moe.training.step import train_step
 
 REFERENCE = "topk"
 COLUMN = "tokens / s, topk = 1"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    add("--routers", type=several(one_of(options("router"))), help="names of routers (all that need no further key)")
-    add("--rounds", type=whole, default=9, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from moe.analysis.speed_up import speed_up
-from moe.bench.options import several, whole
 from moe.bench.timing import TimingTable
 
 # The loss of the reference is 3 + 1.2 (C / 4e12)^-0.3 nats at C FLOPs. Seeds share an offset, and each run deviates.
@@ -42,13 +41,6 @@ CASES = {
         9, 1.5, WAVE, math.sqrt(1.5), of_training=True
     ),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--studies", type=whole, default=100, help="simulated studies for each number (%(default)s)")
-    add("--resamples", type=whole, default=100, help="resamples of seeds for each interval (%(default)s)")
-    add("--seeds", type=several(whole), default="3,5,8", help="numbers of seeds (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
-from moe.bench.layer import Shape, mixtral_config
-from moe.bench.options import whole
+from moe.bench.layer import mixtral_config
+from moe.bench.questions import Shape
 from moe.bench.timing import (
     UNCOUNTED,
     TimingTable,
@@ -49,11 +49,6 @@ from moe.training.setup import build_model, prepare_data, tell_text
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
 IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="overrides of the run, as for train.py: model=small batch_size=32")
-    parser.add_argument("--rounds", type=whole, default=15, help="rounds of which the median counts (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

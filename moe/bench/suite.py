@@ -13,39 +13,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from moe.bench import dispatch, layer, profile, step
-from moe.bench.options import OneLineParser, folder, one_of, several, whole
+from moe.bench import profile
+from moe.bench.options import OneLineParser
+from moe.bench.questions import MODEL, QUESTIONS, STEPS
 from moe.bench.timing import TimingTable, product_flops, time_in_turns, timed_device
 from moe.checks import first_line
 from moe.launch.command_line import read_cells
-
-MODEL = "model=base model.expert=silu batch_size=24 data.seq_len=512 precision=bf16".split()
-STEPS = {
-    "as configured": [],
-    "cuda_graph=false": ["cuda_graph=false"],
-    "capacity=1.25": ["capacity=1.25"],
-    "gradient_checkpointing=true": ["gradient_checkpointing=true"],
-    "precision=fp32": ["precision=fp32"],
-    "compile=true": ["compile=true"],
-}
-PARTS = dict.fromkeys(("machine", "steps", "layer", "models", "dispatch", "tests"))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("overrides", nargs="*", help=f"overrides of the run, added to {' '.join(MODEL)}")
-    add("--parts", type=several(one_of(PARTS)), default=",".join(PARTS), help="what to measure (%(default)s)")
-    add("--steps", type=several(one_of(STEPS)), default=",".join(STEPS), help="steps to measure (%(default)s)")
-    add("--rounds", type=whole, default=5, help="rounds of which the median counts (%(default)s)")
-    add("--tokens", type=whole, default=49152, help="tokens of each layer (%(default)s)")
-    add("--words", type=whole, default=49152, help="vocabulary of the made-up text (%(default)s)")
-    add("--workers", type=whole, default=8, help="processes of the tests on a GPU (%(default)s)")
-    add("--out", type=folder, default="results/suite", help="folder of the tables and profiles (%(default)s)")
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
@@ -58,9 +35,9 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
         parts: dict[str, Callable[[], Iterator[TimingTable]]] = {
             "machine": machine,
             "steps": partial(steps, arguments, run, Path(place)),
-            "layer": partial(_ask, layer, [*rounds, "--tokens", str(arguments.tokens), "--dtype", "bf16,fp32"]),
-            "models": partial(_ask, step, [*rounds, *run]),
-            "dispatch": partial(_ask, dispatch, ["--experts", "64,256", "--out", str(arguments.out)]),
+            "layer": partial(_ask, "layer", [*rounds, "--tokens", str(arguments.tokens), "--dtype", "bf16,fp32"]),
+            "models": partial(_ask, "step", [*rounds, *run]),
+            "dispatch": partial(_ask, "dispatch", ["--experts", "64,256", "--out", str(arguments.out)]),
             "tests": partial(gpu_tests, arguments.workers),
         }
         tables: list[TimingTable] = []
@@ -71,11 +48,11 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
                 yield table
 
 
-def _ask(question: ModuleType, words: list[str]) -> Iterator[TimingTable]:
+def _ask(question: str, words: list[str]) -> Iterator[TimingTable]:
     """Yield the answer of another question of the benchmarks."""
     parser = OneLineParser()
-    question.add_arguments(parser)
-    yield from question.answer(parser.read(words))
+    QUESTIONS[question].options(parser)
+    yield from QUESTIONS[question].answer(parser.read(words))
 
 
 def _protected(name: str, part: Callable[[], Iterator[TimingTable]]) -> Iterator[TimingTable]:

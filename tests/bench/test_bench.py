@@ -19,9 +19,10 @@ from moe.bench import analyze, dispatch, errors, footprint, jobs, suite
 from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
-from moe.bench.layer import Shape, layer_passes, least_saved_bytes
+from moe.bench.layer import layer_passes, least_saved_bytes
 from moe.bench.options import OneLineParser
 from moe.bench.profile import host_waits, profile_step
+from moe.bench.questions import QUESTIONS, STEPS, Shape
 from moe.bench.routers import router_speeds
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
@@ -166,7 +167,7 @@ def test_the_sweep_writes_the_published_keys_and_figures(tmp_path: Path) -> None
     """Lists are written with commas, as for train.py, and every combination of their values is measured."""
     command = f"--experts 4,8 --k 1,2 --capacity 1.0,1.25 --tokens 512 --dim 8 --iterations 1 --out {tmp_path}"
     parser = OneLineParser()
-    dispatch.add_arguments(parser)
+    QUESTIONS["dispatch"].options(parser)
     drops, _ = dispatch.answer(parser.read(command.split()))
     assert [row["E, K"] for row in drops.rows] == ["4, 1", "4, 2", "8, 1", "8, 2"]
     assert "| E, K | 1.0 | 1.25 |" in drops.markdown()
@@ -219,9 +220,9 @@ def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeyp
 def test_the_suite_measures_every_variant_of_a_step_and_keeps_what_it_has_if_one_fails(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(suite.STEPS, "compile=true", ["no_such_key=1"])
+    monkeypatch.setitem(STEPS, "compile=true", ["no_such_key=1"])
     parser = OneLineParser()
-    suite.add_arguments(parser)
+    QUESTIONS["suite"].options(parser)
     words = ["--parts", "steps,layer", "--rounds", "1", "--tokens", "64", "--words", "400", "--out", str(tmp_path)]
     chosen = [word for word in small if not word.startswith("data.")]
     steps = "as configured,precision=fp32,compile=true"
