@@ -36,6 +36,9 @@ class ConfigError(ValueError):
         super().__init__(printable(message))
 
 
+METRICS_LISTED = "; docs/metrics.md lists them"
+
+
 def first_line(error: object) -> str:
     """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -81,9 +84,14 @@ def finite(value: float) -> bool:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for a `name` that is not among the `known` ones. It names those nearest to it, or else all."""
+    """Return the error for a `name` that is not among the `known` ones.
+
+    It names those nearest to it, or else all; if there are too many metrics for that, the page that lists them.
+    """
     names = sorted(known)
-    listing = f"; known: {', '.join(names)}" if len(names) <= 20 else ""
+    listing = (
+        f"; known: {', '.join(names)}" if len(names) <= 20 else METRICS_LISTED if kind.startswith("metric") else ""
+    )
     return ConfigError(f"unknown {kind} '{_on_one_line(name)}'{_nearest(name, names) or listing}")
 
 

@@ -11,6 +11,13 @@ from typing import Any
 from moe.program import ended, program
 
 
+# What the value of an option is made of, with an example.
+EXAMPLES = {
+    "--reference": "FACTOR=LEVEL, such as lb=0.01",
+    "--margin": "METRIC=SIZE, such as val/perplexity=1%",
+}
+
+
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -78,9 +85,10 @@ def main(command: list[str] | None = None) -> int:
             report = write_replay(arguments.out)
         else:
             seconds = _seconds(arguments.seconds)
-            runs = load_runs(arguments.folders)
-            references, margins = (dict(map(_pair, texts)) for texts in (arguments.reference, arguments.margin))
+            references = dict(_pair("--reference", text) for text in arguments.reference)
+            margins = dict(_pair("--margin", text) for text in arguments.margin)
             options = ReportOptions(references, margins, tuple(arguments.metric), seconds)
+            runs = load_runs(arguments.folders)
             if sys.stderr.isatty():  # elsewhere standard error is for errors alone
                 print(
                     f"runs read: {len(runs)}; writing the report and its figures, which takes a while", file=sys.stderr
@@ -122,10 +130,10 @@ def _seconds(text: str | None) -> float | str | None:
     return number
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _pair(option: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text}: must be NAME=VALUE, such as lb=0.01")
+        raise ValueError(f"{option} {text}: must be {EXAMPLES[option]}")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -524,7 +524,7 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
 
 def test_a_metric_that_is_null_everywhere_cannot_be_added(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "seed=1", {"val/loss": 1.0, "routing/jaccard": math.nan}, seed=1)
-    with pytest.raises(ValueError, match=r"^metric routing/jaccard: null in every run: null if no token asks"):
+    with pytest.raises(ValueError, match=r"^--metric routing/jaccard: null in every run: null if no token asks"):
         collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=("routing/jaccard",)))
 
 
@@ -1376,23 +1376,28 @@ def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path
     ("arguments", "complaint"),
     [
         (["multirn"], "analyze.py: no folder multirn; the nearest is multirun\n"),
-        (["--reference", "lb"], "analyze.py: lb: must be NAME=VALUE, such as lb=0.01\n"),
-        (["--reference", "depth=7"], "analyze.py: reference depth=7: varied factors are lb, noise\n"),
+        (["--reference", "lb"], "analyze.py: --reference lb: must be FACTOR=LEVEL, such as lb=0.01\n"),
+        (["--margin", "1%"], "analyze.py: --margin 1%: must be METRIC=SIZE, such as val/perplexity=1%\n"),
+        (["--reference", "nose=7"], "analyze.py: unknown factor of --reference 'nose'; nearest: noise\n"),
+        (["--reference", "depth=7"], "analyze.py: unknown factor of --reference 'depth'; known: lb, noise\n"),
         (
             ["--margin", "val/loss=1%"],
-            "analyze.py: margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
+            "analyze.py: --margin val/loss=1%: tested metrics are val/perplexity, routing/load_cv/pooled\n",
         ),
         (
             ["--margin", "val/perplexity=-1"],
-            "analyze.py: margin val/perplexity=-1: must be positive, in units of the metric or a text such as 1%\n",
+            "analyze.py: --margin val/perplexity=-1: must be positive, in units of the metric or a text such as 1%\n",
         ),
         (
             ["--margin", "val/perplexity=abc"],
-            "analyze.py: margin val/perplexity=abc: must be a finite number, or a text such as 5%\n",
+            "analyze.py: --margin val/perplexity=abc: must be a finite number, or a text such as 5%\n",
         ),
-        (["--metric", "val/acuracy"], "analyze.py: unknown metric 'val/acuracy'; nearest: val/accuracy\n"),
-        (["--metric", "noise", "--metric", "val/loss"], "analyze.py: unknown metric 'noise'\n"),
-        (["--reference", "lb=7"], "analyze.py: reference lb=7: allowed are 0.0, 0.01\n"),
+        (["--metric", "val/acuracy"], "analyze.py: unknown metric of --metric 'val/acuracy'; nearest: val/accuracy\n"),
+        (
+            ["--metric", "noise", "--metric", "val/loss"],
+            "analyze.py: unknown metric of --metric 'noise'; docs/metrics.md lists them\n",
+        ),
+        (["--reference", "lb=7"], "analyze.py: --reference lb=7: allowed are 0.0, 0.01\n"),
     ],
 )
 def test_a_wrong_command_gets_a_one_line_error(

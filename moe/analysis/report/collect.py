@@ -122,20 +122,22 @@ def _check(experiments: list[ReportInputs]) -> None:
     factors = sorted({factor for inputs in experiments for factor in inputs.factors})
     for factor, wanted in options.references.items():
         if factor not in factors:
-            raise ValueError(f"reference {factor}={wanted}: varied factors are {', '.join(factors) or 'none'}")
+            if not factors:
+                raise ValueError(f"--reference {factor}={wanted}: these runs vary no factor")
+            raise unknown("factor of --reference", factor, factors)
         if not any(factor in full_names(inputs, options.references) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             words = [str(without_causality(each)) for each in known]
-            raise ValueError(f"reference {factor}={wanted}: allowed are {', '.join(dict.fromkeys(words))}")
+            raise ValueError(f"--reference {factor}={wanted}: allowed are {', '.join(dict.fromkeys(words))}")
     metrics = [column for column in experiments[0].loaded if "/" in column]
     for metric in options.metrics:
         if metric not in metrics:
-            raise unknown("metric", metric, metrics)
+            raise unknown("metric of --metric", metric, metrics)
         if not any(metric in inputs.tested for inputs in experiments):
-            raise ValueError(f"metric {metric}: {null_everywhere(metric)}")
+            raise ValueError(f"--metric {metric}: {null_everywhere(metric)}")
     tested = dict.fromkeys((*TESTED, *options.metrics, *(name for inputs in experiments for name in inputs.tested)))
     for metric, margin in options.margins.items():
         if metric not in tested:
-            raise ValueError(f"margin {metric}={margin}: tested metrics are {', '.join(tested)}")
-        key, allowed = f"margin {metric}", "positive, in units of the metric or a text such as 1%"
+            raise ValueError(f"--margin {metric}={margin}: tested metrics are {', '.join(tested)}")
+        key, allowed = f"--margin {metric}", "positive, in units of the metric or a text such as 1%"
         require(amount_of(margin, key=key).at(1.0) > 0, key, margin, allowed)
