@@ -10,7 +10,6 @@ from typing import Any
 
 from moe.program import ended, program
 
-
 # What the value of an option is made of, with an example.
 EXAMPLES = {
     "--reference": "FACTOR=LEVEL, such as lb=0.01",

@@ -24,6 +24,7 @@ from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seed
 from moe.analysis.sentences import (
     UNDECIDED,
     UNTESTED,
+    claimed_range,
     detectable_note,
     deterministic_verdict,
     enumerated,
@@ -204,7 +205,8 @@ def evidence_sentence(judged: pd.Series) -> str:
     elif not math.isnan(j["p"]):
         text += f", difference {j['difference']:+.3g} [{j['ci_low']:.3g}, {j['ci_high']:.3g}]"
         if math.isfinite(j["claimed_low"]) and math.isfinite(j["claimed_high"]):
-            text += f" where {j['claimed_low']:.3g} to {j['claimed_high']:.3g} is claimed"
+            reference = math.nan if j["kind"] == "interaction" else j["reference mean"]
+            text += f" where {claimed_range(j['claimed_low'], j['claimed_high'], reference)} is claimed"
         text += f", {p_equals(j['p'])} (Holm {p_text(j['p Holm'])})"
     return plain("; ".join(filter(None, (f"{text}, n={j['n']}", j["choice"], j["reason"]))))
 

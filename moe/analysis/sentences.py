@@ -88,6 +88,15 @@ def percent(share: float) -> str:
     return text if text.strip("+-") != "0.0%" else f"{round(100 * share, 6):+.1g}%" if abs(share) > 1e-6 else "0%"
 
 
+def claimed_range(low: float, high: float, reference: float, unit: str = "") -> str:
+    """Return the differences that a claim allows, such as "+6.57 to +19.7 perplexity (+5.0% to +15.0%)".
+
+    reference: the mean that the percentages are of; NaN or 0 if they say nothing. unit: what follows the numbers.
+    """
+    shares = f"({percent(low / reference)} to {percent(high / reference)})" if abs(reference) > 0 else ""
+    return " ".join(filter(None, (f"{low:+.3g} to {high:+.3g}", unit, shares)))
+
+
 def p_text(p: float) -> str:
     """Return a p-value with two digits, such as "0.031"; or "< 0.0001", as its digits would say more than is known.
 

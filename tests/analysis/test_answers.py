@@ -185,8 +185,8 @@ def test_the_answer_says_which_range_or_margin_a_claim_allows(tmp_path: Path) ->
     raised = "noise 0.5 instead of 0.0 raises the validation perplexity by 4.6"
     certain = "(+4.5%, 95 % interval 4.48 to 4.72, 3 seeds)"
     assert found == {
-        "Much?": f"“much” is contradicted: {raised} {certain}, where 5.2 to 15.3 is claimed.",
-        "Little?": f"“little” is supported: {raised} {certain}, where 4.5 to 4.75 is claimed.",
+        "Much?": f"“much” is contradicted: {raised} {certain}, where +5.2 to +15.3 (+5.1% to +15.0%) is claimed.",
+        "Little?": f"“little” is supported: {raised} {certain}, where +4.5 to +4.75 (+4.4% to +4.7%) is claimed.",
         "Alike?": f"“alike” is contradicted: {raised}, beyond the margin of 1.02 {certain}.",
     }
 
@@ -227,13 +227,22 @@ def test_the_best_of_a_league_is_named_with_its_lead_and_those_that_may_be_as_go
     certain = league._first(ranked(a=(1, 1), b=(2, 3), c=(2, 3)), "test loss", "a")
     assert certain == f"{lead} {together}, a is certainly the best of 3 routers."
     found = ranked(a=(1, 3), b=(1, 3), c=(1, 3))
-    assert league._first(found, "test loss", "a") == f"{lead} {together}, b and c may be as good."
+    assert league._first(found, "test loss", "a") == (
+        f"{lead} {together}, 2 other routers may be as good, because no router is shown to be better than they are: "
+        "b and c."
+    )
     found.table.loc["c", ["low", "high"]] = 0.1, 0.2
     assert league._first(found, "test loss", "a") == (
-        f"{lead} {together}, b may be as good; the other one is worse than some router."
+        f"{lead} {together}, one other router may be as good, because no router is shown to be better than it is: b. "
+        "The other one is worse than some router."
     )
     four = ranked(a=(1, 3), b=(1, 3), c=(2, 4), d=(2, 4))
-    assert league._first(four, "test loss", "a").endswith("as good; each of the other 2 is worse than some router.")
+    assert league._first(four, "test loss", "a").endswith(" b. Each of the other 2 is worse than some router.")
+    many = ranked(**dict.fromkeys("abcdefgh", (1, 8)))
+    assert league._first(many, "test loss", "a").endswith(
+        "7 other routers may be as good, because no router is shown to be better than they are: "
+        "b, c, d, e, f and 2 other routers."
+    )
     best = ranked(b=(1, 2), a=(1, 2))
     best.table.loc["b", "difference"] = -0.1
     assert "2 seeds; it differs from that of a by -0.100 [-0.100, 0.300]. By" in league._first(best, "test loss", "a")
@@ -259,7 +268,7 @@ def test_the_units_of_all_judged_metrics_are_said_once(tmp_path: Path) -> None:
     loss = Judgment(
         "a", "undecided", "b", "lower", "loss", 3, -1.0, -2.0, 0.0, math.nan, 0.5, False, metric="test/loss"
     )
-    perplexity, accuracy = loss._replace(metric="test/perplexity"), loss._replace(metric="val/accuracy", share=0.1)
+    perplexity, accuracy = loss._replace(metric="test/perplexity"), loss._replace(metric="val/accuracy", reference=10.0)
     [said] = _numbers(inputs._replace(judgments=[loss, loss, perplexity]))
     assert said == "**Numbers:** test loss is in nats per token; test perplexity has no unit."
     [said] = _numbers(inputs._replace(judgments=[loss, accuracy]))

@@ -6,7 +6,7 @@ import pytest
 
 from moe.analysis.report.judgments import ALONE, Judgment, cards
 
-CHANGE = Judgment("lb 1 vs 0", "undecided", "lb 1 vs 0", "comparison", "loss", 3, 0.2, 0.1, 0.3, 0.1, 0.2, False)
+CHANGE = Judgment("lb 1 vs 0", "undecided", "lb 1 vs 0", "comparison", "loss", 3, 0.2, 0.1, 0.3, 2.0, 0.2, False)
 LOWER, WITHIN = (-math.inf, 0.0), (-0.5, 0.5)
 
 
@@ -29,3 +29,16 @@ def test_a_card_says_when_its_interval_alone_would_decide_what_its_verdict_leave
 ) -> None:
     [card] = cards([judged])
     assert (ALONE in card.effect) == alone
+
+
+def test_a_card_gives_what_was_measured_and_what_was_claimed_in_the_same_units() -> None:
+    """Both have the unit of the metric and a percentage of the same mean; without such a mean, the unit alone."""
+    claim = CHANGE._replace(kind="higher", claimed=(0.1, 0.3))
+    [card] = cards([claim])
+    assert "measured: **+0.2 loss** (+10.0%) [0.1, 0.3], " in card.effect
+    assert "; claimed: +0.1 to +0.3 loss (+5.0% to +15.0%)" in card.effect
+    [card] = cards([claim._replace(reference=math.nan)])
+    assert f"; claimed: +0.1 to +0.3 loss; {ALONE}" in card.effect
+    [card] = cards([claim._replace(claimed=LOWER)])
+    assert "measured" not in card.effect
+    assert "claimed" not in card.effect

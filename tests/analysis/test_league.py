@@ -114,7 +114,7 @@ def test_a_later_look_at_a_league_has_less_of_its_level(tmp_path: Path) -> None:
     assert "is certainly the best of 3 routers" in order_of_routers(inputs)
     before = {folder: run.setting for folder, run in inputs.study.runs.items() if run.seed < 3}
     later = inputs._replace(study=replace(inputs.study, earlier=[Seen("2026-01-01", before, 2, 2)]))
-    assert "random may be as good; the other one is worse than some router." in order_of_routers(later)
+    assert "better than it is: random. The other one is worse than some router." in order_of_routers(later)
     blocks = list(league(later))
     [table] = [block.frame for block in blocks if isinstance(block, TableBlock)]
     assert table["99 % interval of the rank"].tolist() == ["1 to 2", "2 to 3", "1 to 3"]

@@ -401,9 +401,11 @@ def test_claims_margins_and_several_experiments(published: Path, tmp_path: Path)
     assert "Holm's correction over all contrasts of this report that have a margin" in text.replace("\n", " ")
     assert "- 1 test of planned claims of sources has 2.5 %.\n" in text
     second_p = (
-        "share 5 %: 1 test of planned claims of sources has 2.5 %; other comparisons have the rest. So the first p "
+        "share 5 %: 1 test of planned claims of sources has 2.5 %; other comparisons have the rest. So the smallest p "
     )
-    assert f"{second_p}is multiplied by up to 2." in text.replace("\n", " ")
+    assert f"{second_p}is multiplied by up to 2 to give the p in parentheses, and no other p by more." in text.replace(
+        "\n", " "
+    )
     assert text.startswith('# Report: "floor", "noise_lb_seed"\n'), "a name may hold a comma"
     assert "### Noise floor" in text
     assert "![noise_lb_seed/noise_lb](noise_lb_seed/noise_lb.png)" in text

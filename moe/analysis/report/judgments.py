@@ -16,6 +16,7 @@ from moe.analysis.sentences import (
     SIGNIFICANT,
     UNDECIDED,
     UNTESTED,
+    claimed_range,
     directions,
     is_equivalent,
     levels_compared,
@@ -46,7 +47,7 @@ class Judgment(NamedTuple):
     compared: which levels are compared. choice: of a claim that makes several comparisons, which ones, and which one of
         them is shown.
     kind: that of a claim, or "comparison".
-    share: the difference as a share of the mean at the reference level; NaN if this says nothing.
+    reference: the mean at the reference level; NaN if the difference as a share of it says nothing.
     margin: the difference that counts as none, if a claim or the reader of the report named one. It is shown that the
         true difference is smaller (`within`), that it is larger (`beyond`), or neither.
     claimed: the range that a claim gives the difference, if it has two ends.
@@ -66,7 +67,7 @@ class Judgment(NamedTuple):
     difference: float
     low: float
     high: float
-    share: float
+    reference: float
     p: float
     deterministic: bool
     margin: float = math.nan
@@ -105,6 +106,11 @@ class Judgment(NamedTuple):
     def amount(self) -> str:
         """The difference with its unit."""
         return plain(f"{self.difference:+.3g} {self.unit}")
+
+    @property
+    def share(self) -> float:
+        """The difference as a share of the mean at the reference level; NaN if this says nothing."""
+        return self.difference / self.reference
 
     @property
     def percent(self) -> str:
@@ -158,7 +164,7 @@ def judgments(
 
 
 def _on_claim(row: pd.Series, number: int) -> Judgment:
-    comparable = row["kind"] != "interaction" and row["reference mean"]
+    comparable = row["kind"] != "interaction" and bool(row["reference mean"])
     claimed = row["claimed_low"], row["claimed_high"]
     margin = claimed[1] if claimed[0] == -claimed[1] and math.isfinite(claimed[1]) else math.nan
     return Judgment(
@@ -172,7 +178,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         difference=row["difference"],
         low=row["ci_low"],
         high=row["ci_high"],
-        share=row["difference"] / row["reference mean"] if comparable else math.nan,
+        reference=row["reference mean"] if comparable else math.nan,
         p=row["p Holm"],
         deterministic=row["deterministic"],
         margin=margin,
@@ -208,7 +214,7 @@ def on_contrast(row: pd.Series, tests_later: float | None = None) -> Judgment:
         difference=row["difference"],
         low=row["ci_low"],
         high=row["ci_high"],
-        share=math.nan,
+        reference=math.nan,
         p=row["p Holm"],
         deterministic=row["deterministic"],
         margin=margin,
@@ -250,11 +256,13 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
     tone = TONES.get(judged.verdict, "idle")
     if judged.n == 0:
         return Card(literal(judged.title), judged.verdict, tone, literal(judged.reason))
+    sized = all(map(math.isfinite, judged.claimed))
     effect = f"{literal(judged.compared)}: " if judged.planned else ""
+    effect += "measured: " if sized else ""
     effect += f"**{judged.amount}**" + (f" ({judged.percent})" if judged.percent else "")
     effect += f"{_certainty(judged)}, n={judged.n}"
-    if all(map(math.isfinite, judged.claimed)):
-        effect += "; claimed: {:.3g} to {:.3g}".format(*judged.claimed)
+    if sized:
+        effect += f"; claimed: {claimed_range(*judged.claimed, judged.reference, judged.unit)}"
     effect += f"; {ALONE}" if judged.decided_alone else ""
     effect += f"; {literal(judged.choice)}" if judged.choice else ""
     effect += f"; {literal(judged.reason)}" if judged.verdict == UNTESTED and judged.reason else ""

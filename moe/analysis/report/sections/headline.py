@@ -12,6 +12,7 @@ from moe.analysis.sentences import (
     EQUIVALENT,
     SIGNIFICANT,
     UNTESTED,
+    claimed_range,
     enumerated,
     noun,
     standing,
@@ -208,7 +209,7 @@ def effect(judged: Judgment) -> str:
     interval = [j.percent, f"95 % interval {j.low:.3g} to {j.high:.3g}", f"{j.n} seeds"]
     sure = f" in each of {j.n} seeds" if j.deterministic else f" ({', '.join(filter(None, interval))})"
     if math.isnan(j.margin) and all(map(math.isfinite, j.claimed)):
-        sure += ", where {:.3g} to {:.3g} is claimed".format(*j.claimed)
+        sure += f", where {claimed_range(*j.claimed, j.reference)} is claimed"
     equivalent = j.within and not j.deterministic and (j.planned or j.verdict == EQUIVALENT)
     margin = ""
     if math.isfinite(j.margin):

@@ -217,15 +217,13 @@ def _first(found: League, unit: str, reference: Any) -> str:
     if not rivals:
         return f"{text} {BY_INTERVALS}, {best} is certainly the best of {len(table)} routers."
     rest = len(table) - 1 - len(rivals)
-    others = f"; each of the other {rest} is worse than some router" if rest > 1 else ""
-    others = others or ("; the other one is worse than some router" if rest else "")
-    return f"{text} {BY_INTERVALS}, {_named(rivals)} may be as good{others}."
-
-
-def _named(routers: list[str]) -> str:
-    """Return the first of some routers, and how many more there are."""
-    more = len(routers) - MOST_NAMED
-    return enumerated([*routers[:MOST_NAMED], f"{more} more"]) if more > 0 else enumerated(routers)
+    others = f" Each of the other {rest} is worse than some router." if rest > 1 else ""
+    others = others or (" The other one is worse than some router." if rest else "")
+    number, more = len(rivals), len(rivals) - MOST_NAMED
+    names = enumerated([*rivals[:MOST_NAMED], *([f"{more} other routers"] if more > 1 else rivals[MOST_NAMED:])])
+    several, they = (f"{number} other routers", "they are") if number > 1 else ("one other router", "it is")
+    why = f"because no router is shown to be better than {they}: {names}"
+    return f"{text} {BY_INTERVALS}, {several} may be as good, {why}.{others}"
 
 
 def _is_certain(table: pd.DataFrame) -> bool:

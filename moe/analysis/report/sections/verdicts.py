@@ -84,8 +84,8 @@ them before its first step. Each difference is taken between runs of the same se
 the other factors. Its 95 % interval, in brackets, is for this difference alone; the verdict is corrected for all tests
 of this report."""
 SECOND_P = """\
-The p in parentheses is corrected with Holm's method, because all tests of this report share 5 %: {shares}. So the first
-p is multiplied by up to {most}."""
+The p in parentheses is corrected with Holm's method, because all tests of this report share 5 %: {shares}. So the
+smallest p is multiplied by up to {most} to give the p in parentheses, and no other p by more."""
 THE_REST = "other comparisons have the rest"
 SOURCES = """\
 In parentheses after a claim is its source: an earlier study, and the part of it that says so. "Our own" marks a claim
@@ -143,10 +143,11 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     judged = inputs.claims
     yield Heading("Planned claims")
     yield Paragraph(CLAIMS_EXPLAINED)
-    if shares := [_share_of(family) for family in inputs.families if family.name in OF_CLAIMS]:
+    shares = [_share_of(family) for family in inputs.families if family.name in OF_CLAIMS]
+    divisors = judged.loc[judged["p"] > 0, "tests"]
+    if shares and len(divisors):
         shares += [THE_REST] if len(inputs.families) > len(shares) else []
-        most = " or ".join(dict.fromkeys(f"{tests:.3g}" for tests in sorted({*judged.loc[judged["p"] > 0, "tests"]})))
-        yield Paragraph(SECOND_P.format(shares="; ".join(shares), most=most))
+        yield Paragraph(SECOND_P.format(shares="; ".join(shares), most=f"{divisors.max():.3g}"))
     if not judged["source"].str.fullmatch(OURS).all():
         yield Paragraph(SOURCES)
     if inputs.learned_little:
