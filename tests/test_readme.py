@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import re
 import shlex
 import tomllib
@@ -21,6 +22,8 @@ from moe.config.options import CONF
 from moe.data.tokenizer import train_bpe
 from moe.launch.command_line import help_text, read_cells
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+from moe.planning import __main__ as planning
+from moe.planning.cost import Speed
 from moe.results import table
 
 ROOT = CONF.parent
@@ -122,6 +125,28 @@ def test_the_extras_of_pip_exist() -> None:
     named = {name for text in ALL for names in re.findall(r"\.\[([\w,]+)\]", text) for name in names.split(",")}
     assert named <= known.keys()
     assert {"dev", "docs"} <= named
+
+
+@pytest.mark.parametrize(("change", "unreachable"), [("", 0), ("effect=0.5%", 3)])
+def test_what_readme_says_about_its_plan_is_what_the_command_finds(
+    change: str, unreachable: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half a percent is the other effect that README speaks of. The speed decides no number of seeds."""
+    [typed] = re.findall(r"`python -m moe plan (experiment=\S+) (effect=\S+?)`", README)
+    words = [typed[0], change or typed[1], "--out", str(tmp_path / "plan.json")]
+    monkeypatch.setattr("sys.argv", ["moe plan", *words])
+    monkeypatch.setattr(planning, "_speed", lambda cells, sources: Speed(1e-12, 1e-12, "made up"))
+    assert planning.main() == 0
+    claims = json.loads((tmp_path / "plan.json").read_text())["claims"]
+    seeds = [each["seeds"] for each in claims if each["seeds"]]
+    out_of_reach = [each for each in claims if each["reachable"] is False]
+    assert len(out_of_reach) == unreachable
+    said = " ".join(README.split())
+    if change:
+        assert f"For half a percent, {len(out_of_reach)} claims need more than 32 seeds" in said
+    else:
+        number = f"{min(seeds)} to {max(seeds)} seeds for {len(seeds)} of the {len(claims)} claims"
+        assert f"For a difference of 1 % that is {number}." in said
 
 
 def test_commands_of_other_modules_are_known() -> None:
