@@ -1,4 +1,4 @@
-"""Start all kernels of a forward and backward pass on a GPU at once, with CUDA graphs.
+"""Start all kernels of a pass, or of an update of the weights, on a GPU at once, with CUDA graphs.
 
 The host needs longer to start a small kernel than the GPU needs to run it. A graph records the kernels of a pass, with
 the addresses of all tensors, and starts them together. The kernels are those of the pass without a graph. Random
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from moe.training.optim import Muon
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so they can share their memory
         self.recorded: dict[Hashable, Recorded] = {}
         self.obstacle: str | None = None
+        self.update_places: tuple[int, ...] = ()
+        self.update_graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, function: Callable[[In], Out], inputs: In, *, numbers: Hashable, keep: bool) -> Out:
         """Return `function(inputs)`, and add the gradients that it gives to those of the parameters.
@@ -80,6 +84,27 @@ class Graphs:
                 p.grad = gradient.clone() if keep else gradient  # the next replay overwrites `gradient`
         result = tree_map_only(Tensor, Tensor.clone, recorded.result) if keep else recorded.result
         return cast(Out, result)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a step of an optimizer, as a graph if it is Muon, which has many kernels.
+
+        It is recorded in the first step that finds all gradients, weights and momenta where they were in the step
+        before. They stay there if passes are graphs and a step has one micro-batch.
+        """
+        if self.obstacle is not None or not isinstance(optimizer, Muon) or not optimizer.recordable:
+            optimizer.step()
+            return
+        optimizer.read_rates()
+        places = optimizer.places()
+        if places != self.update_places:
+            self.update_places, self.update_graph = places, None
+            optimizer.update()
+            return
+        if self.update_graph is None:
+            self.update_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.update_graph, pool=self.pool, stream=self.stream):
+                optimizer.update()
+        self.update_graph.replay()
 
     def used(self) -> dict[str, str]:
         """Return for the record of a run whether graphs were used, and if not, why."""

@@ -131,16 +131,38 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.ndim not in (2, 3):
                     raise ValueError(f"Muon: parameters must have 2 or 3 dimensions, not shape {tuple(p.shape)}")
+        self._rates = [torch.zeros((), device=group["params"][0].device) for group in self.param_groups]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         assert closure is None, "closures are not supported"
-        for group in self.param_groups:
-            for params in _batches(p for p in group["params"] if p.grad is not None):
-                self._update(params, group)
+        self.read_rates()
+        self.update()
         return None
 
-    def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def read_rates(self) -> None:
+        """Copy the learning rates to the device, where `update` reads them."""
+        for rate, group in zip(self._rates, self.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the step, with the rates that were read last."""
+        for rate, group in zip(self._rates, self.param_groups, strict=True):
+            for params in _batches(p for p in group["params"] if p.grad is not None):
+                self._update(params, group, rate)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether `update` starts the same kernels in each step. The factor of a weight decay follows the rate."""
+        return not any(group["weight_decay"] for group in self.param_groups)
+
+    def places(self) -> tuple[int, ...]:
+        """Return the addresses of all tensors that `update` reads or changes."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        tensors = [tensor for p in params for tensor in (p, p.grad, *self.state[p].values())]
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def _update(self, params: list[nn.Parameter], group: dict[str, Any], rate: Float[Tensor, ""]) -> None:
         """Update parameters of equal shape together, so that a GPU starts few kernels."""
         rows, cols = params[0].shape[-2:]
         stacked = params[0].ndim == 3
@@ -150,17 +172,21 @@ class Muon(torch.optim.Optimizer):
         else:
             directions = self._matrix_directions(params, group)
         updates = orthogonalize(directions, steps=group["ns_steps"])
-        decay = group["lr"] * group["weight_decay"]
+        length, decay = -math.sqrt(max(1, rows / cols)), group["lr"] * group["weight_decay"]
+        share: Tensor | float = 1.0
         if stacked:
-            updates = updates * (active * _relative_norms(params, directions, active, group["expert_step"]))
-            if decay:
-                torch._foreach_mul_(weights, list((1 - decay * active).chunk(len(params))))
-            steps = list(updates.to(weights[0].dtype).chunk(len(params)))
+            share = active * _relative_norms(params, directions, active, group["expert_step"])
+        if decay:
+            kept = list((1 - decay * active).chunk(len(params))) if stacked else [1 - decay] * len(params)
+            torch._foreach_mul_(weights, kept)
+        if updates.is_cuda:
+            updates, length = updates * (length * rate * share).view(-1, 1, 1), 1.0
         else:
-            torch._foreach_mul_(weights, 1 - decay)
-            full = updates.to(weights[0].dtype).unbind()
-            steps = [local_part(shard_like(update, p)) for update, p in zip(full, params, strict=True)]
-        torch._foreach_add_(weights, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
+            updates, length = updates * share if stacked else updates, length * group["lr"]
+        steps: Sequence[Tensor] = updates.to(weights[0].dtype).chunk(len(params))
+        if not stacked:
+            steps = [local_part(shard_like(step[0], p)) for step, p in zip(steps, params, strict=True)]
+        torch._foreach_add_(weights, list(steps), alpha=length)
 
     def _matrix_directions(self, params: list[nn.Parameter], group: dict[str, Any]) -> Float[Tensor, "N rows cols"]:
         """Update the momenta of matrices, and return the directions to orthogonalize. The ranks put each together."""

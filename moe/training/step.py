@@ -99,7 +99,10 @@ def _update(training: Training, grads: list[Tensor], norm: Tensor) -> None:
     clip = (training.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_part(gradient) for gradient in grads], clip)
     for optimizer in training.optimizers:
-        optimizer.step()
+        if training.graphs is None:
+            optimizer.step()
+        else:
+            training.graphs.step(optimizer)
         optimizer.zero_grad()
 
 

@@ -343,3 +343,12 @@ def test_a_moved_weight_is_recorded_anew_and_too_many_changes_end_recording(cell
     train_step(training, MOST)
     assert not graphs.recorded
     assert "differed" in graphs.used()["cuda_graph"]
+
+
+def test_recorded_updates_compute_bitwise_the_same_as_others(cell: Cells) -> None:
+    results = []
+    for value in ("true", "false"):
+        training = set_up(cell(*ALIGNED, "precision=bf16", "optimizer=muon", f"cuda_graph={value}").config)
+        results.append(passes_of(training, steps=5))
+        assert training.graphs is None or training.graphs.update_graph is not None
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
