@@ -1,7 +1,6 @@
 """What a planned claim compares: each level that it names with each rival, paired by seed. `claims.py` judges it."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.equal_cost import FLOPS, SECONDS, NoEqualCostError, at_common_cost, metric_curves, unknown_flops
-from moe.analysis.looks import group_of
+from moe.analysis.looks import group_of, place_of
 from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, mean_difference, name_cell, p_of_share
@@ -334,7 +333,7 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
 def _folders(runs: pd.DataFrame) -> pd.Series:
     """Return the folders of the runs by seed, each as a set; of a change, those of both runs."""
     columns = [column for column in ("folder", SECOND) if column in runs]
-    sets = [frozenset(map(os.path.abspath, row)) for row in runs[columns].itertuples(index=False, name=None)]
+    sets = [frozenset(map(place_of, row)) for row in runs[columns].itertuples(index=False, name=None)]
     found = pd.Series(sets, index=runs["seed"], dtype=object)
     return found[~found.index.duplicated()]
 

@@ -17,7 +17,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -248,7 +249,17 @@ def level_as_text(level: object) -> str:
 
 def group_of(runs: pd.DataFrame) -> frozenset[str]:
     """Return these runs as those of a test."""
-    return frozenset(map(os.path.abspath, runs["folder"]))
+    return frozenset(map(place_of, runs["folder"]))
+
+
+def place_of(folder: str | Path) -> str:
+    """Return the one name of a folder, however it was given: its absolute path, without links."""
+    return _without_links(os.path.join(os.getcwd(), folder))
+
+
+@lru_cache(maxsize=2**16)  # each test asks it for each of its runs
+def _without_links(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def is_testable(runs: Iterable[Known]) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
-from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable
+from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable, place_of
 from moe.analysis.statistics import name_cell
 from moe.results.conditions import varied_factors
 from moe.results.table import read_run, table_of
@@ -26,6 +27,7 @@ from moe.runs.planned import (
 )
 from moe.runs.record import RecordError, RunRecord, SweepRecord
 
+LONGEST_WAIT = 60  # seconds until another report has written its look down, which takes a moment
 RESULT = ("val/loss", "val/perplexity")  # the first of these tells two trainings of a run apart
 
 
@@ -63,7 +65,7 @@ def _grid_of(runs: pd.DataFrame) -> str:
     """Return the name of the smallest grid that has all of these runs, which were given by their folders; else ""."""
     names = set()
     for sweep in _sweeps(runs):
-        cells = [Path(folder).name for folder in runs["folder"] if Path(folder).parent == sweep]
+        cells = [run.name for run in map(Path, group_of(runs)) if run.parent == sweep]
         try:
             grid = SweepRecord.read(sweep / SweepRecord.FILE).grid_with(*cells)
         except RecordError:
@@ -102,7 +104,7 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
     loss = next((runs[name] for name in RESULT if name in runs), ended)
     columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr))
     return {
-        os.path.abspath(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), result)
+        place_of(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), result)
         for folder, levels, seed, end, result in zip(*columns, strict=True)
     }
 
@@ -115,7 +117,7 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     runs = {}
     for setting, names in look.runs.items():
         for name in names:
-            folder = os.path.abspath(sweep / name)
+            folder = place_of(sweep / name)
             same = folder not in known or look.results.get(name, known[folder].result) == known[folder].result
             runs[folder if same else f"{folder} ({look.results[name]})"] = setting
     if not look.runs:
@@ -150,18 +152,17 @@ def _named_by(plans: Sequence[PlannedStudy], runs: pd.DataFrame) -> pd.DataFrame
     A run that cannot be read is passed over.
     """
     present, digests = group_of(runs), {digest for plan in plans for digest in plan.runs}
-    folders = [path.parent for sweep in _sweeps(runs) for path in sweep.glob(f"*/{RunRecord.FILE}")]
-    if {*map(os.path.abspath, folders)} <= present:
-        return runs
-    found = []
-    for folder in folders:
-        try:
-            identity = RunRecord.read(folder / RunRecord.FILE).identity
-        except RecordError:
-            continue
-        if os.path.abspath(folder) in present or digest_of_run(identity) in digests:
-            found.append(folder)
-    return runs if {*map(os.path.abspath, found)} <= present else table_of([read_run(folder) for folder in found])
+    folders = {place_of(path.parent) for sweep in _sweeps(runs) for path in sweep.glob(f"*/{RunRecord.FILE}")}
+    named = [folder for folder in folders - present if _digest(folder) in digests]
+    return table_of([read_run(Path(folder)) for folder in sorted([*(folders & present), *named])]) if named else runs
+
+
+def _digest(folder: str) -> str | None:
+    """Return the fingerprint of the settings of a run; None if its record cannot be read."""
+    try:
+        return digest_of_run(RunRecord.read(Path(folder) / RunRecord.FILE).identity)
+    except RecordError:
+        return None
 
 
 def _without_report(
@@ -234,13 +235,13 @@ def record_look(
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
         results = {os.path.relpath(run, folder): study.runs[run].result for run in present.runs}
         here = look._replace(runs=ended, results=results)
-        looks = looks_in(folder)
-        of_experiment = looks.get(study.name, [])
-        if any(_same(each, here) for each in of_experiment):
-            continue
         try:
-            LooksRecord(looks=looks | {study.name: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
-        except OSError:
+            with FileLock(folder / f"{LooksRecord.FILE}.lock", timeout=LONGEST_WAIT):  # of other reports
+                looks = looks_in(folder)
+                of_experiment = looks.get(study.name, [])
+                if not any(_same(each, here) for each in of_experiment):
+                    LooksRecord(looks=looks | {study.name: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
+        except (OSError, NotImplementedError):  # the second: the file system has no locks
             written = False
     return written
 
@@ -253,7 +254,7 @@ def _same(look: Look, other: Look) -> bool:
 
 def _sweeps(runs: pd.DataFrame) -> list[Path]:
     """Return the folders above the runs."""
-    return sorted({Path(folder).parent for folder in runs["folder"]})
+    return sorted({Path(folder).parent for folder in group_of(runs)})
 
 
 def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[PlannedStudy, int]]:

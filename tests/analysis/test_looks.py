@@ -1,7 +1,10 @@
 """Tests of looks: their shares, the error of adding seeds, and what a report says of earlier looks and of plans."""
 
+import contextlib
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -605,6 +608,61 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert (
         "seeds are used up. The tests of a report with more seeds together have 0.2 % instead of 5 %, which" in second
     )
+
+
+def test_reports_at_one_moment_lose_no_look(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a lock, both read the file before the other one writes it."""
+    both_have_read = threading.Barrier(2)
+
+    def read_together(folder: Path) -> dict[str, list[Look]]:
+        looks = looks_in(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(timeout=0.3)
+        return looks
+
+    studies = [replace(study_of(runs), metrics=[metric]) for metric in ("a", "b")]
+    monkeypatch.setattr("moe.analysis.recorded.looks_in", read_together)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(record_look, [runs, runs], studies))
+    monkeypatch.undo()
+    assert sorted(look.metrics for look in study_of(runs).earlier) == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("link", ["multirun", "multirun/sweep", "run"])
+def test_a_folder_is_the_same_study_whatever_link_leads_to_it(link: str, runs: pd.DataFrame, tmp_path: Path) -> None:
+    record_look(runs[runs["seed"] < 3], study_of(runs[runs["seed"] < 3]))
+    places = {"multirun": tmp_path / "sweeps", "multirun/sweep": tmp_path / "sweeps" / "noise"}
+    (tmp_path / "other").mkdir()
+    if link == "run":
+        folders = [tmp_path / "other" / Path(folder).name for folder in runs["folder"]]
+        for folder, target in zip(folders, runs["folder"], strict=True):
+            folder.symlink_to(target)
+    else:
+        (tmp_path / "other" / "link").symlink_to(places[link])
+        folders = [tmp_path / "other" / "link" / Path(folder).relative_to(places[link]) for folder in runs["folder"]]
+    linked = runs.assign(folder=[str(folder) for folder in folders])
+    assert study_of(linked).looks.share() == study_of(linked).share(group_of(linked)) == FURTHER
+    assert study_of(linked).share(group_of(runs)) == FURTHER
+    tests = {compared(claim, members).runs for claim, members in planned_claims(linked)}
+    assert {study_of(runs).share(test) for test in tests} == {FURTHER}
+    record_look(linked, study_of(linked))
+    assert study_of(runs).looks.share() == FURTHER, "it is the look that was just written down"
+    assert len(looks_in(tmp_path / "sweeps" / "noise")["noise_lb_seed"]) == 2
+    assert not [*(tmp_path / "other").glob("*.json")]
+
+
+def test_a_run_is_read_once_if_the_report_has_it(
+    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan names runs that the report leaves out. Only these have a fingerprint that must be computed."""
+    plan = PlannedStudy("2026-02-01T00:00:00+00:00", "noise_lb_seed", [], [0, 1, 2], None, ["none of these"])
+    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    read: list[str] = []
+    monkeypatch.setattr("moe.analysis.recorded._digest", lambda folder: read.append(folder))
+    some = runs["seed"] < 3
+    study_of(runs[some])
+    assert {*read} == {*group_of(runs[~some])}
+    assert len(read) == (~some).sum()
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
