@@ -76,6 +76,7 @@ def main(command: list[str] | None = None) -> int:
         gc.freeze()  # so it need not be searched for garbage again and again
     gc.enable()
     files: list[Path] = []
+    said: list[str] = []
     earlier = Listing.read(arguments.out)
     try:
         if arguments.replay and arguments.wandb:
@@ -92,8 +93,8 @@ def main(command: list[str] | None = None) -> int:
                 print(
                     f"runs read: {len(runs)}; writing the report and its figures, which takes a while", file=sys.stderr
                 )
-            report = write_report(runs, arguments.out, options, files=files)
-            print(console_table(runs, options.metrics))
+            report = write_report(runs, arguments.out, options, files=files, said=said)
+            print("\n".join([console_table(runs, options.metrics), *said]))
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -157,14 +157,20 @@ class Study:
     def present(self) -> Seen:
         """This look. Runs of earlier looks that are gone count among its seeds, if their settings are still there."""
         ended = {folder: run.setting for folder, run in self.runs.items() if run.ended}
-        settings = {run.setting for run in self.runs.values()}
-        gone = {folder for look in self.earlier for folder, each in look.runs.items() if each in settings}
         first = self.earlier[0] if self.earlier else None
         planned = (first.planned or self.planned or first.seeds) if first else self.planned
-        number = len(settings) or 1
-        together = len(gone.union(ended)) / number
-        planned = planned or len(gone.union(self.runs)) / number
+        number = len({run.setting for run in self.runs.values()}) or 1
+        together = len(self.gone.union(ended)) / number
+        planned = planned or len(self.gone.union(self.runs)) / number
         return Seen("", ended, together, planned, metrics=self.metrics, references=self.references)
+
+    @cached_property
+    def gone(self) -> frozenset[str]:
+        """Runs of earlier looks, at settings that are still there, which are gone or were trained again since."""
+        settings = {run.setting for run in self.runs.values()}
+        ended = {folder for folder, run in self.runs.items() if run.ended}
+        seen = {folder for look in self.earlier for folder, each in look.runs.items() if each in settings}
+        return frozenset(seen - ended)
 
     @cached_property
     def looks(self) -> Looks:
@@ -192,10 +198,22 @@ class Study:
     def spent(self) -> float:
         """The shares of the looks up to this one together, each as it was at the time of its report.
 
-        They are more than 1.25 if a look could not know of one before it, such as that at another sweep folder.
+        They can be more than 1.25 if a look did not know of one before it, such as that at another sweep folder.
         """
-        looks = self.distinct[: self._place + 1]
-        return sum(look.share or self.looks.share(place) for place, look in enumerate(looks))
+        return sum(self._given[: self._place + 1])
+
+    @property
+    def excess(self) -> float:
+        """By how much the shares of all looks, each as it was at the time of its report, exceed those of the rule.
+
+        It is 0 unless a look did not know of one before it.
+        """
+        excess = sum(self._given) - sum(map(self.looks.share, range(len(self.distinct))))
+        return excess if excess > 1e-9 else 0.0
+
+    @property
+    def _given(self) -> list[float]:
+        return [look.share or self.looks.share(place) for place, look in enumerate(self.distinct)]
 
     @cached_property
     def _place(self) -> int:

@@ -39,6 +39,7 @@ from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.planned import (
     decisions,
     error_of_more,
+    look_in_words,
     margin_facts,
     planned_facts,
     price_of_more,
@@ -287,6 +288,101 @@ def test_looks_that_did_not_know_of_each_other_are_added_up(runs: pd.DataFrame) 
     assert both_folders.looks.share() == FURTHER**2
     assert both_folders.spent == pytest.approx(2 + FURTHER**2)
     assert "chance decides something in at most 10.2 % of studies" in one_line(both_folders)
+    assert "such reports err in up to 10.2 % of studies" in " ".join(price_of_more(both_folders).split())
+
+
+def test_looks_within_the_plan_that_did_not_know_of_each_other_do_not_keep_the_level() -> None:
+    """Three of eight planned seeds of two sweep folders are looked at apart. Then both are looked at together."""
+    early: Sets = {"x=0, y=0": [0, 1, 2], "x=1, y=0": [0, 1, 2]}
+    first = study(early, planned=8).present._replace(time="2026-01-01", share=spent(3 / 8))
+    second = study({f"{name[:-1]}1": seeds for name, seeds in early.items()}, planned=8).present._replace(
+        time="2026-01-02", share=spent(3 / 8)
+    )
+    knowing = replace(study({"x=0, y=0": [*range(7)], "x=1, y=0": [*range(7)]}, planned=8), earlier=[first])
+    assert knowing.excess == 0
+    assert "all looks up to that number together keep the 5 %" in one_line(knowing)
+    assert "1 of the 8 planned seeds is left. Reports up to that number, all together, keep the 5 %." in price_of_more(
+        knowing
+    )
+    apart = replace(knowing, earlier=[first, second])
+    assert apart.excess == pytest.approx(spent(3 / 8))
+    total = f"err in up to {5 * (1 + spent(3 / 8)):.3g} % of studies, because one of them did not know of another"
+    assert total == "err in up to 5.14 % of studies, because one of them did not know of another"
+    assert f"all looks up to that number together {total}" in one_line(apart)
+    price = " ".join(price_of_more(apart).split())
+    assert f"Reports up to that number, all together, {total}." in price
+    assert f"all together err in up to {5 * (1.25 + spent(3 / 8)):.3g} %" in price
+
+
+def test_reports_of_two_folders_keep_the_error_once_a_report_was_about_both(runs: pd.DataFrame) -> None:
+    """Reports about each folder alone know of a report about both, and by it of each other. Else their levels add up.
+
+    The shares are those of the reports in this order.
+    """
+    parts = {"A": runs[runs["lb"] == 0.0], "B": runs[runs["lb"] == 0.01], "AB": runs}
+    folders = {name: runs["folder"].str.replace("/noise/", f"/{name}/") for name in "AB"}
+    moved = runs.assign(folder=folders["A"].where(runs["lb"] == 0.0, folders["B"]))
+    parts = {"A": moved[moved["lb"] == 0.0], "B": moved[moved["lb"] == 0.01], "AB": moved}
+    for order, expected in (
+        (("AB", "A", "B"), [1, FURTHER, FURTHER**2]),
+        (("A", "AB", "B"), [1, FURTHER, FURTHER**2]),
+        (("A", "B", "AB"), [1, 1, FURTHER**2]),
+    ):
+        for folder in moved["folder"]:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        shares = []
+        for name in order:
+            shares.append(study_of(parts[name]).looks.share())
+            record_look(parts[name], study_of(parts[name]))
+        assert shares == pytest.approx(expected)
+        assert study_of(moved).excess == pytest.approx(max(0.0, sum(expected) - sum(FURTHER**n for n in range(3))))
+        for path in {Path(folder).parent / "looks.json" for folder in moved["folder"]}:
+            path.unlink()
+
+
+def test_seeds_that_are_gone_or_were_trained_again_are_said_to_count(runs: pd.DataFrame) -> None:
+    """Eight seeds are planned. Those of one setting are trained again, with other results."""
+    first = runs.assign(planned_seeds=8)
+    record_look(first, study_of(first))
+    counted = "This counts runs of earlier looks that are gone or were trained again (10)."
+    again = study_of(first.assign(**{"val/perplexity": runs["val/perplexity"] + (runs["noise"] == 0.5)}))
+    assert f"a setting has 6.67 of the 8 planned seeds, on average. {counted}" in one_line(again)
+    assert f"2 of the 8 planned seeds are left. {counted}" in price_of_more(again)
+    assert "trained again" not in one_line(study_of(first.assign(started="2026-03-01T00:00:00+00:00")))
+    only_new = study_of(first[first["noise"] != 0.5])
+    assert not only_new.gone, "their setting is not in this report"
+
+
+def test_planned_seeds_are_those_that_somebody_planned() -> None:
+    """In place of them, the seeds of the first look decide, and no sentence calls these planned."""
+    alone = study(both(0, 1, 2))
+    plan = PlannedStudy("2026-01-01T00:00:00+00:00", "a", [], [0, 1, 2], None, ["a"])
+    late = replace(study(both(*range(5)), both(0, 1, 2)), planned=8)
+    for each in (replace(alone, plans=[plan]), study(both(*range(5)), both(0, 1, 2)), late):
+        texts = [*warnings_of_looks(each), price_of_more(each), error_of_more(each, 16)]
+        assert "seeds of the first look" in " ".join(texts)
+        assert "planned seeds" not in " ".join(texts)
+    [(_, fact)] = planned_facts(replace(alone, plans=[plan]))
+    assert fact.endswith("; planned number of seeds: none")
+    [(_, fact)] = planned_facts(replace(alone, plans=[plan], planned=3))
+    assert fact.endswith("; planned number of seeds: 3")
+
+
+def test_the_terminal_says_what_the_next_look_costs(runs: pd.DataFrame) -> None:
+    def line(inputs: ReportInputs) -> str:
+        return look_in_words(_with_look(inputs))
+
+    planned = runs.assign(planned_seeds=5)
+    early, *_ = collect_inputs(planned[planned["seed"] < 3])
+    share = 5 * (1 - spent(0.6))
+    at = "the tests that are new in the next one (at the 5 planned seeds) together have"
+    assert line(early) == f"look 1 at noise_lb_seed; {at} {share:.3g} % instead of 5 %"
+    assert line(collect_inputs(planned)[0]) == (
+        "look 2 at noise_lb_seed; the tests that are new in the next one together have 1 % instead of 5 %"
+    )
+    one_seed, *_ = collect_inputs(runs[runs["seed"] == 0])
+    assert line(one_seed) == "", "nothing can be compared"
+    assert look_in_words(early._replace(study=replace(early.study, unwritten=True))) == ""
 
 
 def test_a_level_that_is_a_whole_number_is_asked_beside_levels_with_fractions(runs: pd.DataFrame) -> None:
@@ -545,7 +641,7 @@ def test_a_report_while_runs_are_awaited_is_an_early_look() -> None:
     """A sweep of three seeds at two settings has ended at one of them, and has two seeds at the other."""
     early = study({"x=0": [0, 1, 2], "x=1": [0, 1]}, awaited={"x=1": [2]})
     assert early.looks.share() == spent(2.5 / 3)
-    assert "a setting has 2.5 of the 3 planned seeds, on average" in one_line(early)
+    assert "a setting has 2.5 of the 3 seeds of the first look, on average" in one_line(early)
     assert "keeps the share" not in one_line(early), "there was no earlier look"
     later = replace(study(both(0, 1, 2)), earlier=[early.present._replace(time="2026-01-01")])
     assert later.share(group(both(0, 1, 2))) == later.looks.share() == 1 - spent(2.5 / 3)
@@ -590,7 +686,7 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     three, eight, early = both(0, 1, 2), both(*range(8)), both(0, 1, 2)
     assert price_of_more(study(both(0), planned=8)) == ""
     assert price_of_more(study(three, planned=8)).startswith(
-        "5 of the 8 planned seeds are left. Reports up to the planned"
+        "5 of the 8 planned seeds are left. Reports up to that number"
     )
     of_four = study(three, planned=4)
     assert price_of_more(of_four).startswith("1 of the 4 planned seeds is left.")
@@ -599,15 +695,16 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert more == "That is more than the 4 planned seeds; “More seeds” says what it costs."
     assert "all together err in up to 6.25 %" in price_of_more(of_four)
     planned = price_of_more(study(eight, early, planned=8))
-    assert "(8) are used up. The tests of a report with more seeds together have 1 % instead of 5 %" in planned
+    assert (
+        "The 8 planned seeds are used up. The tests of a report with more seeds together have 1 % instead of 5 %"
+        in planned
+    )
     assert "such reports err in up to 6.25 % of studies" in planned
     second = price_of_more(study(both(*range(5)), early))
     assert second.startswith(
-        "These runs had no `planned_seeds`, so the 3 seeds of the first report count as planned. These"
+        "These runs had no `planned_seeds`, so the number of the first look decides. The 3 seeds of the first look are"
     )
-    assert (
-        "seeds are used up. The tests of a report with more seeds together have 0.2 % instead of 5 %, which" in second
-    )
+    assert "used up. The tests of a report with more seeds together have 0.2 % instead of 5 %, which" in second
 
 
 def test_reports_at_one_moment_lose_no_look(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +810,10 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     for family in second.families:
         assert any(level_text(family.tests / family.share / FURTHER) in text for text in texts)
     [warning] = (" ".join(text.split()) for text in warnings_of_looks(second.study))
-    assert "look 2 at these runs, after 3 seeds, those of the first look, which count as planned because" in warning
+    assert (
+        "look 2 at these runs, after the 3 seeds of the first look, which decide because no number was planned"
+        in warning
+    )
     assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study)) == []
@@ -961,7 +1061,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert plan.digest not in fact, "a text shows eight characters"
     written = "1 claim, seeds {}, written down {}, before the first step, fingerprint {}"
     of_first = written.format("0, 1", plan.time, plan.digest[:8])
-    assert fact == f"{of_first}; no number of seeds for a decision"
+    assert fact == f"{of_first}; planned number of seeds: none"
     later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
     PlansRecord(plans=[plan, later]).write(tmp_path / "sweeps" / "noise" / "plans.json")
     assert study_of(runs).changed == [(other, 1)]  # also after seeds were added

@@ -50,7 +50,7 @@ from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.other_text import other_seeds_and_other_text
 from moe.analysis.report.sections.over_training import contrasts_over_training, gradient_norms, learning_curves
 from moe.analysis.report.sections.overview import what_was_run
-from moe.analysis.report.sections.planned import decisions
+from moe.analysis.report.sections.planned import decisions, look_in_words
 from moe.analysis.report.sections.provenance import causality, configuration, data, software
 from moe.analysis.report.sections.routing import expert_specialization, routing_by_layer
 from moe.analysis.report.sections.scaling import scaling_laws
@@ -150,18 +150,22 @@ def write_report(
     options: ReportOptions | None = None,
     *,
     files: list[Path] | None = None,
+    said: list[str] | None = None,
     past: EventTables | None = None,
 ) -> Path:
     """Write the report about `runs`, a table of `moe.results.table.load_runs`, and return the path of report.md.
 
     If there are several experiments, each has its own part of the report and its own folder for files. The paths of
-    the figures and tables that are saved beside the report are appended to `files`. past: the events of runs whose
+    the figures and tables that are saved beside the report are appended to `files`, and a line on each look that was
+    written down to `said`. past: the events of runs whose
     folders are elsewhere, as `moe.results.shipped.read_shipped` gives them; such a report is no look.
     """
     all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS, past=past)
     if past is None:
         experiments = [_with_look(part) for part in experiments]
         all_runs = all_runs if experiments else _with_look(all_runs)
+        if said is not None:
+            said += filter(None, map(look_in_words, experiments or [all_runs]))
     names = levels(runs["experiment"])
     if len(names) == 1:  # the facts below the verdicts give the settings that a grid adds to its experiment
         names = [names[0].partition(": ")[0]]

@@ -83,17 +83,14 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     }
     if league_metric(inputs) is not None:
         asked[LEAGUE] = level_as_text(league_reference(inputs))
-    inputs = inputs._replace(study=replace(inputs.study, metrics=inputs.tested, references=asked))
-    inputs = inputs._replace(
+    found = {"claims": measured_claims(loaded, inputs.past.evals), "contrasts": stack(tables), "variance": variance}
+    tested = any(bool(found[field][column].notna().any()) for field, column in P_OF.items() if len(found[field]))
+    return inputs._replace(
+        **found,
+        study=replace(inputs.study, metrics=inputs.tested, references=asked, tested=tested),
         earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, variance),
-        claims=measured_claims(loaded, inputs.past.evals),
-        contrasts=stack(tables),
-        variance=variance,
         without_variance=refusals,
     )
-    found = [(getattr(inputs, field), column) for field, column in P_OF.items()]
-    tested = any(bool(table[column].notna().any()) for table, column in found if len(table))
-    return inputs._replace(study=replace(inputs.study, tested=tested))
 
 
 def _pair(names: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import enumerated
+from moe.checks import printable
 from moe.config.words import as_word
 from moe.runs.planned import PlannedStudy, short
 
@@ -34,24 +35,27 @@ unknown: no record of a plan or of an earlier look was found beside the runs, so
 first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
 NO_PLAN = "unknown: no record of a plan was found beside the runs"
 REACHED = "the planned number of seeds ({planned}) was reached"
-FIRST_LOOK = "{planned} seeds, those of the first look, which count as planned because no number was planned"
-NOT_PLANNED = "These runs had no `planned_seeds`, so the {planned} seeds of the first report count as planned."
+FIRST_LOOK = "the {seeds}, which decide because no number was planned"
+NOT_PLANNED = "These runs had no `planned_seeds`, so the number of the first look decides. "
 WITHIN = """\
-This is look {number} at these runs: a setting has {now} of the {planned} planned seeds, on average. In this look,
-{tests} together have {share:.3g} % instead of 5 %, and all looks together keep the 5 %.{old}"""
+This is look {number} at these runs: a setting has {now} of the {seeds}, on average.{gone} In this look, {tests}
+together have {share:.3g} % instead of 5 %, and all looks up to that number together {error}.{old}"""
 NOTHING_NEW = """\
-**This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the {planned}
-planned ones).{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
-Reports about more seeds, up to the planned ones, decide."""
+**This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the
+{seeds}).{gone}{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
+Reports about more seeds, up to that number, decide."""
+GONE = " This counts runs of earlier looks that are gone or were trained again ({number})."
+KEPT = "keep the 5 %"
+EXCEEDED = "err in up to {total:.3g} % of studies, because one of them did not know of another"
 USED_UP = """\
-{which} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
+The {seeds} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
 numbers of seeds above take into account. Together with the looks before,
 such reports err in up to {total:.3g} % of studies, however many follow."""
 LEFT = """\
-{left} of the {planned} planned seeds {are} left. Reports up to the planned number keep the 5 %, all together. With
-reports on more seeds, all together err in up to {total:.3g} % of studies."""
+{left} of the {seeds} {are} left.{gone} Reports up to that number, all together, {error}. With reports on more
+seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
-That is more than the {planned} planned seeds; “More seeds” says what it costs."""
+That is more than the {seeds}; “More seeds” says what it costs."""
 DECIDED = """\
 **An earlier look decided what this one does not.** On {time}, with {seeds:.3g} seeds on average, {found}. That verdict
 stays valid: the looks share the 5 %, so that each may decide. If you quote it, quote its date, its seeds and this
@@ -59,6 +63,8 @@ report too."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
+NEXT_LOOK = """\
+look {number} at {runs}; the tests that are new in the next one{at} together have {share:.3g} % instead of 5 %"""
 NOT_WRITTEN = """\
 **This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
 it, so its tests will have too large a share of the 5 %."""
@@ -101,7 +107,7 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
     if not study.plans:
         records = NO_PLAN if study.earlier else NO_RECORD
         return [("Planned", records)] if study.here and study.testable else []
-    until = f"the study decides after {study.planned} seeds" if study.planned else "no number of seeds for a decision"
+    until = f"planned number of seeds: {study.planned or 'none'}"
     first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
     return [("Planned", literal(f"{first}{newest}; {until}"))]
@@ -157,15 +163,18 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         "of": f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else "",
         "now": f"{now:.3g}",
         "planned": f"{looks.planned:.3g}",
+        "seeds": _decisive_seeds(study),
+        "gone": _gone(study),
+        "error": _error_of_planned(study),
         "share": 100 * SIGNIFICANCE * looks.share(),
         "tests": "the comparisons that are new" if before else "the tests of a report",
         "old": OLD if before else "",
         "new": NEW.format(what=_asked(study.new)) if study.new else "",
-        "keep": KEEP_QUESTIONS if study.new else "" if study.planned else KEEP_RUNS,
+        "keep": KEEP_QUESTIONS if study.new else "" if _is_planned(study) else KEEP_RUNS,
     }
     if any(each >= looks.planned for each in before):
         total = 100 * SIGNIFICANCE * study.spent
-        reached = (REACHED if study.planned else FIRST_LOOK).format(**facts)
+        reached = (REACHED if _is_planned(study) else FIRST_LOOK).format(**facts)
         time, which = _seen_before(study)
         yield BEYOND.format(**facts, reached=reached, time=time, which=which, total=total)
     elif now in before:
@@ -211,15 +220,44 @@ def _changes(earlier: PlannedStudy, newest: PlannedStudy) -> str:
 
 def price_of_more(study: Study) -> str:
     """Return what a report about more seeds costs, as a share of the 5 %; if planned seeds are left, how many."""
-    looks = study.looks
     if not study.testable:
         return ""
-    planned = f"{looks.planned:.3g}"
-    total = 100 * SIGNIFICANCE / (1 - FURTHER)
+    seeds, total = _decisive_seeds(study), 100 * SIGNIFICANCE * (1 / (1 - FURTHER) + study.excess)
     if left := seeds_left(study):
-        return LEFT.format(left=left, planned=planned, are="is" if left == 1 else "are", total=total)
-    which = f"The planned seeds ({planned})" if study.planned else f"{NOT_PLANNED.format(planned=planned)} These seeds"
-    return USED_UP.format(which=which, share=100 * SIGNIFICANCE * looks.next_share, total=total)
+        are, error = "is" if left == 1 else "are", _error_of_planned(study)
+        return LEFT.format(left=left, seeds=seeds, are=are, gone=_gone(study), error=error, total=total)
+    share = 100 * SIGNIFICANCE * study.looks.next_share
+    return ("" if _is_planned(study) else NOT_PLANNED) + USED_UP.format(seeds=seeds, share=share, total=total)
+
+
+def _is_planned(study: Study) -> bool:
+    """Return whether the number of seeds after which the study decides was planned, and is not that of a first look."""
+    return study.planned == study.looks.planned
+
+
+def _decisive_seeds(study: Study) -> str:
+    """Return the seeds after which the study decides, in words. Runs of the first look that had not ended count too."""
+    return f"{study.looks.planned:.3g} {'planned seeds' if _is_planned(study) else 'seeds of the first look'}"
+
+
+def _gone(study: Study) -> str:
+    """Return that the number of seeds counts runs that are not here any more; "" if it does not."""
+    return GONE.format(number=len(study.gone)) if study.gone else ""
+
+
+def _error_of_planned(study: Study) -> str:
+    """Return how often all looks up to the planned number of seeds err together."""
+    return EXCEEDED.format(total=100 * SIGNIFICANCE * (1 + study.excess)) if study.excess else KEPT
+
+
+def look_in_words(inputs: ReportInputs) -> str:
+    """Return a line for the terminal: which look a report is, and what the next one costs; "" for what is no look."""
+    study, looks = inputs.study, inputs.study.looks
+    if inputs.search or inputs.observed or study.unwritten or not study.testable:
+        return ""
+    at = f" (at the {_decisive_seeds(study)})" if seeds_left(study) else ""
+    share = 100 * SIGNIFICANCE * looks.next_share
+    return NEXT_LOOK.format(number=looks.place + 1, runs=printable(study.name or "these runs"), at=at, share=share)
 
 
 def seeds_left(study: Study) -> int:
@@ -229,8 +267,7 @@ def seeds_left(study: Study) -> int:
 
 def error_of_more(study: Study, seeds: int | float) -> str:
     """Return that so many seeds are more than planned; "" up to the planned number, and for NaN."""
-    planned = study.looks.planned
-    return BEYOND_PLAN.format(planned=f"{planned:.3g}") if seeds > planned else ""
+    return BEYOND_PLAN.format(seeds=_decisive_seeds(study)) if seeds > study.looks.planned else ""
 
 
 def _claims(number: int) -> str:
