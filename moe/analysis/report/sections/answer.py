@@ -37,7 +37,7 @@ from moe.analysis.report.sections.planned import (
 )
 from moe.analysis.report.sections.search import levels_from_a_search, search_result
 from moe.analysis.report.sections.setup import setup
-from moe.analysis.sentences import enumerated, noun
+from moe.analysis.sentences import enumerated, noun, numbers_in_words
 from moe.config.question import text_of
 from moe.metrics.catalog import lookup
 from moe.results.comparable import several_tokenizers
@@ -58,8 +58,12 @@ Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
 ONE_SEED = "With one seed nothing tells a difference from chance. Train three or more: `seed=42,43,44`"
 INCOMPLETE = """\
-**Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). A comparison uses the
-seeds that both of its settings have, so complete these seeds before you add others{command}"""
+**Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). Complete these seeds before you
+add others{command}"""
+UNEVEN = """\
+**Differences and means are over different seeds**, because some settings have no result of {seeds}. A difference,
+with its interval and test, is over the seeds that both of its settings have. A mean in a table or figure is over all
+seeds of its setting, so two means can differ by another number."""
 OTHER_CODE = """\
 **The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
 to the code."""
@@ -153,6 +157,15 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
     yield TableBlock(pd.DataFrame(rows))
 
 
+def _uneven_seeds(inputs: ReportInputs) -> list[int]:
+    """Return the seeds of which some settings have a finished run, and others, which have any, do not."""
+    runs = inputs.runs[inputs.runs["status"] == "finished"].assign(setting=inputs.condition)
+    if inputs.crosses_seeds or "seed" not in runs or runs["setting"].nunique() < 2:
+        return []
+    seeds = runs.groupby("setting")["seed"].agg(set)
+    return sorted(int(seed) for seed in set.union(*seeds) - set.intersection(*seeds))
+
+
 def _commits_of_settings(inputs: ReportInputs) -> str:
     """Return the commits of the code that trained these settings; "" if it was the same for all of them."""
     runs = inputs.runs[inputs.runs["status"] == "finished"].assign(setting=inputs.condition).dropna(subset="commit")
@@ -180,6 +193,8 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
             runs=sum(lacking.values()),
             command=f": `{command}`" if command else "",
         )
+    if seeds := _uneven_seeds(inputs):
+        yield UNEVEN.format(seeds=f"seed{'s' * (len(seeds) > 1)} {numbers_in_words(seeds)}")
     yield from warnings_of_looks(inputs.study)
     yield from warnings_of_decisions(inputs)
     yield from warnings_of_margins(inputs)
