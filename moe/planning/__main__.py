@@ -74,7 +74,7 @@ OUT_OF_REACH = """\
 A claim that needs over {most} seeds is out of reach. Longer runs differ less, so they need fewer seeds."""
 LARGER = "If an effect has this size or more, {most} seeds are enough for all claims about its metric:"
 OWN_SEEDS = "{note}. So what follows is for as many seeds as the experiment has."
-TWICE = "commands, one after the other: the first trains the {trials} runs that tune, the second those that judge"
+TWICE = "command, which must be given twice: first it trains {}, then, given again, {}"
 NOTES = """\
 The time was measured, and depends on what else ran on the machine. Power is that of a test that must pass alone. After
 other tests of its family passed, fewer seeds would do."""
@@ -225,7 +225,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _wrapped(f"{about}, from {plan.seconds_from}")
     yield from _wrapped(NOTES)
     if plan.trials:
-        yield from (*_wrapped(TWICE.format(trials=plan.trials)), f"  {plan.command}", f"  {plan.command}")
+        yield from (*_wrapped(TWICE.format(*plan.stages)), f"  {plan.command}")
     else:
         yield f"command: {plan.command}"
 

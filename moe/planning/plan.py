@@ -80,6 +80,12 @@ class Plan(NamedTuple):
         return self.settings * len(self.seeds) + self.trials
 
     @property
+    def stages(self) -> list[str]:
+        """What the command trains; of an experiment that tunes, that and what the same command trains after it."""
+        tuning, judging = (f"{n} run{'s' * (n != 1)}" for n in (self.trials, self.runs - self.trials))
+        return [f"{tuning} for tuning", f"{judging} for judging"] if self.trials else [judging]
+
+    @property
     def note(self) -> str:
         """Why no claim has a number of seeds; "" if one has."""
         if any(each.seeds for each in self.needs):
@@ -92,7 +98,7 @@ class Plan(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plan.json has it.
 
-        `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
+        `command_trains` has an entry for each time that the command must be given. `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
         Effects, spreads and means are in units of the metric. If no runs tell a spread, it is null, and effects are in
         standard deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that
         cannot be planned, whose `note` says why. If all claims lack a number, `note` of the plan says why.
@@ -101,6 +107,7 @@ class Plan(NamedTuple):
             "claims": [_need_as_json(each) for each in self.needs],
             "runs": self.runs,
             "command": self.command,
+            "command_trains": self.stages,
             "seeds": self.seeds,
             "settings": self.settings,
             "runs_that_tune": self.trials,

@@ -825,7 +825,9 @@ def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) ->
     lacking = runs[~((runs["noise"] == 0.5) & (runs["seed"] > 2)) & ~((runs["lb"] == 0.01) & (runs["seed"] == 4))]
     text = " ".join(" ".join(map(block_as_markdown, answer(collect_inputs(lacking)[0]))).split())
     assert "Some settings lack seeds that others have** (runs that are missing: 6; seeds 3 and 4)" in text
-    assert "Differences and means are over different seeds**, because some settings have no result of seeds 3, 4" in text
+    assert (
+        "Differences and means are over different seeds**, because some settings have no result of seeds 3, 4" in text
+    )
     assert "over different seeds" not in complete
     diverged = runs.assign(status=runs["status"].where(runs.index != 0, "diverged"))
     text = " ".join(" ".join(map(block_as_markdown, answer(collect_inputs(diverged)[0]))).split())

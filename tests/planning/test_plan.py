@@ -800,14 +800,16 @@ def test_an_effect_that_a_plan_would_refuse_is_no_planned_effect_either() -> Non
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_plan_with_runs_that_tune_prints_both_commands() -> None:
+def test_a_plan_with_runs_that_tune_says_what_its_command_trains_each_time() -> None:
     plan = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"), cells_of([1]))
-    lines = [*_lines(plan)]
-    assert lines[-3:] == [
-        "commands, one after the other: the first trains the 1 runs that tune, the second those that judge",
-        f"  {plan.command}",
-        f"  {plan.command}",
-    ]
+    assert plan.as_json()["command_trains"] == ["1 run for tuning", "5 runs for judging"]
+    *_, said, command = _lines(plan)
+    assert said == (
+        "command, which must be given twice: first it trains 1 run for tuning, then, given again, 5 runs for judging"
+    )
+    assert command == f"  {plan.command}"
+    without = make_plan(REQUEST, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))
+    assert without.as_json()["command_trains"] == ["5 runs"]
 
 
 @pytest.mark.parametrize("words", ["--help", "experiment=scaling effect=1%"])
