@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.comparisons import NAN, Comparison, compared
+from moe.analysis.comparisons import compared
+from moe.analysis.estimates import NAN, Comparison
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.comparisons import claimed_range
+from moe.analysis.estimates import claimed_range
 from moe.analysis.power import Prediction, power, seeds_for
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.studies.published import experiment_claims

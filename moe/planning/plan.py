@@ -98,10 +98,11 @@ class Plan(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plan.json has it.
 
-        `command_trains` has an entry for each time that the command must be given. `effect` of a claim is the distance from its assumed true difference to the nearest bound of what it allows.
-        Effects, spreads and means are in units of the metric. If no runs tell a spread, it is null, and effects are in
-        standard deviations of the paired differences. What is unknown is null: `reachable` and `seeds` of a claim that
-        cannot be planned, whose `note` says why. If all claims lack a number, `note` of the plan says why.
+        `command_trains` has an entry for each time that the command must be given. `effect` of a claim is the distance
+        from its assumed true difference to the nearest bound of what it allows. Effects, spreads and means are in units
+        of the metric. If no runs tell a spread, it is null, and effects are in standard deviations of the paired
+        differences. What is unknown is null: `reachable` and `seeds` of a claim that cannot be planned, whose `note`
+        says why. If all claims lack a number, `note` of the plan says why.
         """
         return {
             "claims": [_need_as_json(each) for each in self.needs],

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from moe.analysis.comparisons import NO_SPREAD, claimed_range, compared, mean_compared_with, timed
+from moe.analysis.comparisons import compared, mean_compared_with, timed
+from moe.analysis.estimates import NO_SPREAD, claimed_range
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.statistics import spread_interval
 from moe.config.claim import ClaimConfig

@@ -18,7 +18,8 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
-from moe.analysis.comparisons import NO_SPREAD, ONE_SEED, compared
+from moe.analysis.comparisons import compared
+from moe.analysis.estimates import NO_SPREAD, ONE_SEED
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
 from moe.analysis.sentences import contrast_sentence

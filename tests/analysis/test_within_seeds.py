@@ -10,7 +10,8 @@ from scipy import stats
 from statsmodels.formula.api import ols
 
 from moe.analysis.claims import judge
-from moe.analysis.comparisons import NO_SPREAD, ONE_SEED_CONNECTS, compared
+from moe.analysis.comparisons import compared
+from moe.analysis.estimates import NO_SPREAD, ONE_SEED_CONNECTS
 from moe.analysis.power import PAIRED
 from moe.analysis.within_seeds import contrast, estimator
 from moe.config.claim import ClaimConfig

@@ -63,9 +63,9 @@ LOOKS = """\
 Whoever adds seeds and looks again has more chances of an error. Therefore each report is written down as a look, in
 looks.json beside the runs, and the looks share the level of a test. Up to the planned number of seeds the shares add
 up to 1: an early look gets little, and the last one nearly everything. If nobody planned a number, that of the first
-look decides. Each look after that number was reached gets a fifth of the level of the one before. What
-counts is how many runs a setting had in all reports, on average, so a report about other runs, or about fewer, is a
-look too. So is a report about a metric or a reference level that no report before had asked for."""
+look decides. Each look after that number was reached gets a fifth of the level of the one before. What counts is how
+many runs a setting had in all reports, on average, so a report about other runs, or about fewer, is a look too. So
+is a report about a metric or a reference level that no report before had asked for."""
 ONLY_DESCRIBES = """\
 All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone, and
 for a single look: other looks at these runs do not widen it. Only the intervals of a league have the level of the look.
