@@ -1057,7 +1057,7 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     assert text.count(doubt) == 2, "a card, and a sentence"
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
-    with pytest.raises(ValueError, match=r"^reference router=topkk: allowed are expert_choice, topk$"):
+    with pytest.raises(ValueError, match=r"^--reference router=topkk: allowed are expert_choice, topk$"):
         write_report(load_runs([tmp_path / "r"]), tmp_path / "out", ReportOptions(references={"router": "topkk"}))
 
 
