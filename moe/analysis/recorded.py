@@ -234,16 +234,29 @@ def record_look(
         for run, setting in sorted(present.runs.items()):
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
         results = {os.path.relpath(run, folder): study.runs[run].result for run in present.runs}
-        here = look._replace(runs=ended, results=results)
         try:
-            with FileLock(folder / f"{LooksRecord.FILE}.lock", timeout=LONGEST_WAIT):  # of other reports
-                looks = looks_in(folder)
-                of_experiment = looks.get(study.name, [])
-                if not any(_same(each, here) for each in of_experiment):
-                    LooksRecord(looks=looks | {study.name: [*of_experiment, here]}).write(folder / LooksRecord.FILE)
+            _add(look._replace(runs=ended, results=results), folder, study.name)
         except (OSError, NotImplementedError):  # the second: the file system has no locks
             written = False
     return written
+
+
+def _add(look: Look, folder: Path, name: str) -> None:
+    """Add a look at an experiment to looks.json of a sweep folder, unless it is there.
+
+    Raises OSError or NotImplementedError if the folder cannot be written to, or has no locks.
+    """
+
+    def with_look() -> dict[str, list[Look]] | None:
+        looks = looks_in(folder)
+        known = looks.get(name, [])
+        return None if any(_same(each, look) for each in known) else looks | {name: [*known, look]}
+
+    if with_look() is None:
+        return
+    with FileLock(folder / f"{LooksRecord.FILE}.lock", timeout=LONGEST_WAIT):  # other reports may add theirs meanwhile
+        if (looks := with_look()) is not None:
+            LooksRecord(looks=looks).write(folder / LooksRecord.FILE)
 
 
 def _same(look: Look, other: Look) -> bool:

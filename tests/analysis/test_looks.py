@@ -725,6 +725,22 @@ def test_reports_at_one_moment_lose_no_look(runs: pd.DataFrame, monkeypatch: pyt
     assert sorted(look.metrics for look in study_of(runs).earlier) == [["a"], ["b"]]
 
 
+@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+def test_a_look_that_is_written_down_needs_no_lock(
+    error: type[Exception], runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may have become one that cannot be written to, or whose files cannot be locked."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    first = study_of(runs)
+    record_look(runs, first)
+    monkeypatch.setattr("moe.analysis.recorded.FileLock", refuse)
+    assert record_look(runs, study_of(runs))
+    assert not record_look(runs, replace(first, metrics=["a"]))
+
+
 @pytest.mark.parametrize("link", ["multirun", "multirun/sweep", "run"])
 def test_a_folder_is_the_same_study_whatever_link_leads_to_it(link: str, runs: pd.DataFrame, tmp_path: Path) -> None:
     record_look(runs[runs["seed"] < 3], study_of(runs[runs["seed"] < 3]))
