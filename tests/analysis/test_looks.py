@@ -969,7 +969,9 @@ def test_a_margin_is_judged_at_the_level_of_the_look_if_the_first_look_had_it(
     assert Study(earlier=[seen._replace(margins={metric: "0.50"})]).late({metric: 0.5}) == []
     assert Study(earlier=[seen._replace(margins={metric: "much"})]).late({metric: 0.5}) == [metric]
     LooksRecord(looks={"noise_lb_seed": [look._replace(margins={})]}).write(path)
-    with pytest.raises(ValueError, match=f"^margin {metric}=0%: must be positive"):  # also if it came too late to judge
+    with pytest.raises(
+        ValueError, match=f"^--margin {metric}=0%: must be positive"
+    ):  # also if it came too late to judge
         collect_inputs(runs, options._replace(margins={metric: "0%"}))
     late = collect_inputs(runs, options)[0]
     assert "p TOST" not in late.contrasts or late.contrasts["p TOST"].isna().all()
@@ -995,8 +997,9 @@ def test_an_early_look_has_one_level_everywhere(runs: pd.DataFrame) -> None:
     assert all(each % 1 > 0.01 for each in divided)
     assert sorted({*claims["tests"]}) == pytest.approx(sorted({*divided}))
     text = "\n".join(map(block_as_markdown, claim_verdicts(early)))
-    assert f"is multiplied by up to {' or '.join(f'{each:.3g}' for each in sorted({*divided}))}." in text.replace(
-        "\n", " "
+    assert (
+        f"is multiplied by up to {' or '.join(f'{each:.3g}' for each in sorted({*divided}))} to give"
+        in text.replace("\n", " ")
     )
     for each in divided:
         assert f"its level in this look is {level_text(each)}" in text
