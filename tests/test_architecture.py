@@ -60,20 +60,29 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports() -> Iterator[Import]:
-    """Yield every import of every module, including `importlib.import_module("...")` and imports for type checking."""
-    for module, path in modules().items():
-        yield from imports_of(module, path.read_text(encoding="utf-8"))
+def tree_of(module: str) -> ast.Module:
+    """Return the parsed source of a module. Only tests call it: each worker imports this file, and parsing is slow."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
-def imports_of(module: str, source: str) -> Iterator[Import]:
-    """Yield every import in the source of a module, whatever name it gets there."""
-    known, tree = modules(), ast.parse(source)
-    later = {id(node) for block in ast.walk(tree) if _runs_later(block) for node in ast.walk(block)}
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+@cache
+def imports() -> dict[str, list[Import]]:
+    """Return every import of every module, including `importlib.import_module("...")` and imports for type checking."""
+    return {module: [*imports_of(module, tree_of(module))] for module in modules()}
+
+
+def all_imports() -> list[Import]:
+    """Return the imports of all modules as one list."""
+    return [each for found in imports().values() for each in found]
+
+
+def imports_of(module: str, tree: ast.Module) -> Iterator[Import]:
+    """Yield every import in the parsed source of a module, whatever name it gets there."""
+    known, nodes = modules(), [*_nodes(tree)]
+    froms = [node for node, _ in nodes if isinstance(node, ast.ImportFrom)]
     given = [alias for node in froms if node.module in ("importlib", "builtins") for alias in node.names]
     importers = {"__import__", *(alias.asname or alias.name for alias in given)}
-    for node in ast.walk(tree):
+    for node, at_once in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -86,28 +95,29 @@ def imports_of(module: str, source: str) -> Iterator[Import]:
             continue
         assert "moe" not in names, f"{module}:{node.lineno}: import the module that is used, not all of moe"
         for name in dict.fromkeys(names):
-            yield Import(module, name, id(node) not in later)
+            yield Import(module, name, at_once)
+
+
+def _nodes(tree: ast.Module) -> list[tuple[ast.AST, bool]]:
+    """Return every node of a tree, and whether importing the module runs it."""
+    nodes: list[tuple[ast.AST, bool]] = [(tree, True)]
+    for node, at_once in nodes:  # which grows meanwhile
+        at_once = at_once and not _runs_later(node)
+        nodes += [(child, at_once) for child in ast.iter_child_nodes(node)]
+    return nodes
 
 
 def _imports(function: ast.expr, importers: set[str]) -> bool:
     """Return whether a function that is called is one that imports a module by its name."""
-    name = ast.unparse(function)
-    return name in importers or name.endswith((".import_module", ".__import__"))
+    if isinstance(function, ast.Attribute):
+        return function.attr in ("import_module", "__import__")
+    return isinstance(function, ast.Name) and function.id in importers
 
 
 def _runs_later(node: ast.AST) -> bool:
     """Return whether importing a module leaves out the statements in this node: a function, or an import for types."""
-    for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-
-
-IMPORTS = list(imports())
-
-
-@cache
-def imports_by(module: str) -> list[Import]:
-    """Return every import of one module."""
-    return [each for each in IMPORTS if each.importer == module]
 
 
 def package(module: str) -> str:
@@ -119,7 +129,7 @@ def package(module: str) -> str:
 def arrows() -> dict[str, set[str]]:
     """For every package, return the other packages that it imports."""
     found = {name: set() for name in LAYER} | {"train.py": set(), "analyze.py": set()}
-    for each in IMPORTS:
+    for each in all_imports():
         public = each.importer == "moe"  # `import moe` only passes on names of moe.api
         if not public and each.imported.startswith("moe.") and package(each.importer) != package(each.imported):
             name = package(each.importer)
@@ -136,7 +146,7 @@ def reached(start: str) -> frozenset[str]:
         module = to_visit.pop()
         if module not in loaded:
             loaded.add(module)
-            to_visit += [each.imported for each in imports_by(module) if each.at_once]
+            to_visit += [each.imported for each in imports().get(module, []) if each.at_once]
             to_visit += [module.rpartition(".")[0]] if module.startswith("moe.") else []
     return frozenset(loaded)
 
@@ -153,7 +163,7 @@ def reached(start: str) -> frozenset[str]:
     ],
 )
 def test_an_import_is_found_under_any_name(source: str) -> None:
-    assert "torch" in {package(each.imported) for each in imports_of("moe.analysis.claims", source)}
+    assert "torch" in {package(each.imported) for each in imports_of("moe.analysis.claims", ast.parse(source))}
 
 
 def test_every_package_belongs_to_a_layer() -> None:
@@ -164,7 +174,7 @@ def test_every_package_belongs_to_a_layer() -> None:
 def test_imports_go_to_lower_layers_only() -> None:
     upward = {
         (each.importer, each.imported)
-        for each in IMPORTS
+        for each in all_imports()
         if each.importer.startswith("moe.") and each.imported.startswith("moe.")
         if package(each.importer) != package(each.imported)
         and LAYER[package(each.importer)] <= LAYER[package(each.imported)]
@@ -178,8 +188,8 @@ def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_belo
     The base class of data sources is not among them: it is in a layer below.
     """
     named, known = set(), modules()
-    for module, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in known:
+        for node in ast.walk(tree_of(module)):
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
             if text.startswith("moe.") and {text, text.rpartition(".")[0]} & known.keys():
                 ours, theirs = package(module), package(text)
@@ -199,17 +209,19 @@ def test_only_the_base_classes_of_configured_objects_are_named_in_text_from_belo
 )
 def test_forbidden_packages_are_never_imported(importer: str, forbidden: set[str]) -> None:
     """Some packages never import some others, not even inside a function."""
-    found = {(each.importer, each.imported) for each in IMPORTS if package(each.importer) == importer}
+    found = {(each.importer, each.imported) for each in all_imports() if package(each.importer) == importer}
     assert not {pair for pair in found if package(pair[1]) in forbidden}
 
 
 def test_nothing_imports_the_entry_points() -> None:
-    assert not [each for each in IMPORTS if each.imported in ("train", "analyze")]
+    assert not [each for each in all_imports() if each.imported in ("train", "analyze")]
 
 
 def test_only_launching_imports_hydra() -> None:
     """Besides it, only the classes of the configuration import a name of OmegaConf: the mark of a missing value."""
-    users = {each.importer for each in IMPORTS if package(each.imported) in ("hydra", "hydra_plugins", "omegaconf")}
+    users = {
+        each.importer for each in all_imports() if package(each.imported) in ("hydra", "hydra_plugins", "omegaconf")
+    }
     assert {user for user in users if package(user) != "config"} == {
         "moe.launch.cells",
         "moe.launch.claims",
@@ -235,9 +247,9 @@ def test_only_launching_imports_hydra() -> None:
 
 
 def test_the_configuration_takes_one_name_from_omegaconf() -> None:
-    for module, path in modules().items():
+    for module in modules():
         if package(module) == "config":
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(tree_of(module)):
                 if isinstance(node, ast.ImportFrom) and str(node.module).startswith("omegaconf"):
                     assert [alias.name for alias in node.names] == ["MISSING"], module
                 if isinstance(node, ast.Import):
@@ -249,7 +261,7 @@ def test_reading_results_needs_no_torch(module: str) -> None:
     """Importing the module loads no torch. For results and reports this also holds for imports inside functions."""
     loaded = reached(module)
     if package(module) in ("analysis", "results"):
-        loaded |= set().union(*(reached(each.imported) for each in imports_by(module)))
+        loaded |= set().union(*(reached(each.imported) for each in imports()[module]))
     assert not {name for name in loaded if name.split(".")[0] in TORCH}
 
 

@@ -14,6 +14,7 @@ from moe.bench.questions import DTYPES, SHAPES, Shape
 from moe.bench.timing import UNCOUNTED, TimingTable, Variant, relative_table, time_in_turns, timed_device
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.routers.seeding import seed_all
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs
 
@@ -95,7 +96,7 @@ def layer_passes(shape: Shape, *, dtype: torch.dtype) -> dict[str, LayerPass]:
     The limits are a dense layer of equal active FLOPs, and the experts alone, which get equal groups of rows without
     routing. In all variants an expert has three matrices of the same sizes (SwiGLU).
     """
-    torch.manual_seed(0)
+    seed_all(0)
     router = TopK(shape.dim, shape.experts, k=shape.k)
     experts = Experts(shape.experts, shape.dim, hidden=shape.ffn, kind="swiglu")
     dense = Experts(1, shape.dim, hidden=shape.k * shape.ffn, kind="swiglu")

@@ -66,14 +66,16 @@ def spread(weights: Int[np.ndarray, " N"], bins: int, k: int) -> Int[np.ndarray,
     load, shared = np.zeros(bins), np.zeros((bins, bins))
     chosen = np.empty((len(weights), k), dtype=np.int64)
     for row, weight in zip(chosen, weights, strict=True):
-        left, common = load.copy(), load
+        left = load.copy()
         for place in range(k):
-            light = left < left.min() + weight
-            row[place] = np.where(light, common, np.inf).argmin()
+            if place == 0:
+                row[0] = left.argmin()
+            else:
+                common = shared[row[:place]].sum(0)
+                row[place] = np.where(left < left.min() + weight, common, np.inf).argmin()
             left[row[place]] = np.inf
-            common = shared[row[: place + 1]].sum(0)
         load[row] += weight
-        shared[np.ix_(row, row)] += weight
+        shared[row[:, None], row] += weight
     return chosen
 
 

@@ -20,6 +20,17 @@ class Initializable(Protocol):
         """
 
 
+def seed_all(seed: int) -> None:
+    """Seed the random numbers of every device, as `torch.manual_seed` does, which takes a millisecond without a GPU.
+
+    It notes a stack trace for each kind of device that this PyTorch knows, in case that one is used later.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def seeded(name: str, *shapes: torch.Size) -> Iterator[None]:
     """Draw the random numbers inside from a generator seeded by `torch.initial_seed()`, the name and the shapes.
@@ -29,7 +40,5 @@ def seeded(name: str, *shapes: torch.Size) -> Iterator[None]:
     identity = f"{torch.initial_seed()} {name} {[list(shape) for shape in shapes]}"
     seed = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) >> 1
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_available():  # without a GPU, PyTorch would note a stack trace for each of these calls
-            torch.cuda.manual_seed_all(seed)
+        seed_all(seed)
         yield

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe.routers.base import Router
+from moe.routers.seeding import seed_all
 from moe.routing.decision import LABELS, Context, Knobs
 from moe.testing.inputs import (
     D,
@@ -91,7 +92,7 @@ def a_schedulable_router_uses_the_temperature(make: Make) -> None:
     outputs = []
     for temperature in (1.0, 3.0):
         layer = random_layer(make)
-        torch.manual_seed(0)
+        seed_all(0)
         outputs.append(run_as_second_layer(layer, x, Context(ids, Knobs.of(temperature=temperature))).y)
     advice = "context.knobs.temperature changes nothing: divide the logits by it, or set `schedulable = False`"
     hold(not torch.equal(*outputs), advice)
@@ -125,7 +126,7 @@ def _ignores_later_tokens(make: Make, capacity: float | None, *, training: bool)
     layer = random_layer(make).train(training)
 
     def output(tokens: Tensor, token_ids: Tensor) -> Tensor:
-        torch.manual_seed(0)  # so that a router that draws random numbers draws the same ones for both inputs
+        seed_all(0)  # so that a router that draws random numbers draws the same ones for both inputs
         return run_as_second_layer(layer, tokens, context(token_ids, capacity=capacity)).y
 
     before = output(x, ids)[0, :5]

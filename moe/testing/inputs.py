@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from moe.model.experts import Experts
 from moe.model.layer import LayerOutput, MoELayer
 from moe.routers.base import Router
+from moe.routers.seeding import seed_all
 from moe.routing.decision import Context, Knobs, Routing, TrainingText
 from moe.testing.law import Make
 
@@ -18,7 +19,7 @@ TEXT = TrainingText(torch.arange(1000), ("first", "second"))
 
 def random_router(make: Make) -> Router:
     """Return a router whose parameters and buffers are all drawn at random, so that each of them has an effect."""
-    torch.manual_seed(0)
+    seed_all(0)
     router = make(D)
     for tensor in (*router.parameters(), *router.buffers()):
         if tensor.is_floating_point():

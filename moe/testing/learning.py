@@ -10,6 +10,7 @@ from moe.config.schema import Config
 from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.routers.seeding import seed_all
 from moe.routing.dispatch import dispatch
 from moe.routing.loss_table import COSTLY
 from moe.routing.losses import auxiliary
@@ -102,7 +103,7 @@ def training_gradients(make: Make, **settings: Any) -> Tensor:
     config = Config(**(OFF | settings))
     layer = random_layer(make)
     layer_context = context(token_ids(), noise=config.noise, capacity=config.capacity)
-    torch.manual_seed(0)
+    seed_all(0)
     costly = frozenset(key for key in COSTLY if getattr(config, key))
     for _ in range(2):  # micro-batches: a router may draw at random what it does with one
         output = layer(hidden_states(), layer_context._replace(drop=config.drop, costly=costly))
@@ -121,7 +122,7 @@ def a_loaded_state_goes_on_as_the_saved_one(make: Make) -> None:
     x, ids = hidden_states(), token_ids()
     layers: list[MoELayer] = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
+        seed_all(seed)
         router = make(D)
         router.initialize(0.5)
         layers.append(MoELayer(router, layers[0].experts if layers else Experts(E, D, hidden=F, kind="silu")))
@@ -132,7 +133,7 @@ def a_loaded_state_goes_on_as_the_saved_one(make: Make) -> None:
 
     def results(layer: MoELayer) -> list[Any]:
         """Return what the layer computes in training and in evaluation. Then let its router learn from a step."""
-        torch.manual_seed(0)
+        seed_all(0)
         outputs = [run_as_second_layer(layer.train(mode), x, context(ids, noise=0.1)) for mode in (False, True)]
         weights = layer.router.loss_weights
         for link in layer.router.chain:

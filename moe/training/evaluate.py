@@ -23,6 +23,7 @@ from moe.metrics.purity import domain_agreement
 from moe.metrics.summary import drop_rate_by_position, summarize, utilization
 from moe.model.causal_lm import MoEForCausalLM
 from moe.routers.base import Router
+from moe.routers.seeding import seed_all
 from moe.routing.decision import Knobs, Routing, count
 from moe.routing.stats import RoutingStats
 from moe.runs.documents import DocumentLosses, write_documents
@@ -162,7 +163,7 @@ def _run(
     many the model predicts), the sums for routing metrics: none, those of the model's routers, or these and those
     of an adapter's routers, and the loads by domain.
     """
-    torch.manual_seed(blocks.start)  # for drop=random
+    seed_all(blocks.start)  # for drop=random
     read = batch(data, blocks).to(model.device)
     compared = compared_tokens(blocks, read.ids.shape[1]).to(model.device)
     output = model(**read.inputs, compared=compared, **context)

@@ -24,6 +24,7 @@ from moe.model.parts import Parts, freeze, learning_routers, parts
 from moe.model.replay import check_tokenizer
 from moe.model.upcycle import upcycle
 from moe.routers.base import Router
+from moe.routers.seeding import seed_all
 from moe.routing.decision import TrainingText
 from moe.runs.collapse import quiet_steps
 from moe.training import parallel, process
@@ -177,7 +178,7 @@ def build_model(config: Config, *, vocab_size: int | None = None) -> MoEForCausa
     Parameters that do not train (key `trainable`) need no gradient.
     """
     init_seed, _ = config.seeds
-    torch.manual_seed(init_seed)
+    seed_all(init_seed)
     settings = MoEConfig.of(config.model, config.router, vocab_size=vocab_size, seq_len=config.data.seq_len)
     if config.model.dense is not None:
         model = upcycle(settings, config.model)

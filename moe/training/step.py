@@ -21,6 +21,7 @@ from moe.distributed import ranks
 from moe.distributed.sharding import global_norm, local_part
 from moe.metrics.formulas import Sums
 from moe.metrics.summary import fetch, summarize
+from moe.routers.seeding import seed_all
 from moe.routing.decision import Knobs
 from moe.routing.stats import RoutingStats
 from moe.runs.collapse import sentences
@@ -132,7 +133,7 @@ def accumulate_gradients(training: Training, step: int, knobs: Knobs) -> tuple[l
     micro_numbers = range(ranks.rank(), config.grad_accum, ranks.world_size())
     for number in micro_numbers:
         blocks = batches[number].to(accelerator.device)
-        torch.manual_seed(micro_batch_seed(data_seed, step, number))
+        seed_all(micro_batch_seed(data_seed, step, number))
         inputs = PassInput(blocks.ids, blocks.labels, blocks.position_ids, blocks.told, *knobs, load)
         weights = LossWeights(shares[number], router_weights, beside_weights, passes=len(micro_numbers))
         # DDP exchanges gradients in the backward pass of the last micro-batch only.
