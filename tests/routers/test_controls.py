@@ -98,6 +98,21 @@ def test_spread_puts_each_number_into_the_bin_with_the_smallest_sum() -> None:
     assert spread(np.array([5, 4, 3, 2]), bins=2, k=1).tolist() == [[0], [1], [1], [0]]
 
 
+def test_spread_follows_its_rule_also_where_weights_and_loads_are_equal() -> None:
+    weights, k = [9, 5, 5, 4, 4, 4, 2, 1, 1, 1, 1, 1], 3
+    load, shared = [0] * 5, [[0] * 5 for _ in range(5)]
+    for weight, chosen in zip(weights, spread(np.array(weights), 5, k).tolist(), strict=True):
+        row: list[int] = []
+        while len(row) < k:
+            left = [b for b in range(5) if b not in row]
+            light = [b for b in left if load[b] < min(load[b] for b in left) + weight]
+            row.append(min(light, key=lambda b: sum(shared[a][b] for a in row) if row else load[b]))
+        assert chosen == row
+        for a in row:
+            load[a] += weight
+            shared[a] = [old + weight * (b in row) for b, old in enumerate(shared[a])]
+
+
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (16, 4), (9, 2)])
 def test_balanced_hash_combines_all_pairs_of_experts_evenly(experts: int, k: int) -> None:
     """All pairs of experts share tokens, and with equally frequent ids they share equally many.
