@@ -67,6 +67,7 @@ from moe.analysis.report.sections.provenance import differences
 from moe.analysis.report.sections.routing import LAYERS_DIFFER, routing_by_layer
 from moe.analysis.report.sections.setup import setup
 from moe.analysis.report.sections.terms import terms
+from moe.analysis.report.sections.verdicts import contrast_verdicts
 from moe.analysis.statistics import contrasts
 from moe.analysis.studies.published import read_published
 from moe.api import compare
@@ -419,7 +420,7 @@ def test_a_reference_applies_to_the_experiments_that_have_this_level(published: 
         write_run(tmp_path / "multirun" / "other" / f"lb={lb},seed={seed}", metrics, seed=seed, noise=0.0, lb=lb)
     _, *parts = collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 0.01}))
     assert [set(part.contrasts.query("factor == 'lb'")["reference"]) for part in parts] == [{0.01}, {0.0}]
-    with pytest.raises(ValueError, match=r"reference lb=7: allowed are 0.0, 0.01, 0.02"):
+    with pytest.raises(ValueError, match=r"^--reference lb=7: allowed are 0.0, 0.01, 0.02"):
         collect_inputs(load_runs([tmp_path / "multirun"]), ReportOptions(references={"lb": 7}))
 
 
@@ -1038,6 +1039,21 @@ def test_the_forest_plot_has_one_row_per_contrast() -> None:
         "filled: significant after Holm's correction"
     )
     assert len({line.get_color() for line in points}) == 3, "undecided, above zero, below zero"
+
+
+@pytest.mark.parametrize("others", [0.0, 0.3])
+def test_a_load_that_is_even_by_construction_is_said_to_be_so(others: float, tmp_path: Path) -> None:
+    """The loads tell it, not the name of a router: it is exactly even in each run of the setting."""
+    for seed, even in product((1, 2, 3), (True, False)):
+        cv = others * (seed < 3) if even else 0.3 + seed / 100
+        metrics = {"val/perplexity": 3.0 + seed, "routing/load_cv": cv, "routing/load_cv/pooled": cv}
+        write_run(tmp_path / f"{even},{seed}", metrics, causal=not even, seed=seed)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    for section in (condition_table, contrast_verdicts):
+        text = "".join(map(block_as_markdown, section(inputs)))
+        said = "The load CV is exactly 0 in every run of router=expert_choice (not causal)."
+        assert text.count(said) == (not others)
+        assert ("by construction" in text) == (not others)
 
 
 def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tests of what must hold for every router: for each yaml in conf/router and each arm of the SPECTRA ablation."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -16,12 +17,14 @@ from moe.config.classes import build, locate
 from moe.config.keys import OFF
 from moe.config.options import CONF, router_spec
 from moe.config.schema import Config
+from moe.metrics.catalog import METRICS
 from moe.model.causal_lm import MoEOutput
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.base import Router
 from moe.routers.topk import TopK
 from moe.routing.decision import Context, Knobs, Routing, TrainingText, document_positions
+from moe.routing.dispatch import dispatch
 from moe.routing.stats import RoutingStats
 from moe.testing import inputs, learning
 from moe.testing.inputs import B, E, S, context
@@ -157,6 +160,20 @@ def test_every_router_holds_every_law(spec: Spec, law: str) -> None:
     if (law, spec.name) not in EXCEPTIONS:
         settings = {key: value for key, value in spec.settings.items() if key != "_target_"}
         testing.check_law(law, spec.settings["_target_"], **settings)
+
+
+def test_the_metric_of_the_load_names_the_routers_that_make_it_even_by_construction() -> None:
+    """Their loads are exactly even in evaluation, whatever the parameters and the tokens are."""
+
+    def is_even(spec: Spec) -> bool:
+        router = inputs.random_router(spec.make).eval()
+        states = [torch.randn(B * S, inputs.D, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+        routed = [router.chain[0](x, context(inputs.token_ids())) for x in states]
+        loads = [dispatch(routing, E, capacity=None, seq_len=S).offered for routing in routed]
+        return all(len(load.unique()) == 1 for load in loads)
+
+    even = [path.stem for path in YAMLS if is_even(BY_NAME[path.stem])]
+    assert set(re.findall("`(\\w+)`", METRICS["routing/load_cv"].meaning)) == set(even)
 
 
 @pytest.mark.parametrize("corner", CORNERS, ids=lambda spec: spec.name)

@@ -8,6 +8,9 @@ ENTRIES = (
         "routing/load_cv",
         "std(c) / mean(c), ddof 0",
         "Coefficient of variation of the load. 0 is balanced; at most sqrt(E/K - 1) if K is fixed. "
+        "It is always 0 where each expert takes equally many tokens by construction, as with `expert_choice` and "
+        "`soft_moe`, or where each token takes all experts; a comparison with them says nothing about learning. Token "
+        "ids or labels that choose the experts decide it too. "
         "The noise study calls `/pooled` expert usage CV.",
         "load CV over experts",
         "balance",

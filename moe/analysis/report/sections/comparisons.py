@@ -5,8 +5,19 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.learned import NO_VERDICT
-from moe.analysis.report.blocks import BulletList, Details, Facts, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.blocks import (
+    BulletList,
+    Details,
+    Facts,
+    Heading,
+    Paragraph,
+    ReportBlock,
+    TableBlock,
+    csv_file,
+    literal,
+)
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import noise_floor, with_intervals
 from moe.metrics.catalog import lookup
 from moe.results.conditions import ADAPTER_ROUTING, ROUTING, present, spread_table, summary
@@ -20,6 +31,11 @@ OBSERVED_EXPLAINED = "Values of the evaluation. There is one, so it has no sprea
 CONDITIONS_EXPLAINED = """\
 Values of the final evaluation: mean ± sample standard deviation (ddof=1) over n seeds. "± 0" means that every seed has
 the same value, and "± –" that there is one seed."""
+EVEN_LOADS = """\
+The load CV is exactly 0 in every run of {settings}. No training does that: each expert gets equally many tokens by
+construction. So a comparison of this balance with that of another setting says how a router is built, and nothing about
+what it learned."""
+MOST_NAMED = 5  # settings that a sentence names
 COLUMNS = {  # of the table of contrasts
     "difference": "level minus reference, averaged over paired seeds; `ci_low` and `ci_high` are its 95 % t interval",
     "p": "of the paired t test",
@@ -76,7 +92,19 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
             table = spread_table(means[means["metric"].isin(metrics)])[[*inputs.factors, *metrics, "n seeds"]]
             heads = {name: _with_unit(name).removeprefix(prefix) + _layers(name, metrics) for name in table}
             yield TableBlock(table.rename(columns=heads))
+    yield from even_loads(inputs)
     yield csv_file("conditions", with_intervals(means), "the same with 95 % t intervals.")
+
+
+def even_loads(inputs: ReportInputs) -> Iterator[Paragraph]:
+    """Yield which settings have an even load by construction, if any: it is exactly even in all of their runs."""
+    if "routing/load_cv" not in inputs.runs:
+        return
+    loads = inputs.runs["routing/load_cv"].astype(float).groupby(inputs.condition, sort=False)
+    even = [str(name) for name, values in loads if (values.dropna() == 0).all() and values.notna().any()]
+    more = [f"{len(even) - MOST_NAMED} more"] if len(even) > MOST_NAMED else []
+    if even:
+        yield Paragraph(EVEN_LOADS.format(settings=enumerated([*map(literal, even[:MOST_NAMED]), *more])))
 
 
 def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:

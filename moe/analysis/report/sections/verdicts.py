@@ -18,6 +18,7 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import OF_CLAIMS, Family, ReportInputs
+from moe.analysis.report.sections.comparisons import even_loads
 from moe.analysis.report.sections.headline import later_tokens
 from moe.analysis.sentences import (
     DETECTABLE,
@@ -34,6 +35,7 @@ from moe.analysis.sentences import (
     standing,
 )
 from moe.config.claim import OURS
+from moe.metrics.catalog import lookup
 from moe.results.comparable import several_tokenizers
 
 TITLES = {
@@ -183,6 +185,8 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Paragraph(POST_HOC.format(references=literal(", ".join(names))))
     if inputs.learned_little:
         yield Paragraph(NO_VERDICT)
+    if any(metric is not None and metric.group == "balance" for metric in map(lookup, rows["metric"].unique())):
+        yield from even_loads(inputs)
     sentences: dict[str, list[str]] = {}
     for _, contrast in rows.iterrows():
         sentences.setdefault(standing(contrast), []).append(_verdict(contrast, inputs))
