@@ -16,7 +16,7 @@ from moe.config.options import CONF, options, search_path
 from moe.files import sha256, write_json
 from moe.launch.cells import Start
 from moe.launch.compose import compose_config, composing
-from moe.launch.flops import forward_flops
+from moe.launch.flops import training_flops
 from moe.launch.help import WIDTH
 from moe.launch.overrides import DEFAULTS, parse_override
 from moe.launch.tuning import runs_of
@@ -116,7 +116,7 @@ def _training(overrides: tuple[str, ...]) -> tuple[int, int]:
     assert isinstance(model, dict)
     router = {key: value for key, value in router.items() if "${" not in str(value)}  # from results to come
     settings = [{str(key): value for key, value in part.items()} for part in (model, router)]
-    return tokens, 3 * tokens * forward_flops(
+    return tokens, tokens * training_flops(
         *settings, vocab_size=composed.data.vocab_size, seq_len=composed.data.seq_len
     )
 

@@ -121,6 +121,18 @@ class TrainingFlops:
         self.total += float(tokens * self._token + experts)
 
 
+def training_flops_per_token(model: MoEForCausalLM, seq_len: int) -> int:
+    """Return the FLOPs that one token is going to cost in training, with the number of experts that a router aims at.
+
+    They are three times those of `flops_per_token`, and those of the experts that run for a router alone.
+    """
+    counted = TrainingFlops(model, seq_len)
+    routers = [layer.router for layer in (*model.moe_layers, *model.beside_layers)]
+    alone = [float(router.num_experts if router.trains_all_experts else 0) for router in routers]
+    counted.add(1, [router.experts_per_token(seq_len) for router in routers], alone)
+    return round(counted.total)
+
+
 def attention_flops(config: Any, seq_len: int) -> int:
     """Return the FLOPs of attention scores and values of one token, in the mean over a sequence.
 

@@ -48,6 +48,8 @@ class Router(nn.Module):
     - `weights_elsewhere = True`: it has no parameters, but an imported model has them, so that they train nevertheless.
     - `learns_from_outputs = True`: the layer sets `Routing.feedback` to the sum of the outputs of each expert (E * D).
       `after_step` then finds it in the sums of the step.
+    - `trains_all_experts = True`: it gives `Routing.dense_weight`, so that in training all experts run on all tokens. A
+      training step then costs more than three forward passes.
     - `adds_output = True`: `Routing.added` is not zero before anything is learned, such as a share of the input.
     - `replays`: the folder of the run whose model decides, and the checksum of that model. The decoder then sets
       `Context.given`.
@@ -95,6 +97,7 @@ class Router(nn.Module):
     reads_earlier_tokens: bool = False
     weights_elsewhere: bool = False
     learns_from_outputs: bool = False
+    trains_all_experts: bool = False
     adds_output: bool = False
     replays: tuple[str, str | None] | None = None
     uses_ids: bool = False

@@ -25,6 +25,8 @@ class DenseMixer(TopK):
         softmax_all: p itself.
     """
 
+    trains_all_experts = True
+
     def __init__(
         self, dim: int, num_experts: int, *, k: int = 2, gate: Literal["renorm", "softmax_all"] = "renorm"
     ) -> None:

@@ -102,6 +102,14 @@ def the_layer_returns_the_weighted_sum_of_experts(make: Make) -> None:
 
 
 @law
+def dense_weights_are_declared(make: Make) -> None:
+    """A router declares `trains_all_experts` if and only if it gives `Routing.dense_weight` in training."""
+    for router in random_router(make).train().chain:
+        given = router(hidden_states().view(-1, D), context(token_ids())).dense_weight is not None
+        hold(given == router.trains_all_experts, f"`trains_all_experts` must be {given}, as for `Routing.dense_weight`")
+
+
+@law
 def fixed_k_is_right(make: Make) -> None:
     """With `fixed_k`, every token gets that many experts for every input, in training and evaluation."""
     router = random_router(make)

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import torch
 import yaml
 
 from moe.config.options import CONF, options
 from moe.launch import resolvers
 from moe.launch.command_line import read_cells
 from moe.launch.flops import equal_flops, forward_flops
+from moe.model.causal_lm import MoEConfig, MoEForCausalLM
+from moe.model.cost import TrainingFlops
 
 LEAGUE = (CONF / "experiment" / "router_league.yaml").read_text()
 
@@ -55,3 +58,19 @@ def test_the_runs_of_a_budget_cost_the_budget() -> None:
         tokens = cell.config.steps * cell.config.batch_size * cell.config.grad_accum * cell.config.data.seq_len
         assert 3 * tokens * cost_of(cell) == pytest.approx(1e12, rel=0.02)
     assert len({cell.config.steps for cell in cells}) > 1
+
+
+@pytest.mark.parametrize("router", ["topk", "dense_mixer", "matryoshka", "soft_moe", "chain_of_experts"])
+def test_a_budget_counts_what_training_spends(router: str) -> None:
+    """It counts the experts that the steps ran, those that run for a router alone too; k may be drawn at random."""
+    words = ["variant=budget_small", "seed=42", f"router={router}", "model.dim=16", "model.ffn=32", "model.heads=2"]
+    [cell] = read_cells([*words, "model.layers=2", "data.seq_len=32", "batch_size=2"]) or []
+    config, draws = cell.config, 200 if router == "matryoshka" else 1
+    settings = MoEConfig.of(config.model, config.router, vocab_size=config.data.vocab_size, seq_len=32)
+    model = MoEForCausalLM(settings, trusted=True).train()
+    ids = torch.randint(config.data.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    spent = TrainingFlops(model, 32)
+    for _ in range(draws):
+        stats = model(input_ids=ids).stats
+        spent.add(64, stats.kept.sum(-1).tolist(), stats.forward_only.tolist())
+    assert 64 * config.steps * spent.total / (64 * draws) == pytest.approx(1e12, rel=0.02)
