@@ -95,8 +95,9 @@ def tuned_equally(trials: pd.DataFrame) -> str:
     fewer = [arm for applying, budgets in alike.items() if len(applying) < len(keys) for arm in budgets]
     told = ", ".join(fewer) if len(fewer) <= NAMED else f"{len(fewer)} settings"
     but = f"; {names} {'do not all' if keys[1:] else 'does not'} apply to {told}" if fewer else ""
-    same = f"the same {number} values of {names}, with seeds {', '.join(map(str, seeds))}"
-    return f"tuned equally: yes, each setting of {arms} has {same}, which judge nothing{but}"
+    listed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    idle = f"with {listed}, which judge{'s' * (len(seeds) == 1)} nothing"
+    return f"tuned equally: yes, each setting of {arms} has the same {number} values of {names}, {idle}{but}"
 
 
 def _keys_and_factors(trials: pd.DataFrame) -> tuple[list[str], list[str]]:

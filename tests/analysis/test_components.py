@@ -106,7 +106,7 @@ def test_a_report_about_crossed_seeds_answers_where_the_spread_comes_from(tmp_pa
     _, *texts = [block.text for block in blocks if isinstance(block, Paragraph)]
     shares = "23 % is due to the initial weights, 75 % to the order of the data, noise and dropout, and 2 % to both"
     assert texts[0].startswith(f"**Answer:** Of the variance of the validation perplexity between runs, {shares}")
-    assert "those of the three with 95 % intervals: 1.7 [0, 56], 3.2 [0, 100] and 0.5 [0.22, 16]" in texts[0]
+    assert "in the same order and with 95 % intervals, are 1.7 [0, 56], 3.2 [0, 100] and 0.5 [0.22, 16]." in texts[0]
     assert "2 x 2 seeds" in texts[0]
     assert shares in texts[1], "the metric that was asked for"
     assert not any(isinstance(block, Cards | BulletList) for block in blocks), "no comparison, no advice"

@@ -75,6 +75,8 @@ def test_budgets_are_equal_only_if_all_runs_ended(sweep: Path) -> None:
     trials = parts(sweep)[2].trials
     same = f"each setting of noise has the same 3 values of {RATE}, with seeds 1, 2"
     assert tuned_equally(trials) == f"tuned equally: yes, {same}, which judge nothing"
+    one = tuned_equally(trials[trials["seed"] == 2])
+    assert one == f"tuned equally: yes, {same.replace('seeds 1, 2', 'seed 2')}, which judges nothing"
     change_record(sweep / "noise=0.1,rate=0.02,seed=2", status="failed", error="Diverged: not finite", facts=None)
     trials = parts(sweep)[2].trials
     assert tuned_equally(trials).startswith("tuned equally: yes")

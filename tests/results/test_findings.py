@@ -120,10 +120,10 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
     (LEAGUE, "with experts of width {}, so", lambda: {*of_router("soft_moe", FFN), *of_router("spectra", FFN)}),
     (
         LEAGUE,
-        "(`router.mean_k={}`); in the end it took {},",
+        "`router.mean_k={}` names; at the end it took {},",
         lambda: [f"{float(of_router('top_p', 'router.mean_k').iloc[0]):g}", f"{experts(LEAGUE, 'top_p'):.2f}"],
     ),
-    (LEAGUE, "its width is made, and {:.0f} in evaluation", lambda: [experts(LEAGUE, "matryoshka")]),
+    (LEAGUE, "In evaluation it takes {:.0f} experts", lambda: [experts(LEAGUE, "matryoshka")]),
     (
         LEAGUE,
         "`oracle`, `shuffled_oracle` and `switch` have {} expert for a token, of {} the width",

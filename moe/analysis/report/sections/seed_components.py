@@ -32,8 +32,9 @@ def spread_sentence(runs: pd.DataFrame, metric: str) -> str:
     ends = enumerated([f"{row.std:.2g} [{row.std_low:.2g}, {row.std_high:.2g}]" for row in found.itertuples()])
     return (
         f"Of the variance of the {noun(metric)} between runs, {init} is due to the {SOURCES[INIT]}, {data} to the "
-        f"{SOURCES[DATA]}, and {both} to {SOURCES['both']} (standard deviation {math.sqrt(total):.2g}; those "
-        f"of the three with 95 % intervals: {ends}; estimated from {weights} x {orders} seeds)."
+        f"{SOURCES[DATA]}, and {both} to {SOURCES['both']}. The standard deviation of a run is {math.sqrt(total):.2g}. "
+        f"Those of its three parts, in the same order and with 95 % intervals, are {ends}. They are estimated from "
+        f"{weights} x {orders} seeds."
     )
 
 
