@@ -41,6 +41,19 @@ def run_script(script: Path, *arguments: str, cwd: Path | None = None) -> subpro
         return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in outputs))
 
 
+def run_ranks(environments: list[dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py in a process for each of these environments, as the ranks of one run.
+
+    The exit status is that of the first process that failed, and the output is that of all of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        processes = [_fork(TRAIN, arguments, outputs, environment=each) for each in environments]
+        statuses = [wait_for_end(each) for each in processes]
+        status = next((each for each in statuses if each), 0)
+        return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in outputs))
+
+
 class TrainCommand:
     """One train.py command that can be started again and again: runs below `root/runs`, output in `root/log`."""
 
@@ -127,11 +140,16 @@ def _fork(
     *,
     cwd: Path | None = None,
     sabotage: Sabotage | None = None,
+    environment: dict[str, str] | None = None,
 ) -> BaseProcess:
-    """Start a script in a process whose standard output and error go to these files; return once it runs."""
+    """Start a script in a process whose standard output and error go to these files; return once it runs.
+
+    environment: the variables of the new process; by default, those of this one.
+    """
     ready = _SERVER.Event()
+    variables = {**os.environ} if environment is None else environment
     process = _SERVER.Process(
-        target=_main, args=(script, list(arguments), outputs, Path(cwd or "."), ready, sabotage, {**os.environ})
+        target=_main, args=(script, list(arguments), outputs, Path(cwd or "."), ready, sabotage, variables)
     )
     process.start()
     assert ready.wait(LIMIT)

@@ -1,12 +1,16 @@
 """Tests that a run on several ranks trains the same model as a run on one rank.
 
-The ranks are real processes. Accelerate starts them with the files in conf/launch/.
+The ranks are real processes. Accelerate starts them with the files in conf/launch/. Where the start is not what is
+tested, they are forked with the variables that Accelerate gives to ranks: each start would import PyTorch three times.
 """
 
 import json
 import math
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from small_runs import untimed
 from torch import Tensor
+from train_processes import TRAIN, run_ranks, run_script
 
 from moe.config.options import CONF, complete
 from moe.distributed import ranks
@@ -26,12 +31,11 @@ from moe.model.causal_lm import MoEForCausalLM
 
 pytestmark = pytest.mark.ranks
 
-TRAIN = str(CONF.parent / "train.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 LAUNCH = {
-    "replicated": [*ACCELERATE, str(CONF / "launch/ddp.yaml"), TRAIN],
-    "sharded": [*ACCELERATE, str(CONF / "launch/fsdp.yaml"), TRAIN],
-    "experts": [*ACCELERATE, str(CONF / "launch/ddp.yaml"), TRAIN, "expert_parallel=true"],
+    "replicated": [*ACCELERATE, str(CONF / "launch/ddp.yaml"), str(TRAIN)],
+    "sharded": [*ACCELERATE, str(CONF / "launch/fsdp.yaml"), str(TRAIN)],
+    "experts": [*ACCELERATE, str(CONF / "launch/ddp.yaml"), str(TRAIN), "expert_parallel=true"],
 }
 # Settings whose results could depend on how tokens are divided among ranks: noise, balance losses of three scopes, and
 # an odd batch size. The tests add dropout and capacity.
@@ -43,6 +47,30 @@ BY_LAYER = "model.experts_by_layer=1:8", "model.routers=1:k:1"
 def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command. Capture its output."""
     return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+
+@cache
+def variables_of_ranks(layout: str) -> list[dict[str, str]]:
+    """Return the variables of each rank that Accelerate starts in a layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "rank.py")
+        script.write_text(
+            "import json, os, pathlib\n"
+            "pathlib.Path(__file__).with_name(os.environ['RANK']).write_text(json.dumps({**os.environ}))"
+        )
+        done = run_command([str(script) if word == str(TRAIN) else word for word in LAUNCH[layout]])
+        assert done.returncode == 0, done.stderr
+        return [json.loads(Path(folder, rank).read_text()) for rank in "01"]
+
+
+def train_on_two_ranks(layout: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py on two ranks that have the variables of Accelerate's launcher. They find each other without it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = {"MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    words = LAUNCH[layout]
+    environments = [variables | own for variables in variables_of_ranks(layout)]
+    return run_ranks(environments, *words[words.index(str(TRAIN)) + 1 :], *overrides)
 
 
 def only_run(folder: Path) -> Path:
@@ -78,7 +106,7 @@ def train_on_one_process(small: list[str], tmp_path_factory: pytest.TempPathFact
     def run(*overrides: str) -> Path:
         if overrides not in folders:
             out = tmp_path_factory.mktemp("one_process")
-            done = run_command([sys.executable, TRAIN, *small, *STEP, *overrides, f"out={out}"])
+            done = run_script(TRAIN, *small, *STEP, *overrides, f"out={out}")
             assert done.returncode == 0, done.stderr
             folders[overrides] = only_run(out)
         return folders[overrides]
@@ -146,8 +174,12 @@ def test_every_router_trains_on_two_ranks_as_on_one(
     inapplicable = [f"{word.split('=')[0]}=0.0" for word in STEP if word.split("=")[0] in cell.ignored]
     overrides = (f"router={router}", *inapplicable, "steps=2", "eval_every=2")
     one = train_on_one_process(*overrides)
-    done = run_command([*LAUNCH[layout], *small, *STEP, *overrides, f"out={tmp_path}"])
+    done = train_on_two_ranks(layout, *small, *STEP, *overrides, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
+    assert json.loads((only_run(tmp_path) / "run.json").read_text())["facts"]["ranks"] == {
+        "number": 2,
+        "layout": layout,
+    }
     weights, expected = (load_file(run / "model/model.safetensors") for run in (only_run(tmp_path), one))
     assert weights.keys() == expected.keys()
     for name, weight in expected.items():
@@ -163,7 +195,7 @@ def test_a_run_on_two_replicated_ranks_has_bitwise_the_weights_of_a_run_on_one(
     bits.
     """
     overrides = ("router=topk", "grad_accum=2", "model.dropout=0.1")
-    done = run_command([*LAUNCH["replicated"], *small, *STEP, *overrides, f"out={tmp_path}"])
+    done = train_on_two_ranks("replicated", *small, *STEP, *overrides, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     one, two = (run / "model/model.safetensors" for run in (train_on_one_process(*overrides), only_run(tmp_path)))
     assert sha256(one) == sha256(two)
@@ -183,7 +215,7 @@ def test_an_adapter_on_two_ranks_equals_one_on_one_except_for_rounding(
     layout: str, words: tuple[str, ...], small: list[str], train_on_one_process: Any, tmp_path: Path
 ) -> None:
     one = train_on_one_process(*words, "steps=2", "eval_every=2")
-    done = run_command([*LAUNCH[layout], *small, *STEP, *words, "steps=2", "eval_every=2", f"out={tmp_path}"])
+    done = train_on_two_ranks(layout, *small, *STEP, *words, "steps=2", "eval_every=2", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors" if "lora" in words[0] else "adapter/adapter.safetensors"
     for file in (name, "model/model.safetensors"):
@@ -200,7 +232,7 @@ def test_frozen_parts_on_two_ranks_stay_and_the_others_train_as_on_one(
 ) -> None:
     words = (f"trainable={trainable}", "steps=2", "eval_every=2")
     one = load_file(train_on_one_process(*words) / "model/model.safetensors")
-    done = run_command([*LAUNCH[layout], *small, *STEP, *words, f"out={tmp_path}"])
+    done = train_on_two_ranks(layout, *small, *STEP, *words, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     weights = load_file(only_run(tmp_path) / "model/model.safetensors")
     for name, weight in one.items():
