@@ -849,8 +849,20 @@ def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) ->
     text = " ".join(" ".join(map(block_as_markdown, answer(collect_inputs(diverged)[0]))).split())
     assert "lack seeds that others have" not in text, "such a run would diverge again"
     assert f"some settings have no result of seed {runs['seed'].iloc[0]}. A difference" in text
+    assert "over the seeds that all of its settings have; only a mixed model uses other seeds too." in text
     running = runs.assign(status=runs["status"].where(runs["seed"] != 1, "running"))
     assert "lack seeds" not in " ".join(map(block_as_markdown, answer(collect_inputs(running)[0])))
+
+
+@pytest.mark.parametrize("status", ["failed", "diverged", "running", "interrupted"])
+def test_there_is_an_answer_if_no_run_has_finished(runs: pd.DataFrame, status: str) -> None:
+    """Nothing is said to be uneven: neither the seeds of the settings, nor the code that trained them."""
+    commits = ["a" * 40, "b" * 40] * (len(runs) // 2)
+    unfinished = runs.assign(status=status, commit=commits, seconds=1.0, error="out of memory")
+    text = " ".join(" ".join(map(block_as_markdown, answer(collect_inputs(unfinished)[0]))).split())
+    assert f"**{len(runs)} of {len(runs)} runs did not finish**" in text
+    assert "over different seeds" not in text
+    assert "the same code" not in text
 
 
 def test_a_run_without_a_partner_is_no_look_at_a_comparison(runs: pd.DataFrame) -> None:

@@ -62,8 +62,8 @@ INCOMPLETE = """\
 add others{command}"""
 UNEVEN = """\
 **Differences and means are over different seeds**, because some settings have no result of {seeds}. A difference,
-with its interval and test, is over the seeds that both of its settings have. A mean in a table or figure is over all
-seeds of its setting, so two means can differ by another number."""
+with its interval and test, is over the seeds that all of its settings have; only a mixed model uses other seeds too. A
+mean in a table or figure is over all seeds of its setting, so two means can differ by another number."""
 OTHER_CODE = """\
 **The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
 to the code."""
@@ -157,9 +157,15 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
     yield TableBlock(pd.DataFrame(rows))
 
 
+def _finished_with_setting(inputs: ReportInputs) -> pd.DataFrame:
+    """Return the finished runs with their setting as a column; no rows if no run has finished."""
+    runs = inputs.runs.assign(setting=inputs.condition)  # before the filter: pandas gives an empty table these rows
+    return runs[runs["status"] == "finished"]
+
+
 def _uneven_seeds(inputs: ReportInputs) -> list[int]:
     """Return the seeds of which some settings have a finished run, and others, which have any, do not."""
-    runs = inputs.runs[inputs.runs["status"] == "finished"].assign(setting=inputs.condition)
+    runs = _finished_with_setting(inputs)
     if inputs.crosses_seeds or "seed" not in runs or runs["setting"].nunique() < 2:
         return []
     seeds = runs.groupby("setting")["seed"].agg(set)
@@ -168,7 +174,7 @@ def _uneven_seeds(inputs: ReportInputs) -> list[int]:
 
 def _commits_of_settings(inputs: ReportInputs) -> str:
     """Return the commits of the code that trained these settings; "" if it was the same for all of them."""
-    runs = inputs.runs[inputs.runs["status"] == "finished"].assign(setting=inputs.condition).dropna(subset="commit")
+    runs = _finished_with_setting(inputs).dropna(subset="commit")
     of_setting = runs.groupby("setting")["commit"].agg(lambda commits: frozenset(str(each)[:7] for each in commits))
     if of_setting.nunique() < 2:
         return ""
