@@ -16,6 +16,7 @@ from moe.analysis.scaling import CLOSE, COMPUTE, RESAMPLES, Estimate, Fit, by_bu
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
 NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
 NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
+TOO_SMALL = "no run of the reference ended at this compute or less, so nothing shows that the setting costs more"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
@@ -24,8 +25,8 @@ class SpeedUp(NamedTuple):
 
     checked: whether runs of the baseline ended at this budget, or at smaller and larger ones. Otherwise the curve gives
     the baseline too high a loss there, or is extrapolated, and does not show that an arm saves compute. reached:
-    whether the baseline's runs reach this loss. Otherwise the compute that it needs is extrapolated, and does not show
-    that an arm costs more.
+    whether the baseline's runs reach this loss, and one ended at this budget or at a smaller one. Otherwise the compute
+    that it needs is extrapolated, and does not show that an arm costs more.
     """
 
     budget: float
@@ -89,9 +90,7 @@ def speed_up(
         same = points.to_numpy(dtype=float).tobytes()
         if same not in known:
             known[same] = _curve(points, common, resamples)
-        most = float(baseline["FLOPs"].max())
-        checked = budget <= most * (1 + CLOSE) and not (of_training and budget < most * (1 - CLOSE))
-        found.append(_speed_up(known[same], budget, _means(members, common, resamples), checked, most, of))
+        found.append(_speed_up(known[same], budget, _means(members, common, resamples), of_training, of))
     return found
 
 
@@ -116,9 +115,9 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
 
 
-def _speed_up(
-    curve: Curve, budget: float, loss: Float[np.ndarray, " R"], checked: bool, most: float, of: int
-) -> SpeedUp:
+def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], of_training: bool, of: int) -> SpeedUp:
+    least, most = curve.law.ranges["FLOPs"]
+    checked = (most if of_training else least) * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
     doubts = list(curve.law.doubts)
@@ -128,10 +127,11 @@ def _speed_up(
         doubts += curve.law.outside(FLOPs=needed)
     if times.low > 0 and not checked:
         doubts.append(NOT_CHECKED)
-    reached = needed <= most * (1 + CLOSE)
-    if times.high < 0 and not reached:
-        doubts.append(NOT_REACHED)
-    return SpeedUp(budget, float(loss[0]), needed, Estimate(*map(_exp, times)), doubts, checked, reached)
+    too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
+    if times.high < 0 and (too_small or not reached):
+        doubts.append(TOO_SMALL if too_small else NOT_REACHED)
+    estimate = Estimate(*map(_exp, times))
+    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, checked, reached and not too_small)
 
 
 def _exp(log: float) -> float:

@@ -27,7 +27,7 @@ def test_an_interval_without_end_reaches_the_edge_and_an_infinite_estimate_has_n
     assert panel["x"]["type"] == "log"
 
 
-def test_lines_have_an_entry_in_the_legend_and_an_interval_decides_if_it_leaves_out_the_line() -> None:
+def test_lines_have_an_entry_in_the_legend_and_an_interval_decides_if_it_leaves_out_0() -> None:
     rows = [
         Row("a", 0.5, 0.1, 0.9, decided=leaves_out(0.1, 0.9)),
         Row("b", 0.5, -1.0, 2.0, decided=leaves_out(-1.0, 2.0)),
@@ -36,7 +36,7 @@ def test_lines_have_an_entry_in_the_legend_and_an_interval_decides_if_it_leaves_
     assert [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"][1] == "white"
     assert [legend.get_texts()[0].get_text() for legend in figure.legends] == ["limit"]
     assert not leaves_out(math.nan, math.nan)
-    assert leaves_out(0.2, 0.9, 1.0)
+    assert leaves_out(-0.9, -0.2)
 
 
 def test_names_of_rows_that_differ_look_different() -> None:

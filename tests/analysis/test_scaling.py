@@ -15,10 +15,10 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.sections.cost import speed_up_row
+from moe.analysis.report.sections.cost import _drawn_speed_up, speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
-from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, NOT_REACHED, SAVES, speed_up
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, NOT_REACHED, SAVES, TOO_SMALL, speed_up
 from moe.bench.speed_ups import CASES, coverage, loss, simulated
 from moe.results.table import load_runs
 
@@ -182,6 +182,23 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     assert np.isnan(flat_one.times[1:]).all()
     assert flat_one.verdict == NOT_APART
     assert speed_up_row(flat_one)["times the compute"] == "no budget reaches it", "no number of 300 digits"
+
+
+@pytest.mark.parametrize(
+    ("budget", "higher", "doubt"), [(5e11, -0.3, NOT_CHECKED), (5e11, 0.3, TOO_SMALL), (4e13, -0.3, NOT_CHECKED)]
+)
+def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
+    budget: float, higher: float, doubt: str
+) -> None:
+    """A run of the reference there does not help if the curve does not use its seed."""
+    rng = np.random.default_rng(0)
+    baseline, _ = made_up(3, rng)
+    arm = pd.DataFrame([{"seed": k, "FLOPs": budget, "loss": loss(budget) + higher + k * 0.01} for k in range(3)])
+    for reference in (baseline, pd.concat([baseline, arm.tail(1).assign(seed=9)])):
+        [found] = speed_up(reference, arm)
+        assert not found.times.low <= 1 <= found.times.high
+        assert (found.verdict, found.doubts[-1]) == (NOT_APART, doubt)
+        assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
 
 
 def test_a_doubt_says_when_resamples_reach_a_bound() -> None:

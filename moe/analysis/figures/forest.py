@@ -105,6 +105,6 @@ def contrast_rows(contrasts: pd.DataFrame) -> list[Row]:
     ]
 
 
-def leaves_out(low: float, high: float, zero: float = 0.0) -> bool:
-    """Return whether an interval leaves out the place of no difference."""
-    return bool(low > zero or high < zero)
+def leaves_out(low: float, high: float) -> bool:
+    """Return whether an interval leaves out 0."""
+    return bool(low > 0 or high < 0)

@@ -30,7 +30,7 @@ from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlo
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
 from moe.analysis.sentences import levels_compared, with_interval
-from moe.analysis.speed_up import Curve, SpeedUp, speed_up
+from moe.analysis.speed_up import NOT_APART, Curve, SpeedUp, speed_up
 from moe.results.comparable import not_poolable
 from moe.results.training_flops import CLOSE, SPENT
 
@@ -68,8 +68,9 @@ which are the same for both levels. It says what other seeds could change: if th
 intervals of the table contain the true values (Bonferroni's correction). It does not say how wrong the curve is between
 two budgets, and beyond the last one. It is that of a single look: other looks at these runs do not widen it. A value
 above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that it saves compute is
-said only if runs of the reference ended at its compute, or at less and at more, and that it costs more only if runs of
-the reference reach its loss. None of this is a claim, and it is not among the tests of the report."""
+said only if runs of the reference ended at its compute, or at less and at more, and that it costs more only if a run of
+the reference ended at its compute or at less, and its runs reach the loss. None of this is a claim, and it is not among
+the tests of the report."""
 FROM_CURVES = """\
 The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
 curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high. So is the speed-up, by
@@ -273,7 +274,7 @@ def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
     name += f", {found.budget:.2g} FLOPs" if budgets > 1 else ""
     name += "" if math.isfinite(value) else ": no budget reaches it"
     text = f"interval from {_times(low)} to {_times(high)}" if not math.isnan(low) else "no interval"
-    return Row(name, value, low, high, leaves_out(low, high, 1.0), text)
+    return Row(name, value, low, high, found.verdict != NOT_APART, text)
 
 
 def speed_up_row(found: SpeedUp) -> dict[str, object]:
