@@ -155,22 +155,26 @@ class Study:
 
     @cached_property
     def present(self) -> Seen:
-        """This look. Runs of earlier looks that are gone count among its seeds, if their settings are still there."""
+        """This look. Runs of earlier looks at settings of this report count among its seeds, also if it lacks them."""
         ended = {folder: run.setting for folder, run in self.runs.items() if run.ended}
         first = self.earlier[0] if self.earlier else None
         planned = (first.planned or self.planned or first.seeds) if first else self.planned
         number = len({run.setting for run in self.runs.values()}) or 1
-        together = len(self.gone.union(ended)) / number
-        planned = planned or len(self.gone.union(self.runs)) / number
+        together = len(self.absent.union(ended)) / number
+        planned = planned or len(self.absent.union(self.runs)) / number
         return Seen("", ended, together, planned, metrics=self.metrics, references=self.references)
 
     @cached_property
-    def gone(self) -> frozenset[str]:
-        """Runs of earlier looks, at settings that are still there, which are gone or were trained again since."""
+    def absent(self) -> frozenset[str]:
+        """Runs of earlier looks, at settings of this report, that it lacks: left out, gone or trained again since."""
         settings = {run.setting for run in self.runs.values()}
         ended = {folder for folder, run in self.runs.items() if run.ended}
         seen = {folder for look in self.earlier for folder, each in look.runs.items() if each in settings}
         return frozenset(seen - ended)
+
+    def absent_at(self, place: int) -> frozenset[str]:
+        """Return those of the absent runs that the looks up to a place saw, so that its number of seeds counts them."""
+        return self.absent.intersection(itertools.chain.from_iterable(look.runs for look in self.distinct[: place + 1]))
 
     @cached_property
     def looks(self) -> Looks:

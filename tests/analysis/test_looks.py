@@ -340,17 +340,27 @@ def test_reports_of_two_folders_keep_the_error_once_a_report_was_about_both(runs
             path.unlink()
 
 
-def test_seeds_that_are_gone_or_were_trained_again_are_said_to_count(runs: pd.DataFrame) -> None:
-    """Eight seeds are planned. Those of one setting are trained again, with other results."""
+def test_runs_that_a_report_lacks_are_said_to_count(runs: pd.DataFrame) -> None:
+    """Eight seeds are planned. The runs of one setting are trained again, with other results, or some are left out."""
+    counted = "This counts runs of earlier looks that are not in this report ({}): left out, gone or trained again."
     first = runs.assign(planned_seeds=8)
     record_look(first, study_of(first))
-    counted = "This counts runs of earlier looks that are gone or were trained again (10)."
     again = study_of(first.assign(**{"val/perplexity": runs["val/perplexity"] + (runs["noise"] == 0.5)}))
-    assert f"a setting has 6.67 of the 8 planned seeds, on average. {counted}" in one_line(again)
-    assert f"2 of the 8 planned seeds are left. {counted}" in price_of_more(again)
+    assert f"a setting has 6.67 of the 8 planned seeds, on average. {counted.format(10)}" in one_line(again)
+    assert f"2 of the 8 planned seeds are left. {counted.format(10)}" in price_of_more(again).replace("\n", " ")
     assert "trained again" not in one_line(study_of(first.assign(started="2026-03-01T00:00:00+00:00")))
     only_new = study_of(first[first["noise"] != 0.5])
-    assert not only_new.gone, "their setting is not in this report"
+    assert not only_new.absent, "their setting is not in this report"
+    three = study_of(first[first["seed"] < 3])
+    assert f"than before, on average** (5 of the 8 planned seeds). {counted.format(12)}" in one_line(three)
+
+
+def test_a_number_of_seeds_is_said_to_count_only_runs_that_it_counts() -> None:
+    """The look at seeds 0 to 2 is repeated after looks at others. Its number of seeds is that of its time."""
+    repeated = study(both(0, 1, 2), both(0, 1, 2), both(3, 4, 5), planned=8)
+    assert "This is look 1 at these runs: a setting has 3 of the 8 planned seeds, on average. In" in one_line(repeated)
+    left = price_of_more(repeated).replace("\n", " ")
+    assert "2 of the 8 planned seeds are left. This counts runs of earlier looks that are not in this report (6)" in left
 
 
 def test_planned_seeds_are_those_that_somebody_planned() -> None:
@@ -675,6 +685,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert "On 2026-01-01T00:00:00, the results of 6 runs (seeds 0, 1, 2) could be seen" in one_line(all_runs)
     gone = study(both(7, 8, 9), both(0, 1, 2))
     assert "the results of 6 runs could be seen" in one_line(gone)
+    assert "the results of 1 run (seed 2) could be seen" in one_line(study(both(0, 1, 2), {"x=0": [2]}))
     assert "A comparison that an earlier look made with the same runs keeps at least the share" in one_line(all_runs)
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))

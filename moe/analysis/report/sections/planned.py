@@ -38,13 +38,14 @@ REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "the {seeds}, which decide because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the number of the first look decides. "
 WITHIN = """\
-This is look {number} at these runs: a setting has {now} of the {seeds}, on average.{gone} In this look, {tests}
+This is look {number} at these runs: a setting has {now} of the {seeds}, on average.{absent} In this look, {tests}
 together have {share:.3g} % instead of 5 %, and all looks up to that number together {error}.{old}"""
 NOTHING_NEW = """\
 **This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the
-{seeds}).{gone}{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
+{seeds}).{absent}{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
 Reports about more seeds, up to that number, decide."""
-GONE = " This counts runs of earlier looks that are gone or were trained again ({number})."
+ABSENT = """\
+ This counts runs of earlier looks that are not in this report ({number}): left out, gone or trained again."""
 KEPT = "keep the 5 %"
 EXCEEDED = "err in up to {total:.3g} % of studies, because one of them did not know of another"
 USED_UP = """\
@@ -52,7 +53,7 @@ The {seeds} are used up. The tests of a report with more seeds together have {sh
 numbers of seeds above take into account. Together with the looks before,
 such reports err in up to {total:.3g} % of studies, however many follow."""
 LEFT = """\
-{left} of the {seeds} {are} left.{gone} Reports up to that number, all together, {error}. With reports on more
+{left} of the {seeds} {are} left.{absent} Reports up to that number, all together, {error}. With reports on more
 seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
 That is more than the {seeds}; “More seeds” says what it costs."""
@@ -164,7 +165,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         "now": f"{now:.3g}",
         "planned": f"{looks.planned:.3g}",
         "seeds": _decisive_seeds(study),
-        "gone": _gone(study),
+        "absent": _absent(study, looks.place),
         "error": _error_of_planned(study),
         "share": 100 * SIGNIFICANCE * looks.share(),
         "tests": "the comparisons that are new" if before else "the tests of a report",
@@ -188,7 +189,8 @@ def _seen_before(study: Study) -> tuple[str, str]:
     last = study.distinct[study.looks.place - 1]
     known = last.runs.keys() <= study.runs.keys()
     seeds = sorted({study.runs[folder].seed for folder in last.runs}) if known else []
-    return _to_second(last.time), f"{len(last.runs)} runs" + (f" (seeds {_numbers(seeds)})" if seeds else "")
+    of = f" (seed{'s' * (len(seeds) > 1)} {_numbers(seeds)})" if seeds else ""
+    return _to_second(last.time), f"{len(last.runs)} run{'s' * (len(last.runs) != 1)}{of}"
 
 
 def _to_second(time: str) -> str:
@@ -225,7 +227,7 @@ def price_of_more(study: Study) -> str:
     seeds, total = _decisive_seeds(study), 100 * SIGNIFICANCE * (1 / (1 - FURTHER) + study.excess)
     if left := seeds_left(study):
         are, error = "is" if left == 1 else "are", _error_of_planned(study)
-        return LEFT.format(left=left, seeds=seeds, are=are, gone=_gone(study), error=error, total=total)
+        return LEFT.format(left=left, seeds=seeds, are=are, absent=_absent(study, len(study.distinct) - 1), error=error, total=total)
     share = 100 * SIGNIFICANCE * study.looks.next_share
     return ("" if _is_planned(study) else NOT_PLANNED) + USED_UP.format(seeds=seeds, share=share, total=total)
 
@@ -240,9 +242,10 @@ def _decisive_seeds(study: Study) -> str:
     return f"{study.looks.planned:.3g} {'planned seeds' if _is_planned(study) else 'seeds of the first look'}"
 
 
-def _gone(study: Study) -> str:
-    """Return that the number of seeds counts runs that are not here any more; "" if it does not."""
-    return GONE.format(number=len(study.gone)) if study.gone else ""
+def _absent(study: Study, place: int) -> str:
+    """Return that the number of seeds at a look counts runs that this report does not have; "" if it does not."""
+    absent = study.absent_at(place)
+    return ABSENT.format(number=len(absent)) if absent else ""
 
 
 def _error_of_planned(study: Study) -> str:
