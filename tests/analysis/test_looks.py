@@ -360,7 +360,9 @@ def test_a_number_of_seeds_is_said_to_count_only_runs_that_it_counts() -> None:
     repeated = study(both(0, 1, 2), both(0, 1, 2), both(3, 4, 5), planned=8)
     assert "This is look 1 at these runs: a setting has 3 of the 8 planned seeds, on average. In" in one_line(repeated)
     left = price_of_more(repeated).replace("\n", " ")
-    assert "2 of the 8 planned seeds are left. This counts runs of earlier looks that are not in this report (6)" in left
+    assert "2 of the 8 planned seeds are left. This counts runs of earlier looks that are not in this report (6)" in (
+        left
+    )
 
 
 def test_planned_seeds_are_those_that_somebody_planned() -> None:

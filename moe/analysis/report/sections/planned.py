@@ -42,8 +42,8 @@ This is look {number} at these runs: a setting has {now} of the {seeds}, on aver
 together have {share:.3g} % instead of 5 %, and all looks up to that number together {error}.{old}"""
 NOTHING_NEW = """\
 **This is look {number} at these runs, and a setting has no more seeds than before, on average** ({now} of the
-{seeds}).{absent}{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide nothing.{old}
-Reports about more seeds, up to that number, decide."""
+{seeds}).{absent}{new} Nothing of the 5 % is left for comparisons that are new in this look, so these decide
+nothing.{old} Reports about more seeds, up to that number, decide."""
 ABSENT = """\
  This counts runs of earlier looks that are not in this report ({number}): left out, gone or trained again."""
 KEPT = "keep the 5 %"
@@ -226,8 +226,9 @@ def price_of_more(study: Study) -> str:
         return ""
     seeds, total = _decisive_seeds(study), 100 * SIGNIFICANCE * (1 / (1 - FURTHER) + study.excess)
     if left := seeds_left(study):
-        are, error = "is" if left == 1 else "are", _error_of_planned(study)
-        return LEFT.format(left=left, seeds=seeds, are=are, absent=_absent(study, len(study.distinct) - 1), error=error, total=total)
+        are, absent = "is" if left == 1 else "are", _absent(study, len(study.distinct) - 1)
+        error = _error_of_planned(study)
+        return LEFT.format(left=left, seeds=seeds, are=are, absent=absent, error=error, total=total)
     share = 100 * SIGNIFICANCE * study.looks.next_share
     return ("" if _is_planned(study) else NOT_PLANNED) + USED_UP.format(seeds=seeds, share=share, total=total)
 
@@ -239,7 +240,9 @@ def _is_planned(study: Study) -> bool:
 
 def _decisive_seeds(study: Study) -> str:
     """Return the seeds after which the study decides, in words. Runs of the first look that had not ended count too."""
-    return f"{study.looks.planned:.3g} {'planned seeds' if _is_planned(study) else 'seeds of the first look'}"
+    number = f"{study.looks.planned:.3g}"
+    noun = "seed" if number == "1" else "seeds"
+    return f"{number} planned {noun}" if _is_planned(study) else f"{number} {noun} of the first look"
 
 
 def _absent(study: Study, place: int) -> str:
