@@ -139,6 +139,11 @@ def apply_umask(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
+def shared_mode(folder: Path) -> int:
+    """Return the mode of a file which everybody can write to who may write to its folder, such as that of a lock."""
+    return folder.stat().st_mode & 0o666 | 0o600
+
+
 def sync(path: Path) -> None:
     """Wait until the system has written a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -133,7 +133,7 @@ class Study:
     planned: the number of seeds after which it decides, as its first run recorded it. runs: folder -> what is known of
     the run. earlier: the looks before this one, in the order of time, also those without a report. plans: what was
     planned for these runs, the last one being that of the newest command. changed: earlier plans with other claims for
-    some of the same runs, with the number of these runs. unwritten: whether this look could not be written down.
+    some of the same runs, with the number of these runs. unwritten: why this look could not be written down, or "".
     starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
     name: that of the grid of the runs, or of their experiment. tested: whether a test of this report has a p. metrics,
     references: what this report asks: the tested metrics, and factor -> the level that others are compared with, as
@@ -145,7 +145,7 @@ class Study:
     earlier: Sequence[Seen] = ()
     plans: Sequence[PlannedStudy] = ()
     changed: Sequence[tuple[PlannedStudy, int]] = ()
-    unwritten: bool = False
+    unwritten: str = ""
     starts: Mapping[int, datetime] = field(default_factory=dict)
     here: bool = True
     name: str = ""

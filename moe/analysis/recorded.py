@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable, place_of
 from moe.analysis.statistics import name_cell
+from moe.checks import first_line
+from moe.files import shared_mode
 from moe.results.conditions import varied_factors
 from moe.results.table import read_run, table_of
 from moe.runs.planned import (
@@ -208,15 +210,15 @@ def record_look(
     study: Study,
     margins: Mapping[str, object] | None = None,
     decided: Mapping[str, str] | None = None,
-) -> bool:
-    """Write into the sweep folders that a report about these runs was written; return whether that was possible.
+) -> str:
+    """Write into the sweep folders that a report about these runs was written; return why not, or "" if that worked.
 
     margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in which no test was made, and
     no two settings have two seeds in common, is no look.
     """
     present = study.present
     if not study.testable:
-        return True
+        return ""
     look = Look(
         datetime.now(UTC).isoformat(),
         finished_seeds(runs),
@@ -228,7 +230,7 @@ def record_look(
         decided=dict(decided or {}),
         share=study.looks.share(),
     )
-    written = True
+    unwritten = ""
     for folder in _sweeps(runs):
         ended: dict[str, list[str]] = {}
         for run, setting in sorted(present.runs.items()):
@@ -236,9 +238,24 @@ def record_look(
         results = {os.path.relpath(run, folder): study.runs[run].result for run in present.runs}
         try:
             _add(look._replace(runs=ended, results=results), folder, study.name)
-        except (OSError, NotImplementedError):  # the second: the file system has no locks
-            written = False
-    return written
+        except (OSError, NotImplementedError) as error:  # the second: the file system has no locks
+            unwritten = unwritten or _why_not(error, folder)
+    return unwritten
+
+
+def _why_not(error: OSError | NotImplementedError, folder: Path) -> str:
+    """Return why a look could not be written into a sweep folder: the file, and what is wrong with it."""
+    lock = f"{folder.name}/{_lock_in(folder).name}"
+    if isinstance(error, Timeout):
+        return f"{lock}: another process had it for {LONGEST_WAIT} s"
+    if isinstance(error, NotImplementedError):
+        return f"{lock}: the file system has no locks"
+    file = lock if str(error.filename) == str(_lock_in(folder)) else f"{folder.name}/{LooksRecord.FILE}"
+    return f"{file}: {error.strerror or first_line(error)}"
+
+
+def _lock_in(folder: Path) -> Path:
+    return folder / f"{LooksRecord.FILE}.lock"
 
 
 def _add(look: Look, folder: Path, name: str) -> None:
@@ -254,7 +271,8 @@ def _add(look: Look, folder: Path, name: str) -> None:
 
     if with_look() is None:
         return
-    with FileLock(folder / f"{LooksRecord.FILE}.lock", timeout=LONGEST_WAIT):  # other reports may add theirs meanwhile
+    lock = FileLock(_lock_in(folder), timeout=LONGEST_WAIT, mode=shared_mode(folder))
+    with lock:  # other reports may add theirs meanwhile
         if (looks := with_look()) is not None:
             LooksRecord(looks=looks).write(folder / LooksRecord.FILE)
 

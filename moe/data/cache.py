@@ -8,14 +8,14 @@ from typing import Any
 from filelock import FileLock
 
 from moe.checks import first_line
-from moe.files import apply_umask, checksums, read_text, sync, walk
+from moe.files import apply_umask, checksums, read_text, shared_mode, sync, walk
 
 
 def locked(root: Path, key: str, cache: str) -> AbstractContextManager[Any]:
     """Wait for the lock of one entry of the cache, and hold it. Raises ValueError if the folder cannot be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return FileLock(root / f"{key}.lock").acquire()
+        return FileLock(root / f"{key}.lock", mode=shared_mode(root)).acquire()
     except (OSError, NotImplementedError) as error:  # the second: the file system has no locks
         raise ValueError(
             f"data.cache={cache}: cannot be written ({first_line(error)}); choose another folder"

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import Timeout
 from scipy import stats
 
 from moe.analysis.claims import planned_claims
@@ -394,7 +397,11 @@ def test_the_terminal_says_what_the_next_look_costs(runs: pd.DataFrame) -> None:
     )
     one_seed, *_ = collect_inputs(runs[runs["seed"] == 0])
     assert line(one_seed) == "", "nothing can be compared"
-    assert look_in_words(early._replace(study=replace(early.study, unwritten=True))) == ""
+    unwritten = early._replace(study=replace(early.study, unwritten="noise/looks.json.lock: Permission denied"))
+    assert look_in_words(unwritten) == (
+        "look 1 at noise_lb_seed, which was not written down (noise/looks.json.lock: Permission denied): "
+        "a later report will not know of it"
+    )
 
 
 def test_a_level_that_is_a_whole_number_is_asked_beside_levels_with_fractions(runs: pd.DataFrame) -> None:
@@ -690,8 +697,8 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert "the results of 1 run (seed 2) could be seen" in one_line(study(both(0, 1, 2), {"x=0": [2]}))
     assert "A comparison that an earlier look made with the same runs keeps at least the share" in one_line(all_runs)
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
-    [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten=True))
-    assert "was not written down" in warning
+    [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten="a_b: no"))
+    assert warning.startswith("**This look was not written down** (a_b: no). A later report will not know of it")
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
@@ -733,14 +740,21 @@ def test_reports_at_one_moment_lose_no_look(runs: pd.DataFrame, monkeypatch: pyt
     studies = [replace(study_of(runs), metrics=[metric]) for metric in ("a", "b")]
     monkeypatch.setattr("moe.analysis.recorded.looks_in", read_together)
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(record_look, [runs, runs], studies))
+        assert [*pool.map(record_look, [runs, runs], studies)] == ["", ""]
     monkeypatch.undo()
     assert sorted(look.metrics for look in study_of(runs).earlier) == [["a"], ["b"]]
 
 
-@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (NotImplementedError(), "noise/looks.json.lock: the file system has no locks"),
+        (Timeout("looks.json.lock"), "noise/looks.json.lock: another process had it for 60 s"),
+        (OSError(28, "No space left on device"), "noise/looks.json: No space left on device"),
+    ],
+)
 def test_a_look_that_is_written_down_needs_no_lock(
-    error: type[Exception], runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    error: Exception, why: str, runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder may have become one that cannot be written to, or whose files cannot be locked."""
 
@@ -750,8 +764,24 @@ def test_a_look_that_is_written_down_needs_no_lock(
     first = study_of(runs)
     record_look(runs, first)
     monkeypatch.setattr("moe.analysis.recorded.FileLock", refuse)
-    assert record_look(runs, study_of(runs))
-    assert not record_look(runs, replace(first, metrics=["a"]))
+    assert record_look(runs, study_of(runs)) == ""
+    assert record_look(runs, replace(first, metrics=["a"])) == why
+
+
+def test_a_lock_is_open_to_whoever_may_write_to_its_folder(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """Its mode is that of the folder, whatever the umask is. A lock that cannot be had is named as the reason."""
+    folder = tmp_path / "sweeps" / "noise"
+    folder.chmod(0o775)
+    umask = os.umask(0o077)
+    try:
+        assert record_look(runs, study_of(runs)) == ""
+    finally:
+        os.umask(umask)
+    lock = folder / "looks.json.lock"
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o664
+    lock.unlink()
+    lock.mkdir()
+    assert record_look(runs, replace(study_of(runs), metrics=["a"])) == "noise/looks.json.lock: Is a directory"
 
 
 @pytest.mark.parametrize("link", ["multirun", "multirun/sweep", "run"])
@@ -793,10 +823,10 @@ def test_a_run_is_read_once_if_the_report_has_it(
 
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise PermissionError("read-only")
+        raise PermissionError(13, "Permission denied", ".looks.json.1.tmp")
 
     monkeypatch.setattr(LooksRecord, "write", refuse)
-    assert _with_look(collect_inputs(runs)[0]).study.unwritten
+    assert _with_look(collect_inputs(runs)[0]).study.unwritten == "noise/looks.json: Permission denied"
 
 
 def test_adding_seeds_keeps_the_error_only_with_shares() -> None:
@@ -822,8 +852,8 @@ def runs(tmp_path: Path) -> pd.DataFrame:
 def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path) -> None:
     first = runs[runs["seed"] < 3]
     alone = collect_inputs(runs)[0]
-    assert record_look(first, study_of(first))
-    assert record_look(first, study_of(first))  # the same report again is the same look
+    assert record_look(first, study_of(first)) == ""
+    assert record_look(first, study_of(first)) == ""  # the same report again is the same look
     [look] = LooksRecord.read(tmp_path / "sweeps" / "noise" / "looks.json").looks["noise_lb_seed"]
     assert look.seeds == [0, 1, 2]
     assert look.mean_seeds == look.planned == 3
@@ -1055,7 +1085,7 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
     for first, share in ((runs[runs["seed"] < 4], 1.0), (runs, FURTHER)):  # the same runs again, and more
         assert {study_of(first).share(compared(*each).runs) for each in planned_claims(first)} == {share}
-    assert record_look(runs, study_of(runs))
+    assert record_look(runs, study_of(runs)) == ""
     looks = LooksRecord.read(path).looks["noise_lb_seed"]
     assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
 

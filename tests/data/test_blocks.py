@@ -24,6 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe.data.blocks import Prepared, batch, batch_indices, prepare
+from moe.data.cache import locked
 from moe.data.documents import Document
 from moe.data.embedded import DOMAINS, Embedded
 from moe.data.limits import BlockSettings
@@ -536,6 +537,16 @@ def test_files_of_a_killed_preparation_are_not_used(named_groups, tmp_path):
     (unfinished / "train" / "input_ids.npy").write_text("half")
     assert prepare_small(NamedGroups(), tmp_path).manifest["domains"] == named_groups.manifest["domains"]
     assert not unfinished.exists()
+
+
+def test_the_lock_of_a_cache_is_open_to_whoever_may_write_to_its_folder(tmp_path):
+    tmp_path.chmod(0o775)
+    umask = os.umask(0o077)
+    try:
+        with locked(tmp_path, "key", "cache"):
+            assert (tmp_path / "key.lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(umask)
 
 
 CONCURRENT = """

@@ -233,13 +233,11 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 
 def _with_look(inputs: ReportInputs) -> ReportInputs:
-    """Write the look down, and return the inputs, which then say whether that was possible."""
-    looked = (
-        inputs.search
-        or inputs.observed
-        or record_look(inputs.loaded, inputs.study, inputs.options.margins, decisions(inputs))
-    )
-    return inputs._replace(study=replace(inputs.study, unwritten=not looked))
+    """Write the look down, and return the inputs, which then say why if that was not possible."""
+    if inputs.search or inputs.observed:
+        return inputs
+    unwritten = record_look(inputs.loaded, inputs.study, inputs.options.margins, decisions(inputs))
+    return inputs._replace(study=replace(inputs.study, unwritten=unwritten))
 
 
 def _experiment(inputs: ReportInputs) -> Iterator[ReportBlock]:

@@ -67,8 +67,9 @@ chosen it, so there is no verdict on it. A claim of kind `equivalent` states a m
 NEXT_LOOK = """\
 look {number} at {runs}; the tests that are new in the next one{at} together have {share:.3g} % instead of 5 %"""
 NOT_WRITTEN = """\
-**This look was not written down**, because the folder of the runs cannot be written to. A later report will not know of
-it, so its tests will have too large a share of the 5 %."""
+**This look was not written down** ({why}). A later report will not know of it, so its tests will have too large a share
+of the 5 %."""
+NOT_WRITTEN_IN_SHORT = "look {number} at {runs}, which was not written down ({why}): a later report will not know of it"
 
 
 def margin_facts(inputs: ReportInputs) -> list[tuple[str, str]]:
@@ -155,7 +156,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
     if not study.testable:
         return
     if study.unwritten:
-        yield NOT_WRITTEN
+        yield NOT_WRITTEN.format(why=literal(study.unwritten))
     now, before = looks.seeds[looks.place], looks.seeds[: looks.place]
     if not before and now >= looks.planned:
         return
@@ -259,11 +260,14 @@ def _error_of_planned(study: Study) -> str:
 def look_in_words(inputs: ReportInputs) -> str:
     """Return a line for the terminal: which look a report is, and what the next one costs; "" for what is no look."""
     study, looks = inputs.study, inputs.study.looks
-    if inputs.search or inputs.observed or study.unwritten or not study.testable:
+    if inputs.search or inputs.observed or not study.testable:
         return ""
+    facts = {"number": looks.place + 1, "runs": printable(study.name or "these runs")}
+    if study.unwritten:
+        return NOT_WRITTEN_IN_SHORT.format(**facts, why=printable(study.unwritten))
     at = f" (at the {_decisive_seeds(study)})" if seeds_left(study) else ""
     share = 100 * SIGNIFICANCE * looks.next_share
-    return NEXT_LOOK.format(number=looks.place + 1, runs=printable(study.name or "these runs"), at=at, share=share)
+    return NEXT_LOOK.format(**facts, at=at, share=share)
 
 
 def seeds_left(study: Study) -> int:
