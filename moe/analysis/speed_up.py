@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from moe.analysis.scaling import CLOSE, COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
+from moe.analysis.sentences import enumerated
 
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
 NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
@@ -73,25 +74,40 @@ def speed_up(
 ) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
-    Both tables have the columns `seed`, `FLOPs` (training) and `loss`. A budget of the arm is compared by the seeds
-    that both have there. of: the number of speed-ups that are shown together; their intervals hold together too.
-    of_training: whether the baseline's points are the evaluations of its runs, so that runs end
-    only at the largest of them. A resample draws the same seeds for both, so what all runs of a seed share cancels.
-    known: curves through earlier baselines, by their points; this call adds its own. Raises ValueError if the baseline
-    has fewer than three budgets.
+    Both tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
+    compared by the seeds that both have there, or that the baseline has anywhere if they share none there. The doubts
+    say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
+    of: the number of speed-ups that are shown together; their intervals hold together too. of_training: whether the
+    baseline's points are the evaluations of its runs, so that runs end only at the largest of them. known: curves
+    through earlier baselines, by their points; this call adds its own. Raises ValueError if the baseline has fewer than
+    three budgets.
     """
     found = []
     known = {} if known is None else known
     for budget, members in by_budget(arm):
-        common = sorted(set(baseline["seed"]) & set(members["seed"]))
+        common = _common_seeds(baseline, members, budget)
+        alone = sorted({*baseline["seed"], *members["seed"]} - {*common})
         if not common:
             continue
         points = baseline.loc[baseline["seed"].isin(common), ["seed", "FLOPs", "loss"]]
         same = points.to_numpy(dtype=float).tobytes()
         if same not in known:
             known[same] = _curve(points, common, resamples)
-        found.append(_speed_up(known[same], budget, _means(members, common, resamples), of_training, of))
+        each = _speed_up(known[same], budget, _means(members, common, resamples), of_training, of)
+        left_out = [f"left out, as not both sides have them here: seeds {enumerated(alone)}"] if alone else []
+        found.append(each._replace(doubts=[*left_out, *each.doubts]))
     return found
+
+
+def _common_seeds(baseline: pd.DataFrame, members: pd.DataFrame, budget: float) -> list[int]:
+    """Return the seeds that both sides have at this budget of the arm, or at any of the baseline if there are none."""
+    shared = baseline[baseline["seed"].isin(members["seed"])]
+    near = [
+        set(each["seed"])
+        for _, each in by_budget(shared)
+        if each["FLOPs"].min() * (1 - CLOSE) <= budget <= each["FLOPs"].max() * (1 + CLOSE)
+    ]
+    return sorted(set().union(*near) or set(shared["seed"]))
 
 
 def _curve(baseline: pd.DataFrame, seeds: list[int], resamples: int) -> Curve:

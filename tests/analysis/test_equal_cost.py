@@ -32,11 +32,12 @@ from moe.analysis.equal_cost import (
 )
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.report.blocks import Paragraph, TableBlock
+from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportOptions
-from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, equal_flops, speed_ups
+from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, equal_flops, found_speed_ups, speed_ups
 from moe.analysis.sentences import UNTESTED
+from moe.analysis.speed_up import NOT_APART
 from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.results.shipped import read_shipped, ship
@@ -198,6 +199,7 @@ def write_runs(place: Path, runs: pd.DataFrame, evals: pd.DataFrame) -> pd.DataF
         folder = place / "made_up" / run["folder"]
         folder.mkdir(parents=True)
         config = {"seed": run["seed"], "batch_size": 4, "grad_accum": 2, "data": {"seq_len": 8}, "steps": run["steps"]}
+        config["model"] = {"dim": run["model.dim"]}
         size = {"total": 4000, "active": 1000, "trainable": 4000}
         facts = {"flops_per_token": run["flops_per_token"], "parameters": size}
         write_record(folder, choices={"router": run["router"]}, config=config, **facts)
@@ -240,6 +242,34 @@ def test_the_report_compares_at_equal_cost_and_says_what_a_speed_up_rests_on(tmp
     assert "the same training FLOPs and the same active parameters" in str(list(equal_costs(alike)))
     assert equal_flops(inputs, training_curves(runs, inputs.past.evals))["level"].tolist() == ["b"]
     assert equal_flops(alike, training_curves(alike.runs, alike.past.evals)).empty, "they end at equal FLOPs"
+
+
+def test_a_speed_up_compares_runs_of_one_size(tmp_path: Path) -> None:
+    """Both routers have one loss at a size, number of steps and seed. A mean over both sizes is lower without 1000."""
+    runs, _ = made_up(flops={"a": 100, "b": 100}, sizes=(1000, 2000))
+    lengths = [runs.assign(steps=steps, folder=runs["folder"] + f"_{steps}") for steps in (100, 200, 400, 800)]
+    runs = pd.concat(lengths, ignore_index=True).astype({"folder": str})
+    runs["flops_per_token"] = runs["model.dim"] // 10
+    noise = np.random.default_rng(0).normal(0, 0.001, len(runs))
+    runs["val/loss"] = 2 + 9 * runs["steps"] ** -0.35 + 40 / runs["model.dim"] ** 0.5 + 0.1 * runs["seed"] + noise
+    runs = runs.assign(run=runs["folder"], place=range(len(runs)))
+    lacking = runs[(runs["router"] == "a") | (runs["model.dim"] == 2000)]
+    lacking = lacking[lacking["folder"] != "b20000_400"]
+    evals = lacking.rename(columns={"steps": "step"})[["folder", "step", "val/loss"]]
+    [inputs] = collect_inputs(write_runs(tmp_path, lacking, evals))
+    [(names, found, of_curves)] = found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals))
+    assert (names["within"], len(found), of_curves) == ("model.dim=2000", 4, False)
+    assert [each.verdict for each in found] == [NOT_APART] * 4
+    assert [each.times.value for each in found] == pytest.approx([1] * 4, abs=0.01)
+    assert [len(each.doubts) for each in found] == [0, 0, 1, 0], "seed 0 is left out where one side lacks it"
+
+
+def test_all_speed_ups_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe.analysis.report.sections.cost.RESAMPLES", 2)
+    runs = write_runs(tmp_path, *made_up(flops={f"r{k}": 100 for k in range(45)}, seeds=2))
+    [inputs] = collect_inputs(runs)
+    [file] = [block for block in speed_ups(inputs) if isinstance(block, Attachment)]
+    assert file.content.count("\n") == 1 + 44
 
 
 def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:

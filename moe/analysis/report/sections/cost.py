@@ -34,7 +34,6 @@ from moe.analysis.speed_up import NOT_APART, Curve, SpeedUp, speed_up
 from moe.results.comparable import not_poolable
 from moe.results.training_flops import CLOSE, SPENT
 
-MOST_SPEED_UPS = 40  # comparisons
 SPEED = "time/tokens_per_s"
 COLUMNS = {
     "parameters.trainable": "trained parameters",
@@ -61,21 +60,21 @@ looks worse than a run of that length would. "Between points 0.02 apart" means t
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
 to lower it. This table describes; a claim with `at` tests."""
 SPEED_EXPLAINED = """\
-How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. A curve
-L_inf + A C^-alpha is fitted through the reference's runs, and then corrected at each of their budgets, so that it has
-their mean loss there. The interval is a t interval of the log, with the spread of {resamples} resamples of the seeds,
-which are the same for both levels. It says what other seeds could change: if the curve is right, in 95 % of cases all
-intervals of the table contain the true values (Bonferroni's correction). It does not say how wrong the curve is between
-two budgets, and beyond the last one. It is that of a single look: other looks at these runs do not widen it. A value
-above 1 saves compute. A level is told apart from the reference if its interval leaves out 1; that it saves compute is
-said only if runs of the reference ended at its compute, or at less and at more, and that it costs more only if a run of
-the reference ended at its compute or at less, and its runs reach the loss. None of this is a claim, and it is not among
-the tests of the report."""
+How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
+have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
+then corrected at each of their budgets, so that it has their mean loss there. The interval is a t interval of the log,
+with the spread of {resamples} resamples of the seeds, which are the same for both levels. It says what other seeds
+could change: if the curve is right, in 95 % of cases all intervals of the table contain the true values (Bonferroni's
+correction). It does not say how wrong the curve is between two budgets, and beyond the last one. It is that of a single
+look: other looks at these runs do not widen it. A value above 1 saves compute. A level is told apart from the reference
+if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, or at
+less and at more, and that it costs more only if a run of the reference ended at its compute or at less, and its runs
+reach the loss. None of this is a claim, and it is not among the tests of the report."""
 FROM_CURVES = """\
-The reference has fewer than three budgets, so the curve goes through the evaluations of its runs. A point of a training
-curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high. So is the speed-up, by
-more than its interval says: a run of that budget would have needed less compute. Runs of three or more budgets, such as
-`steps=100,200,400`, tell more."""
+A reference has fewer than three budgets of one size and seed, so the curve goes through the evaluations of its runs. A
+point of a training curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high. So is
+the speed-up, by more than its interval says: a run of that budget would have needed less compute. Runs of three or more
+budgets, such as `steps=100,200,400`, tell more."""
 NO_TABLE = "No two settings that are compared differ in {cost} and can be read at equal {cost}."
 RESAMPLES = 200
 EQUAL_CAPTION = """\
@@ -231,22 +230,26 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
     table = pd.DataFrame(rows, columns=SPEED_COLUMNS)
     yield TableBlock(table)
-    yield csv_file("speed_up", table, "this table.")
+    yield csv_file("speed_up", table, "this table, with all of its rows.")
 
 
 def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[SpeedUp], bool]]:
     """Yield each comparison of levels that has an effective speed-up: its names, and the speed-up at each budget.
 
+    Both sides of a comparison have one size. Means over sizes would differ if a side lacks one of them.
+
     The last part says whether the reference has too few budgets, so that the evaluations of its runs take their place.
     """
-    factors = [factor for factor in inputs.factors if not (is_scale(factor) or is_budget(inputs.runs, factor))]
+    factors = [factor for factor in inputs.factors if not (factor == "steps" or is_budget(inputs.runs, factor))]
     references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
-    sides = list(paired_sides(inputs.runs, factors, references, FLOPS))[:MOST_SPEED_UPS]
+    pairs = paired_sides(inputs.runs, factors, references, FLOPS)
+    sides = [(names, *pair) for names, *pair in pairs if not is_scale(names["factor"])]
     arms = [points(treated, curves, last=True) for _, treated, _ in sides]
     number = sum(budgets(arm[FLOPS]) for arm in arms)
     curves_of = dict[bytes, Curve]()  # most levels have the same reference
     for (names, _, baseline), arm in zip(sides, arms, strict=True):
-        runs_alone = budgets(points(baseline, curves, last=True)[FLOPS]) >= LEAST_BUDGETS
+        of_seeds = points(baseline, curves, last=True).groupby("seed")[FLOPS]
+        runs_alone = any(budgets(flops) >= LEAST_BUDGETS for _, flops in of_seeds)
         try:
             found = speed_up(
                 points(baseline, curves, last=runs_alone),
