@@ -39,7 +39,9 @@ def spent(part: float) -> float:
     """Return the share of the level that is spent when this part of the planned seeds is there."""
     if part >= 1:
         return 1.0
-    return float(2 * stats.norm.sf(stats.norm.isf(SIGNIFICANCE / 2) / part**0.5) / SIGNIFICANCE) if part > 0 else 0.0
+    if part <= 0:
+        return 0.0
+    return min(1.0, float(2 * stats.norm.sf(stats.norm.isf(SIGNIFICANCE / 2) / part**0.5) / SIGNIFICANCE))
 
 
 def share_of_look(n: int | float, earlier: Sequence[int | float], planned: int | float | None) -> float:

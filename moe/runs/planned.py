@@ -1,7 +1,9 @@
 """What a sweep folder tells about decisions: what was planned before the first step, and which reports were written."""
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +14,8 @@ from moe.config.keys import fingerprint
 from moe.config.schema import without_defaults
 from moe.files import read_text
 from moe.runs.record import Record, RunRecord
+
+MOST_SEEDS = 10**9  # of a setting, that a record may name; more is a damaged number
 
 
 class PlannedStudy(NamedTuple):
@@ -72,7 +76,7 @@ class PlansRecord(Record):
     def __post_init__(self) -> None:
         for number, plan in enumerate(self.plans):
             _check_numbers(f"plans[{number}].seeds", plan.seeds)
-            _check_numbers(f"plans[{number}].planned_seeds", [plan.planned_seeds or 0])
+            _check_numbers(f"plans[{number}].planned_seeds", [plan.planned_seeds or 0], most=MOST_SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,10 @@ class LooksRecord(Record):
             for number, look in enumerate(looks):
                 place = f"looks.{experiment}[{number}]"
                 _check_numbers(f"{place}.seeds", look.seeds)
-                _check_numbers(f"{place}.mean_seeds", [look.mean_seeds])
-                _check_numbers(f"{place}.planned", [look.planned])
+                _check_numbers(f"{place}.mean_seeds", [look.mean_seeds], most=MOST_SEEDS)
+                _check_numbers(f"{place}.planned", [look.planned], most=MOST_SEEDS)
+                _check_numbers(f"{place}.share", [look.share], most=1)
+                _check_folders(f"{place}.runs", itertools.chain.from_iterable(look.runs.values()))
                 _check_time(f"{place}.time", look.time)
 
 
@@ -132,11 +138,19 @@ def _check_time(place: str, time: str) -> None:
         raise ValueError(f"{place} has {time!r:.40}: must be a time such as 2026-11-27T09:30:00+00:00") from None
 
 
-def _check_numbers(place: str, numbers: Iterable[int | float]) -> None:
-    """Raise ValueError unless all numbers are at least 0."""
+def _check_numbers(place: str, numbers: Iterable[int | float], most: int | float = math.inf) -> None:
+    """Raise ValueError unless all numbers are at least 0, and at most `most`."""
     for number in numbers:
-        if not number >= 0:
-            raise ValueError(f"{place} has {number}: must be at least 0")
+        if not 0 <= number <= most:
+            allowed = "at least 0" if most == math.inf else f"from 0 to {most}"
+            raise ValueError(f"{place} has {number}: must be {allowed}")
+
+
+def _check_folders(place: str, names: Iterable[str]) -> None:
+    """Raise ValueError if no folder can have one of these names."""
+    for name in names:
+        if "\0" in name:
+            raise ValueError(f"{place} has {name!r:.40}: must be names of folders")
 
 
 def short(fingerprint_or_checksum: str) -> str:

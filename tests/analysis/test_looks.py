@@ -1090,6 +1090,11 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
     assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
 
 
+def look_with(field: str) -> str:
+    """Return the text of a record of one look with a field."""
+    return f'{{"looks": {{"a": [{{"time": "2026-01-01", "seeds": [1, 2], {field}}}]}}}}'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -1104,6 +1109,13 @@ def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path:
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": 2, "claims": {"c": 2}}]}}', "must be a list"),
         ("looks.json", '{"looks": {"a": [{"time": "", "claims": {"c": 2}}]}}', "seeds is missing"),
         ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
+        ("looks.json", look_with('"planned": Infinity'), "planned has inf: must be from 0 to 1000000000"),
+        ("looks.json", look_with('"planned": 1e300'), "planned has 1e+300: must be from 0 to 1000000000"),
+        ("looks.json", look_with('"mean_seeds": Infinity'), "mean_seeds has inf: must be from 0 to"),
+        ("looks.json", look_with('"share": NaN'), "share has nan: must be from 0 to 1"),
+        ("looks.json", look_with('"share": 50'), "share has 50"),
+        ("looks.json", look_with('"share": -1'), "share has -1"),
+        ("looks.json", look_with('"runs": {"c": ["a\\u0000b"]}'), r"runs has 'a\x00b': must be names of folders"),
         ("plans.json", "[]", "must be an object"),
     ],
 )
