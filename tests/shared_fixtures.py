@@ -26,7 +26,6 @@ gc.disable()  # imports create a million objects, none of which is garbage
 import wandb.apis.public  # noqa: F401, I001
 import jaxtyping
 import pytest
-import statsmodels.formula.api  # noqa: F401
 import torch
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from type_checks import jaxtyped

@@ -28,8 +28,7 @@ Sabotage = Callable[[], None]
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    """hydra.main moe.training.loop moe.runs.wandb_mirror moe.results.sweep_tables moe.analysis.report.report
-    statsmodels.formula.api""".split()
+    "hydra.main moe.training.loop moe.runs.wandb_mirror moe.results.sweep_tables moe.analysis.report.report".split()
 )
 
 

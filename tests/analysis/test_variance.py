@@ -98,29 +98,33 @@ def test_values_whose_squares_are_too_large_are_no_error() -> None:
     assert table["p GG"].isna().all()
 
 
-def test_missing_runs_leave_an_analysis_of_all_others() -> None:
-    runs = shipped("noise_lb_seed").query("seed < 45")
+def test_seeds_that_lack_a_run_are_left_out() -> None:
+    runs = shipped("noise_lb_seed").query("seed < 46")
     lost = (runs["noise"] == 0.5) & (runs["lb"] == 0.0) & (runs["seed"] == 44)
-    complete = anova(runs, PPL, ["noise", "lb"]).set_index("term")
+    complete = anova(runs.query("seed != 44"), PPL, ["noise", "lb"]).drop(columns="runs")
     for gap in (
         runs[~lost],
         runs.assign(**{PPL: runs[PPL].mask(lost)}),
         runs.assign(**{PPL: runs[PPL].mask(lost, np.inf)}),
     ):
-        table = anova(gap, PPL, ["noise", "lb"]).set_index("term")
-        assert (table["runs"] == "unbalanced, mixed model of 17 of 18, without noise=0.5, lb=0.0, seed=44").all()
-        assert table.loc["noise", "F"] == pytest.approx(complete.loc["noise", "F"], rel=0.5)
-        assert (table["p GG"] > 0.05).all()
-    strong = gap.assign(**{PPL: gap[PPL] + 100 * gap["noise"]})
-    assert anova(strong, PPL, ["noise", "lb"]).set_index("term").loc["noise", "p GG"] < 0.05
+        table = anova(gap, PPL, ["noise", "lb"])
+        assert (table["runs"] == "18 of 24: the seeds that have all combinations, not 44").all()
+        pd.testing.assert_frame_equal(table.drop(columns="runs"), complete)
 
 
-def test_the_mixed_model_rarely_finds_an_effect_where_none_is() -> None:
-    studies, wrong = 12, 0
-    for draw in range(studies):
-        runs = made_up(3, 2, 3, draw=draw, seed_by_noise=1.0)
-        wrong += anova(runs.drop(index=draw % 18), PPL, ["noise", "lb"])["p GG"].iloc[0] <= 0.05
-    assert wrong <= stats.binom.ppf(0.999, studies, 0.05)
+@pytest.mark.parametrize("spread", [(1.0, 1.0, 1.0, 1.0), (4.0, 1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(("seeds", "lost"), [(3, 1), (5, 2)])
+def test_missing_runs_do_not_raise_the_error(seeds: int, lost: int, spread: tuple[float, ...]) -> None:
+    """The mixed model that was used before found an interaction in 10 to 31 % of such studies."""
+    studies, rng = 300, np.random.default_rng(0)
+    cells = pd.MultiIndex.from_product([range(seeds), (0.0, 0.1), (0.0, 0.01)], names=["seed", "noise", "lb"])
+    index = cells.to_frame(index=False)
+    found = np.zeros(3)
+    for _ in range(studies):
+        values = np.repeat(rng.normal(size=seeds), 4) + rng.normal(size=4 * seeds) * np.tile(spread, seeds)
+        runs = index.assign(**{PPL: 10 + values}).drop(index=[5 * place for place in range(lost)])
+        found += anova(runs, PPL, ["noise", "lb"])["p GG"].iloc[:3].to_numpy() <= 0.05
+    assert (found <= stats.binom.ppf(0.999, studies, 0.05)).all(), found / studies
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ VARIANCE_EXPLAINED = """\
 Each term is tested against its own interaction with the seed, so an effect counts only if it is larger than its spread
 from seed to seed. `p GG` has Greenhouse and Geisser's correction: with three levels or more, p alone is too small if
 some seeds respond more strongly than others. `p Holm` is p GG corrected for all tests of this report. `runs` says which
-runs were used; if some are missing, a mixed model takes the place of the usual tests."""
+runs were used: those of the seeds that have all combinations."""
 
 
 def noise_floor_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
