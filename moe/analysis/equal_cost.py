@@ -37,7 +37,7 @@ another number of experts in training, or a capacity limit may have dropped assi
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
 BUDGET = "variant"  # the arms budget_... change the number of steps
-SCALES = ("steps", "model", "batch_size", "grad_accum")  # factors that change the size of a run; and model....
+SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run
 
 
 class Difference(NamedTuple):
@@ -67,8 +67,12 @@ Curves = dict[Any, pd.DataFrame]  # seed -> columns cost and loss, in rising ord
 
 
 def is_scale(factor: str) -> bool:
-    """Return whether a factor changes the size of a run."""
-    return factor in SCALES or factor.startswith("model.")
+    """Return whether a factor changes the length of a run or the size of its model."""
+    return factor in SCALES or _is_size_of_model(factor)
+
+
+def _is_size_of_model(factor: str) -> bool:
+    return factor == "model" or factor.startswith("model.")
 
 
 def is_budget(runs: pd.DataFrame, factor: str) -> bool:
@@ -124,7 +128,7 @@ def equal_cost(
 def paired_sides(
     runs: pd.DataFrame, factors: list[str], references: dict[str, Any], cost: str
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
-    """Yield the comparisons of finished runs; at equal parameters the runs of all sizes make one comparison.
+    """Yield the comparisons of finished runs; at equal parameters the models of all sizes make one comparison.
 
     Numbers of steps and budgets are not compared: at equal cost a longer run is a run that has not ended. The runs have
     the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table. Those whose
@@ -134,10 +138,12 @@ def paired_sides(
     finished = runs.loc[runs["status"] == "finished", columns]
     known = training_flops(runs).notna() if cost == FLOPS else runs["folder"].notna()
     folders = set(runs.loc[known, "folder"])
-    kept = [factor for factor in factors if not (cost in PARAMETERS and is_scale(factor))]
+    sizes = [factor for factor in factors if cost in PARAMETERS and _is_size_of_model(factor)]
+    kept = [factor for factor in factors if factor not in sizes]
+    lengths = {factor for factor in factors if is_scale(factor)} if cost in PARAMETERS else {"steps"}
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):
-        if names["factor"] != "steps" and not is_budget(runs, names["factor"]):
+        if names["factor"] not in lengths and not is_budget(runs, names["factor"]):
             sides = [side[side["folder"].isin(folders)] for side in (treated, baseline)]
             if all(map(len, sides)):
                 yield names, *sides

@@ -45,12 +45,14 @@ def study_of(runs: pd.DataFrame) -> Study:
     plans = sorted(
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
-    named = _named_by(plans, runs) if plans else runs
+    digests = _digests(_sweeps(runs)) if len(plans) > 1 else {}
+    dated = [plan._replace(runs=[digests.get(run, run) for run in plan.runs]) for plan in plans]
+    named = _named_by(dated, runs) if plans else runs
     first = named.sort_values("started").iloc[0]
     planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
     first_planned = int(planned) if pd.notna(planned) else None
     everything = known if named is runs else _known(named) | known
-    looks = _of_one_report(looks, known) + _without_report(named, everything, plans, first_planned)
+    looks = _of_one_report(looks, known) + _without_report(named, everything, dated, first_planned, {*digests.values()})
     return Study(
         name=study,
         planned=first_planned,
@@ -167,14 +169,25 @@ def _digest(folder: str) -> str | None:
         return None
 
 
+def _digests(sweeps: list[Path]) -> dict[str, str]:
+    """Return the fingerprint of each run in the sweep folders, by itself and by its earlier form."""
+    found = {old: new for folder in sweeps for old, new in digests_by_earlier_ones(folder).items()}
+    return found | {new: new for new in found.values()}
+
+
 def _without_report(
-    runs: pd.DataFrame, known: Mapping[str, Known], plans: Sequence[PlannedStudy], first_planned: int | None
+    runs: pd.DataFrame,
+    known: Mapping[str, Known],
+    plans: Sequence[PlannedStudy],
+    first_planned: int | None,
+    there: Set[str],
 ) -> list[Seen]:
     """Return a look for each command that added runs when others had results that could be compared.
 
     The terminal shows results at the end of a command, and files of runs are open to all. Runs of the seeds that
     earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
-    study decides, if somebody said it.
+    study decides, if somebody said it. there: the fingerprints of the runs in the sweep folders. A run that an earlier
+    command planned and that is not there may have been moved away after it had ended, so the look may have seen it.
     """
     if not plans:
         return []
@@ -188,7 +201,7 @@ def _without_report(
             awaited = {folder for folder, run in known.items() if run.seed in seeds}
             number = len({known[folder].setting for folder in awaited.union(seen)})
             expected = first_planned or len(awaited.union(seen)) / number
-            runs_seen = {folder: run.setting for folder, run in seen.items()}
+            runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(planned - there, "unknown")
             found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
         planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found

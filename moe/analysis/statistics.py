@@ -86,6 +86,11 @@ def contrasts(
     """
     if margin is not None and amount_of(margin).at(1.0) <= 0:
         raise ValueError(f"margin {margin}: must be positive, in units of {metric} or a text such as 1%")
+    for factor, level in (references or {}).items():
+        if factor not in factors:
+            raise ValueError(f"reference {factor}={level}: varied factors are {', '.join(factors) or 'none'}")
+        if level not in (known := levels(runs[factor])):
+            raise ValueError(f"reference {factor}={level}: allowed are {', '.join(map(str, known))}")
     runs = narrowed(runs, (metric, *factors, *COMPARED))
     rows = [
         {"metric": metric} | names | _compare_runs(metric, treated, baseline, margin)
@@ -100,15 +105,13 @@ def comparisons(
     """Yield every level of every factor against its reference, for each combination of other factors that has both.
 
     The first part names the comparison by factor, level, reference and within; the others are the runs at the level and
-    at the reference. Raises ValueError for a reference that is no level.
+    at the reference. A factor whose reference these runs lack is not compared: it may not have been trained yet.
     """
-    for factor in references.keys() - set(factors):
-        raise ValueError(f"reference {factor}={references[factor]}: varied factors are {', '.join(factors) or 'none'}")
     for factor in factors:
         others = [other for other in factors if other != factor]
         reference = references.get(factor, reference_level(runs, factor))
         if reference not in levels(runs[factor]):
-            raise ValueError(f"reference {factor}={reference}: allowed are {', '.join(map(str, levels(runs[factor])))}")
+            continue
         for level in levels(runs[factor]):
             if level == reference:
                 continue

@@ -23,6 +23,7 @@ from moe.analysis.equal_cost import (
     NOTHING_IN_COMMON,
     ONLY_AT_THE_END,
     SECONDS,
+    TOTAL,
     difference,
     equal_cost,
     paired_sides,
@@ -169,6 +170,26 @@ def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> No
     alone, evals = made_up(flops={"a": 100, "b": 100})
     [row] = equal_cost(alone, training_curves(alone, evals), ["router"], {}, ACTIVE).to_dict("records")
     assert (row["n"], row["note"]) == (0, "the two have no cost in common")
+
+
+def test_at_equal_parameters_runs_of_different_lengths_are_compared_apart() -> None:
+    """Router b has longer runs alone, or lacks a seed of the shorter ones. The routers learn alike."""
+    runs, evals = made_up(flops={"a": 100, "b": 100}, sizes=(1000, 2000))
+    runs["val/loss"] -= 0.1 * (runs["router"] == "b")
+    short = runs.assign(folder=runs["folder"] + "s", steps=10, **{"val/loss": runs["val/loss"] + 1})
+    of_b, first = short["router"] == "b", short["seed"] == 0
+    for kept, lengths in ((short[~of_b], 1), (short[~(of_b & first)], 2), (short, 2)):
+        table = equal_cost(pd.concat([runs, kept]), evals, ["router", "model.dim", "steps"], {}, TOTAL)
+        assert {*table["factor"]} == {"router"}
+        assert len(table) == lengths
+        assert table["value"].abs().max() < 0.01
+
+
+def test_a_reference_that_has_no_finished_run_is_not_compared_yet() -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 100})
+    unfinished = runs.assign(status=runs["router"].map({"a": "running", "b": "finished"}))
+    assert list(paired_sides(unfinished, ["router"], {"router": "a"}, FLOPS)) == []
+    assert equal_cost(unfinished, training_curves(unfinished, evals), ["router"], {"router": "a"}, FLOPS).empty
 
 
 @pytest.mark.parametrize("evaluations", [4, 8])

@@ -647,6 +647,26 @@ def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: p
     assert report(*names).earlier_tests.unplanned == (len(names) + len(other.tested)) * pairs - pairs * len(names)
 
 
+def test_a_level_that_came_later_was_compared_by_no_earlier_report(runs: pd.DataFrame) -> None:
+    """The first report had two levels. Which of them was its reference does not matter then, but does later."""
+    two = runs[runs["noise"].isin([0.0, 0.5])]
+    first = _with_look(collect_inputs(two, ReportOptions({"noise": 0.5}))[0])
+    later = collect_inputs(runs, ReportOptions({"noise": 0.5}))[0]
+    assert len(first.study.references) == 2
+    assert later.study.earlier[0].references["noise"] == "0"
+    assert later.earlier_tests == EarlierTests(0, 0)
+
+
+def test_a_metric_in_which_nothing_can_be_tested_costs_no_look(runs: pd.DataFrame) -> None:
+    runs = runs.assign(**{"routing/drop_rate": 0.0, "val/deterministic": 1.0 * runs["noise"]})
+    first = _with_look(collect_inputs(runs)[0])
+    options = ReportOptions(metrics=("routing/drop_rate", "val/deterministic"))
+    second = collect_inputs(runs, options)[0]
+    assert {"routing/drop_rate", "val/deterministic"} <= {*second.tested}
+    assert second.study.metrics == first.study.metrics
+    assert (second.study.looks.place, second.study.looks.next_share) == (0, first.study.looks.next_share)
+
+
 def test_the_planned_number_is_that_of_the_first_look() -> None:
     """Runs of the first look are gone, and the others were planned with more seeds."""
     three, eleven = both(0, 1, 2), both(*range(11))
@@ -938,7 +958,7 @@ def test_a_run_without_a_partner_is_no_look_at_a_claim(runs: pd.DataFrame) -> No
 
 @pytest.mark.parametrize(("of_second", "ended"), [("12:00", [0, 1, 2]), ("09:00", [])])
 def test_seeds_that_had_ended_when_others_were_added_are_a_look(
-    of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path
+    of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seeds 0 to 2 run from 10:00 to 11:00. A second command that adds seeds earlier cannot know their results."""
     old = runs["seed"] < 3
@@ -952,11 +972,21 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
         for time, seeds in (("08:00", [0, 1, 2]), (of_second, [0, 1, 2, 3, 4]), ("20:00", [3, 4]))
     ]
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    there = {f"earlier of seed {seed}": f"of seed {seed}" for seed in range(5)}
+    monkeypatch.setattr("moe.analysis.recorded.digests_by_earlier_ones", lambda folder: there)
     study = study_of(runs)
     assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
     tests = [group_of(runs), *(compared(claim, members).runs for claim, members in planned_claims(runs))]
     assert {study.share(test) for test in tests} == {FURTHER if ended else 1.0}
     assert study_of(runs.assign(planned_seeds=5)).looks.share() == pytest.approx(1 - spent(0.6) if ended else 1)
+    old_form = [plan._replace(runs=[f"earlier {run}" for run in plan.runs]) for plan in plans]
+    PlansRecord(plans=[*old_form[:2], plans[2]]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    assert study_of(runs).earlier == study.earlier, "fingerprints of both forms are those of the same runs"
+    del there["earlier of seed 2"]  # its runs were moved away after they had ended
+    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    rest = runs[runs["seed"] < 2]
+    assert study_of(rest).share(group_of(rest)) == (FURTHER if ended else 1.0), "without them the look gives nothing"
+    there["earlier of seed 2"] = "of seed 2"
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
     assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
@@ -979,6 +1009,7 @@ def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command
         for time, seeds, names in (("08:00", [0, 1, 2], [of_all]), ("12:00", [0, 1, 2, 3, 4], [of_all, "of seed 3"]))
     ]
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    monkeypatch.setattr("moe.analysis.recorded._digests", lambda sweeps: {of_all: of_all})
     for part in (runs["seed"] < 5, runs["seed"] < 2, runs["seed"] > 2, old & (runs["noise"] < 0.5)):
         assert study_of(runs[part]).share(group_of(runs[part])) == FURTHER
     assert study_of(runs[old]).share(group_of(runs[old])) == 1, "just the runs that had ended"

@@ -1,6 +1,6 @@
 """Test the claims and comparisons of a report, and correct all tests together, for looks and for each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from textwrap import shorten
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 from moe.analysis.claims import claim_families, decided, measured_claims
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
-from moe.analysis.looks import ENDED, Question, group_of, level_as_text
+from moe.analysis.looks import ENDED, Question, group_of, level_as_text, place_of
 from moe.analysis.report.inputs import (
     FAMILIES,
     LEAGUE,
@@ -71,6 +71,8 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
         table["own"] = [own[each] for each in names]
     variance, refusals = _variance(inputs, runs)
+    with_p = {metric for metric, table in zip(inputs.tested, tables, strict=True) if table["p"].notna().any()}
+    with_p |= {*variance.loc[variance["p GG"].notna(), "metric"]} if len(variance) else set()
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
         variance = withheld(variance) if len(variance) else variance
@@ -87,7 +89,9 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     tested = any(bool(found[field][column].notna().any()) for field, column in P_OF.items() if len(found[field]))
     return inputs._replace(
         **found,
-        study=replace(inputs.study, metrics=inputs.tested, references=asked, tested=tested),
+        study=replace(
+            inputs.study, metrics=[each for each in inputs.tested if each in with_p], references=asked, tested=tested
+        ),
         earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, variance),
         without_variance=refusals,
     )
@@ -111,29 +115,29 @@ def _earlier_tests(
 
     if not inputs.study.earlier:
         return EarlierTests()
+    places = compared["folder"].map(place_of)
 
-    def pairs(references: Mapping[str, str]) -> set[tuple[Any, ...]]:
-        """Return the comparisons with these references."""
+    def pairs(references: Mapping[str, str], seen: Set[str]) -> set[tuple[Any, ...]]:
+        """Return the comparisons with these references of the runs that a look saw."""
+        runs = compared[places.isin(seen)]
         known = {
             factor: level
             for factor in factors
-            for level in levels(compared[factor])
+            for level in levels(runs[factor])
             if level_as_text(level) == references.get(factor)
         }
         return {
-            _pair(tuple(names.values()))
-            for names, *_ in comparisons(compared, factors, known)
-            if names["factor"] in known
+            _pair(tuple(names.values())) for names, *_ in comparisons(runs, factors, known) if names["factor"] in known
         }
 
-    asked: dict[tuple[tuple[str, str], ...], set[str]] = {}  # references -> the metrics that were asked with them
+    asked: dict[tuple[frozenset[Any], frozenset[str]], set[str]] = {}  # references, runs -> the metrics of these looks
     for look in inputs.study.earlier:
-        asked.setdefault(tuple(sorted(look.references.items())), set()).update(look.metrics)
+        asked.setdefault((frozenset(look.references.items()), frozenset(look.runs)), set()).update(look.metrics)
     now = {(metric, pair) for pair in present for metric in inputs.tested}
     before = {
         (metric, pair)
-        for references, metrics in asked.items()
-        for pair in pairs(dict(references))
+        for (references, seen), metrics in asked.items()
+        for pair in pairs(dict(references), seen)
         for metric in metrics
     }
     dropped = set[str]().union(*asked.values()) - {*inputs.tested}
