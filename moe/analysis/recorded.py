@@ -201,7 +201,9 @@ def _without_report(
             awaited = {folder for folder, run in known.items() if run.seed in seeds}
             number = len({known[folder].setting for folder in awaited.union(seen)})
             expected = first_planned or len(awaited.union(seen)) / number
-            runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(planned - there, "unknown")
+            runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(
+                planned - there, "unknown"
+            )
             found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
         planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found
