@@ -36,8 +36,8 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     - `runs`: which runs were used.
 
     These are the tests of repeated measures (Winer 1971, chapter 7). Only seeds that have a finite value at every
-    combination are used, so that the tests are exact if runs are missing, too. A linear mixed model of all runs errs several
-    times as often if there are few seeds.
+    combination are used, so that the tests are exact if runs are missing, too. A linear mixed model of all runs errs
+    several times as often if there are few seeds.
 
     Raises ValueError if no factor varies, if there is one seed only, if a combination has no finite value in any seed,
     if fewer than two seeds have all combinations, and if seeds do not differ. Contrasts then compare what pairs there

@@ -71,7 +71,11 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
         table["own"] = [own[each] for each in names]
     variance, refusals = _variance(inputs, runs)
-    with_p = {metric for metric, table in zip(inputs.tested, tables, strict=True) if table["p"].notna().any()}
+    with_p = {
+        metric
+        for metric, table in zip(inputs.tested, tables, strict=True)
+        if table.reindex(columns=["p", "p TOST"]).notna().any(axis=None)
+    }
     with_p |= {*variance.loc[variance["p GG"].notna(), "metric"]} if len(variance) else set()
     if inputs.learned_little:
         tables = [withheld(table) for table in tables]
@@ -210,8 +214,8 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
         if len(table := getattr(inputs, field)):
             family = claim_families(table) if field == "claims" else UNPLANNED
             both = {"share": _shares(inputs, field), "next share": inputs.study.looks.next_share}
-            p = table[column].to_numpy(dtype=float)
-            tables.append(pd.DataFrame({"p": p, "family": family, "field": field} | both))
+            tests = pd.DataFrame({"p": table[column].to_numpy(dtype=float), "family": family, "field": field} | both)
+            tables.append(tests.assign(share=tests["share"].where(tests["p"].notna(), 1.0)))  # no test has no share
     if any((table["p"] > 0).any() for table in tables[1:] if table["family"].eq(UNPLANNED).all()):
         facts = {"p": 1.0, "family": UNPLANNED, "share": 1.0, "next share": 1.0, "field": EARLIER}
         tables.append(pd.DataFrame([facts] * inputs.earlier_tests.unplanned))
