@@ -89,6 +89,7 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     }
     if league_metric(inputs) is not None:
         asked[LEAGUE] = level_as_text(league_reference(inputs))
+        with_p = with_p or {*inputs.tested}  # the league has tests of its own
     found = {"claims": measured_claims(loaded, inputs.past.evals), "contrasts": stack(tables), "variance": variance}
     tested = any(bool(found[field][column].notna().any()) for field, column in P_OF.items() if len(found[field]))
     return inputs._replace(
