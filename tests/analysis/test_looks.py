@@ -39,6 +39,7 @@ from moe.analysis.report.judgments import cards
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
+from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.planned import (
     decisions,
     error_of_more,
@@ -57,6 +58,7 @@ from moe.bench.errors import null_runs, write_record
 from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
+from moe.config.question import Part
 from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in
 from moe.runs.record import FORMAT, RecordError, RunRecord, SweepRecord
 
@@ -608,6 +610,11 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
     [warning] = (" ".join(text.split()) for text in warnings_of_decisions(second))
     assert f"with 3 seeds on average, “{claim}” was supported" in warning
     assert "That verdict stays valid" in warning
+    part = Part("Does the balance weight help?", (claim,))
+    [(_, answer)] = answers(second, [part])
+    assert "but an earlier look found it supported, which stays valid" in answer
+    [(_, answer)] = answers(first, [part])
+    assert "earlier look" not in answer
     again = collect_inputs(runs[runs["seed"] < 3])[0]
     assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
 

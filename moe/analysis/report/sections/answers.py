@@ -58,7 +58,13 @@ def _open(judged: Judgment, inputs: ReportInputs) -> str:
         return judged.reason.rstrip(".")
     estimate = ", ".join(filter(None, (judged.compared, judged.amount, judged.percent)))
     why = judged.reason if judged.verdict == UNTESTED else ""
-    return _clauses(estimate, *_notes(judged, inputs), judged.advice, why)
+    return _clauses(estimate, _earlier_verdict(judged, inputs), *_notes(judged, inputs), judged.advice, why)
+
+
+def _earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
+    """Return what the last look that decided a claim said of it; "" if none did."""
+    verdicts = [look.decided[judged.title] for look in inputs.study.earlier if judged.title in look.decided]
+    return f"but an earlier look found it {verdicts[-1]}, which stays valid" if verdicts else ""
 
 
 def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:
