@@ -138,9 +138,8 @@ def paired_sides(
     finished = runs.loc[runs["status"] == "finished", columns]
     known = training_flops(runs).notna() if cost == FLOPS else runs["folder"].notna()
     folders = set(runs.loc[known, "folder"])
-    sizes = [factor for factor in factors if cost in PARAMETERS and _is_size_of_model(factor)]
-    kept = [factor for factor in factors if factor not in sizes]
-    lengths = {factor for factor in factors if is_scale(factor)} if cost in PARAMETERS else {"steps"}
+    kept = [factor for factor in factors if not (cost in PARAMETERS and _is_size_of_model(factor))]
+    lengths = SCALES if cost in PARAMETERS else ("steps",)
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):
         if names["factor"] not in lengths and not is_budget(runs, names["factor"]):

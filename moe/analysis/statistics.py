@@ -162,24 +162,6 @@ def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else next(iter(tables), pd.DataFrame())
 
 
-def completed(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill the gaps of a table of seeds by cells with what the other values say: effect of the seed plus of the cell.
-
-    The effects are those of least squares. If they cannot be told apart, because the seeds have no cell in common, the
-    table is returned with gaps.
-    """
-    values = table.to_numpy(dtype=float)
-    known = ~np.isnan(values)
-    if known.all():
-        return table
-    seeds, cells = values.shape
-    design = np.hstack([np.repeat(np.eye(seeds), cells, axis=0), np.tile(np.eye(cells), (seeds, 1))])
-    effects, _, rank, _ = np.linalg.lstsq(design[known.ravel()], values[known], rcond=None)
-    if rank < seeds + cells - 1:
-        return table
-    return pd.DataFrame(np.where(known, values, (design @ effects).reshape(seeds, cells)), table.index, table.columns)
-
-
 def noise_floor(runs: pd.DataFrame, metrics: list[str], *, seeds: tuple[int, ...] = (3, 5, 8)) -> pd.DataFrame:
     """Return how much runs differ if only the seed differs, with a row for each metric.
 

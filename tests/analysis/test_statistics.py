@@ -15,7 +15,6 @@ from moe.analysis.report.markdown import table_as_markdown
 from moe.analysis.sentences import contrast_sentence, p_equals, percent
 from moe.analysis.statistics import (
     as_one_family,
-    completed,
     contrasts,
     corrected,
     divisors,
@@ -437,15 +436,6 @@ def test_families_get_shares_in_order_and_pass_on_what_they_no_longer_need() -> 
     assert without_own[5:] == pytest.approx([0.01 * 2 / 0.5, 0.001 * 3 / 0.5])
     all_significant = corrected(pd.Series([0.001, 0.004, 0.03]), np.array([0, 0, 1]))
     assert all_significant == pytest.approx([0.004, 0.008, 0.03]), "the second family has 5 % once the first is done"
-
-
-def test_a_gap_is_filled_by_the_effects_of_seed_and_cell() -> None:
-    additive = pd.DataFrame(np.add.outer([1.0, 5.0, -2.0], [0.0, 10.0, 3.0, 7.0]), index=[42, 43, 44])
-    gaps = additive.copy()
-    gaps.iloc[0, 1] = gaps.iloc[2, 3] = gaps.iloc[2, 0] = np.nan
-    pd.testing.assert_frame_equal(completed(gaps), additive)
-    apart = pd.DataFrame([[1.0, np.nan], [np.nan, 2.0]])
-    pd.testing.assert_frame_equal(completed(apart), apart)
 
 
 def test_a_small_share_is_not_a_signed_zero() -> None:
