@@ -107,7 +107,7 @@ class Seen(NamedTuple):
 
     runs: the folders of the runs that had ended, with their settings. seeds, planned: as `Looks` has them, at that
     time; planned is 0 if nothing tells it. margins: those that the reader gave. metrics, references: what the report
-    asked, as `Study` has them; nothing if no record tells it. decided: see `moe.runs.planned.Look`.
+    asked, as `Study` has them; nothing if no record tells it. decided, tests: see `moe.runs.planned.Look`.
     share: that it had at its time; 0 if no record tells it.
     """
 
@@ -120,6 +120,7 @@ class Seen(NamedTuple):
     references: Mapping[str, str] = {}
     decided: Mapping[str, str] = {}
     share: float = 0.0
+    tests: Mapping[str, int] = {}
 
     @property
     def asked(self) -> frozenset[Question]:
@@ -139,7 +140,7 @@ class Study:
     starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
     name: that of the grid of the runs, or of their experiment. tested: whether a test of this report has a p. metrics,
     references: what this report asks: the tested metrics, and factor -> the level that others are compared with, as
-    text.
+    text. tests: how many tests it makes, as a `Look` has them.
     """
 
     planned: int | None = None
@@ -154,6 +155,7 @@ class Study:
     tested: bool = False
     metrics: Sequence[str] = ()
     references: Mapping[str, str] = field(default_factory=dict)
+    tests: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def present(self) -> Seen:

@@ -130,7 +130,16 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
     seeds = look.mean_seeds or len(look.seeds)
     return Seen(
-        look.time, runs, seeds, look.planned, look.margins, look.metrics, look.references, look.decided, look.share
+        look.time,
+        runs,
+        seeds,
+        look.planned,
+        look.margins,
+        look.metrics,
+        look.references,
+        look.decided,
+        look.share,
+        look.tests,
     )
 
 
@@ -244,6 +253,7 @@ def record_look(
         references=dict(sorted(study.references.items())),
         decided=dict(decided or {}),
         share=study.looks.share(),
+        tests=dict(study.tests),
     )
     unwritten = ""
     for folder in _sweeps(runs):

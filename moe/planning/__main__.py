@@ -72,6 +72,7 @@ mean: of the setting with which the claim compares, as in the report; of all the
 level: of the 5 % error that all tests of the report share, what this test gets."""
 OUT_OF_REACH = """\
 A claim that needs over {most} seeds is out of reach. Longer runs differ less, so they need fewer seeds."""
+IN_UNITS = "effect={size} means {size} in units of each metric. A share of its mean is effect={size}%."
 LARGER = "If an effect has this size or more, {most} seeds are enough for all claims about its metric:"
 OWN_SEEDS = "{note}. So what follows is for as many seeds as the experiment has."
 TWICE = "command, which must be given twice: first it trains {}, then, given again, {}"
@@ -178,6 +179,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as text."""
     request = plan.request
     yield from _wrapped(POWER.format(power=request.power))
+    if not request.effect.text.endswith(("%", UNIT)):
+        yield from _wrapped(IN_UNITS.format(size=request.effect.text))
     if plan.replaced:
         yield "The command replaces what the experiment's own file sets, on which its claims may rest:"
         yield from (f"  {each}" for each in plan.replaced)

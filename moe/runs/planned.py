@@ -16,6 +16,7 @@ from moe.files import read_text
 from moe.runs.record import Record, RunRecord
 
 MOST_SEEDS = 10**9  # of a setting, that a record may name; more is a damaged number
+LARGEST_FAMILY = 10**6  # tests that a look may have made of a family or metric, likewise
 
 
 class PlannedStudy(NamedTuple):
@@ -48,7 +49,8 @@ class Look(NamedTuple):
     results: folder of a run -> its final loss, as text. metrics: those that were tested. references: factor -> the
     level that the others were compared with, as text. decided: the words of each claim, or the levels of each
     comparison of the first metric if there are no claims -> its verdict, if it was decided. share: of the level, that
-    the look had for its new tests.
+    the look had for its new tests. tests: name of a family of claims, or metric of the analysis of variance -> how many
+    tests the look made of it.
     """
 
     time: str
@@ -62,6 +64,7 @@ class Look(NamedTuple):
     decided: dict[str, str] = {}
     results: dict[str, str] = {}
     share: float = 0.0
+    tests: dict[str, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class LooksRecord(Record):
                 _check_numbers(f"{place}.mean_seeds", [look.mean_seeds], most=MOST_SEEDS)
                 _check_numbers(f"{place}.planned", [look.planned], most=MOST_SEEDS)
                 _check_numbers(f"{place}.share", [look.share], most=1)
+                _check_numbers(f"{place}.tests", look.tests.values(), most=LARGEST_FAMILY)
                 _check_folders(f"{place}.runs", itertools.chain.from_iterable(look.runs.values()))
                 _check_time(f"{place}.time", look.time)
 

@@ -21,8 +21,8 @@ from moe.files import read_text, write_json
 from moe.runs.collapse import Collapse
 from moe.runs.measured import Measured, ValidationLoss, check_shapes
 
-FORMAT = 9  # of all these files; raise it whenever a field is added, removed or changes its meaning
-READ = (7, 8, FORMAT)  # formats that can be read; in format 7, runs have no unigram perplexity
+FORMAT = 10  # of all these files; raise it whenever a field is added, removed or changes its meaning
+READ = (7, 8, 9, FORMAT)  # formats that can be read; in format 7, runs have no unigram perplexity
 
 R = TypeVar("R", bound="Record")
 Status = Literal["running", "interrupted", "failed", "finished"]

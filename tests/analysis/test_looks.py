@@ -40,6 +40,7 @@ from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.answers import answers
+from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.planned import (
     decisions,
     error_of_more,
@@ -52,6 +53,7 @@ from moe.analysis.report.sections.planned import (
     warnings_of_margins,
 )
 from moe.analysis.report.sections.verdicts import claim_verdicts, how_it_decides
+from moe.analysis.report.tested import with_comparisons
 from moe.analysis.sentences import level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
@@ -664,6 +666,32 @@ def test_a_level_that_came_later_was_compared_by_no_earlier_report(runs: pd.Data
     assert later.earlier_tests == EarlierTests(0, 0)
 
 
+def test_tests_that_an_added_run_makes_impossible_still_count(runs: pd.DataFrame) -> None:
+    """A level with one run leaves no analysis of variance, and no claim about the lowest level.
+
+    If their tests did not count any more, the others would have a larger level than at the first look.
+    """
+    first = _with_look(collect_inputs(runs)[0])
+    [look] = looks_in(Path(runs["folder"].iloc[0]).parent)["noise_lb_seed"]
+    assert look.tests[OF_CLAIMS[1]] == sum(first.claims["source"].str.startswith("our own") & (first.claims["p"] > 0))
+    assert look.tests["val/perplexity"] == 3, "noise, lb, and their interaction"
+    folder = Path(runs["folder"].iloc[0]).parent / "added"
+    folder.mkdir()
+    write_record(folder, "noise_lb_seed")
+    added = runs.iloc[:1].assign(noise=0.9, folder=str(folder))
+    later = collect_inputs(pd.concat([runs, added], ignore_index=True))[0]
+    assert later.variance.empty
+    lost = sum(later.claims["p"].isna()) - sum(first.claims["p"].isna())
+    assert lost > 0
+    assert sum(later.earlier_tests.claims) == lost
+    assert later.earlier_tests.unplanned == first.variance["p GG"].count() > 0
+    for before, now in zip(first.families, later.families, strict=True):
+        assert (now.tests, now.share) == (before.tests, before.share)
+    assert (later.claims["tests"] >= first.claims["tests"]).all()
+    fewer = later._replace(study=replace(later.study, earlier=[later.study.earlier[0]._replace(tests={})]))
+    assert with_comparisons(fewer).earlier_tests == EarlierTests(0, 0), "a look that does not tell its tests"
+
+
 def test_a_metric_in_which_nothing_can_be_tested_costs_no_look(runs: pd.DataFrame) -> None:
     runs = runs.assign(**{"routing/drop_rate": 0.0, "val/deterministic": 1.0 * runs["noise"]})
     first = _with_look(collect_inputs(runs)[0])
@@ -903,6 +931,20 @@ def test_a_second_look_is_said_and_corrected(runs: pd.DataFrame, tmp_path: Path)
     assert "together have 1 % instead of 5 %" in warning
     assert "at most 6 % of studies" in warning
     assert list(warnings_of_looks(alone.study)) == []
+
+
+def test_a_command_for_more_seeds_completes_those_that_some_settings_lack(
+    runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 3 is lacking once. A comparison without it has four seeds, and one of the seeds that it needs is seed 3."""
+    monkeypatch.setattr("moe.analysis.report.sections.commands.training_command", lambda runs, seeds, claims: [*seeds])
+    lacking = collect_inputs(runs[~((runs["noise"] == 0.5) & (runs["lb"] == 0.01) & (runs["seed"] == 3))])[0]
+    assert command_for_more(collect_inputs(runs)[0], 2) == [5, 6]
+    assert command_for_more(lacking, 2) == [3, 5, 6]
+    assert command_for_more(lacking, 2, n=5) == [3, 5, 6], "this comparison has seed 3"
+    assert command_for_more(lacking, 2, n=4) == [3, 5]
+    assert command_for_more(lacking, 1, n=4) == [3]
+    assert command_for_more(lacking, 100) == [*range(5, 105)], "a range, which names no single seed"
 
 
 def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) -> None:

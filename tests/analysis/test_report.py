@@ -60,6 +60,7 @@ from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import about_same_settings, best_setting
 from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, SHORT, collapse
 from moe.analysis.report.sections.comparisons import condition_table
+from moe.analysis.report.sections.cost import about_speeds
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.over_training import contrasts_at_shares, contrasts_over_training
 from moe.analysis.report.sections.overview import _tuning, what_was_run
@@ -1310,6 +1311,23 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_speeds_of_a_machine_that_did_other_work_say_nothing_about_settings(tmp_path: Path) -> None:
+    for noise in (0.0, 0.1):
+        for seed in (1, 2):
+            values = {"val/perplexity": 100 + seed + noise, "time/tokens_per_s": 1000.0 + 400 * (seed - 1)}
+            write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    assert about_speeds(inputs.runs) == ""
+    slow = inputs.runs.assign(**{"time/tokens_per_s": [1000.0, 1400.0, 1000.0, 100.0]})
+    text = about_speeds(slow)
+    assert "the fastest run of noise=0.1 is 10 times as fast as its slowest" in text
+    tables = [block.text for block in condition_table(inputs._replace(runs=slow)) if isinstance(block, Paragraph)]
+    assert text in tables
+    assert text not in [block.text for block in condition_table(inputs) if isinstance(block, Paragraph)]
+    assert about_speeds(inputs.runs.drop(columns="time/tokens_per_s")) == ""
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tmp_path: Path) -> None:
     """The interval of a single comparison excludes 0, whatever the p after correction is."""
     for seed in range(3):
@@ -1326,6 +1344,12 @@ def test_the_order_of_the_best_two_settings_agrees_with_the_corrected_verdict(tm
     ):
         text = next(best_setting(inputs._replace(contrasts=inputs.contrasts.assign(**{"p Holm": p}))))
         assert text.endswith(f"That of the next one, noise=0.1, is 2.5 higher {end}")
+    doubtful = inputs._replace(contrasts=inputs.contrasts.assign(**{"p Holm": 0.2}))
+    claim = inputs.judgments[0]._replace(kind="lower", verdict="supported", compared="noise 0.0, averaged vs 0.1")
+    text = next(best_setting(doubtful._replace(judgments=[claim])))
+    assert "order of the two may be luck; that is about these two settings and this metric alone" in text
+    text = next(best_setting(doubtful._replace(judgments=[claim._replace(compared="lb 0.01 vs 0.0")])))
+    assert text.endswith("order of the two may be luck.")
     other = inputs.contrasts[inputs.contrasts["level"] == 0.2]
     text = next(best_setting(inputs._replace(contrasts=other)))
     assert text.endswith("(95 % interval 1.3 to 3.7), but no test of this report compares the two.")

@@ -114,7 +114,10 @@ def test_entries_use_only_the_allowed_values() -> None:
         ("routing/load_gini/worst", "Gini coefficient of the experts' load, worst layer"),
         ("routing/entropy/layer03", "router entropy, layer 3 (nats per token)"),
         ("train/routing/drop_rate", "drop rate, in training (share of assignments)"),
-        ("val_capacity/drop_rate/decile9", "drop rate, decile 9 of the position (share of assignments)"),
+        (
+            "val_capacity/drop_rate/decile9",
+            "drop rate under the capacity limit, decile 9 of the position (share of assignments)",
+        ),
     ],
 )
 def test_variants_have_names_and_labels(name: str, axis: str) -> None:

@@ -191,6 +191,14 @@ def test_a_plan_with_a_pilot(
     assert plan["seconds"] == pytest.approx(of_a_flop * sum(flops_of(cell.config) for cell in cells), rel=1e-3)
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("effect", "said"), [("1", True), ("0.5", True), ("1%", False), ("1sd", False)])
+def test_an_effect_without_a_percent_sign_is_said_to_be_in_units(effect: str, said: bool) -> None:
+    request = REQUEST._replace(effect=Effect(effect))
+    text = " ".join(_lines(make_plan(request, cells_of([7, 8]), None, lambda: Speed(1e-9, 0.0, "a test"))))
+    assert (f"effect={effect} means {effect} in units of each metric" in " ".join(text.split())) == said
+
+
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 MORE = {"power": 0.8, "most": 32}
 

@@ -56,11 +56,18 @@ class Family(NamedTuple):
 class EarlierTests(NamedTuple):
     """How many tests earlier reports made of the same settings that this one does not make.
 
-    unplanned: contrasts, and terms of the analysis of variance. equivalence: those of margins.
+    unplanned: contrasts, and terms of the analysis of variance. equivalence: those of margins. claims: those of each
+    family of claims, in the order of `OF_CLAIMS`.
     """
 
     unplanned: int = 0
     equivalence: int = 0
+    claims: tuple[int, ...] = (0,) * len(OF_CLAIMS)
+
+    @property
+    def of_families(self) -> tuple[int, ...]:
+        """How many tests of each family, in the order of `FAMILIES`."""
+        return *self.claims, self.unplanned
 
 
 class ReportOptions(NamedTuple):

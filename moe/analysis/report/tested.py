@@ -1,5 +1,6 @@
 """Test the claims and comparisons of a report, and correct all tests together, for looks and for each other."""
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from textwrap import shorten
@@ -15,6 +16,7 @@ from moe.analysis.looks import ENDED, Question, group_of, level_as_text, place_o
 from moe.analysis.report.inputs import (
     FAMILIES,
     LEAGUE,
+    OF_CLAIMS,
     EarlierTests,
     Family,
     ReportInputs,
@@ -92,12 +94,12 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         with_p = with_p or {*inputs.tested}  # the league has tests of its own
     found = {"claims": measured_claims(loaded, inputs.past.evals), "contrasts": stack(tables), "variance": variance}
     tested = any(bool(found[field][column].notna().any()) for field, column in P_OF.items() if len(found[field]))
+    tests = _number_of_tests(found["claims"], variance)
+    metrics = [each for each in inputs.tested if each in with_p]
     return inputs._replace(
         **found,
-        study=replace(
-            inputs.study, metrics=[each for each in inputs.tested if each in with_p], references=asked, tested=tested
-        ),
-        earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, variance),
+        study=replace(inputs.study, metrics=metrics, references=asked, tested=tested, tests=tests),
+        earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, tests),
         without_variance=refusals,
     )
 
@@ -108,16 +110,24 @@ def _pair(names: tuple[Any, ...]) -> tuple[Any, ...]:
     return factor, frozenset(map(level_as_text, (level, reference))), within
 
 
+def _number_of_tests(claims: pd.DataFrame, variance: pd.DataFrame) -> dict[str, int]:
+    """Return how many tests there are of each family of claims, and in the analysis of variance of each metric."""
+    tested = claims.loc[claims["p"] > 0] if len(claims) else claims
+    families = Counter(OF_CLAIMS[family] for family in claim_families(tested)) if len(tested) else {}
+    terms = Counter(variance.loc[variance["p GG"] > 0, "metric"]) if len(variance) else {}
+    return {**families, **terms}
+
+
 def _earlier_tests(
-    inputs: ReportInputs, present: set[Any], compared: pd.DataFrame, factors: list[str], variance: pd.DataFrame
+    inputs: ReportInputs, present: set[Any], compared: pd.DataFrame, factors: list[str], tests: Mapping[str, int]
 ) -> EarlierTests:
     """Count the tests that earlier reports made of these settings, and that this one does not make.
 
     They count among the tests of this report: whoever asks for less, until something is significant, has had all these
     chances. present: each comparison of this report, as `_pair` has it. compared: the runs, with the columns that tell
-    the pairs. variance: the tests of terms in this report.
+    the pairs. tests: how many claims and terms this report tests. An added run can make such a test impossible: a level
+    with one run, for example, leaves no seed that is complete.
     """
-
     if not inputs.study.earlier:
         return EarlierTests()
     places = compared["folder"].map(place_of)
@@ -145,12 +155,18 @@ def _earlier_tests(
         for pair in pairs(dict(references), seen)
         for metric in metrics
     }
-    dropped = set[str]().union(*asked.values()) - {*inputs.tested}
-    terms = variance.groupby("metric")["p GG"].count().max() if len(variance) else 0
+    usual = max((number for name, number in tests.items() if name not in OF_CLAIMS), default=0)
+    made = Counter[str]()  # the most that any look made
+    for look in inputs.study.earlier:
+        if look.runs.keys() <= inputs.study.present.runs.keys():  # otherwise it gives no share to a test of this one
+            made |= Counter(look.tests or dict.fromkeys(set(look.metrics) - {*inputs.tested}, usual))
+    made.subtract(tests)
+    more = +made
     first = inputs.study.earlier[0].margins
     with_margin = {(metric, pair) for metric, pair in before | now if metric in first}
     tested_now = {(metric, pair) for metric, pair in now if metric in inputs.margins}
-    return EarlierTests(len(before - now) + int(terms) * len(dropped), len(with_margin - tested_now))
+    claims = tuple(more.pop(family, 0) for family in OF_CLAIMS)
+    return EarlierTests(len(before - now) + more.total(), len(with_margin - tested_now), claims)
 
 
 def _in_pairs(treated: pd.DataFrame, baseline: pd.DataFrame) -> frozenset[str]:
@@ -173,11 +189,11 @@ def with_corrections(parts: list[ReportInputs]) -> list[ReportInputs]:
         later=later,
         bh=false_discovery(p.where(family == UNPLANNED)),
     )
-    earlier = sum(inputs.earlier_tests.unplanned for inputs in parts)
+    earlier = np.sum([inputs.earlier_tests.of_families for inputs in parts], axis=0)
     of_report = tests["share"].where(tests["field"] != EARLIER)
-    of_look_by_family = of_report[p > 0].groupby(tests["family"]).agg(["size", "min", "max"])
+    of_look_by_family = of_report[p > 0].groupby(tests["family"]).agg(["size", "min", "max"]).fillna(1.0)
     families = [
-        Family(FAMILIES[number], int(count), share, (float(low), float(high)), earlier * (number == UNPLANNED))
+        Family(FAMILIES[number], int(count), share, (float(low), float(high)), int(earlier[number]))
         for (number, count, low, high), share in zip(
             of_look_by_family.itertuples(), shares(len(of_look_by_family)), strict=True
         )
@@ -217,9 +233,10 @@ def _tests(inputs: ReportInputs) -> pd.DataFrame:
             both = {"share": _shares(inputs, field), "next share": inputs.study.looks.next_share}
             tests = pd.DataFrame({"p": table[column].to_numpy(dtype=float), "family": family, "field": field} | both)
             tables.append(tests.assign(share=tests["share"].where(tests["p"].notna(), 1.0)))  # no test has no share
-    if any((table["p"] > 0).any() for table in tables[1:] if table["family"].eq(UNPLANNED).all()):
-        facts = {"p": 1.0, "family": UNPLANNED, "share": 1.0, "next share": 1.0, "field": EARLIER}
-        tables.append(pd.DataFrame([facts] * inputs.earlier_tests.unplanned))
+    if any((table["p"] > 0).any() for table in tables[1:]):
+        facts = {"p": 1.0, "share": 1.0, "next share": 1.0, "field": EARLIER}
+        families = np.repeat(range(len(FAMILIES)), inputs.earlier_tests.of_families)
+        tables.append(pd.DataFrame([facts | {"family": int(family)} for family in families]))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 

@@ -8,7 +8,7 @@ ENTRIES = (
         "routing/drop_rate",
         "1 - kept / Σ c",
         "Share of assignments over capacity. 0 in evaluations, which have no capacity limit.",
-        "drop rate",
+        "drop rate (0 without a capacity limit)",
         "capacity",
         unit="share of assignments",
         better="lower",

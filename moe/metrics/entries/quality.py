@@ -132,7 +132,7 @@ UNDER_LIMIT = (
         "val_capacity/drop_rate",
         "1 - kept / Σ c",
         "Share of assignments over capacity. The deciles show at which positions they are dropped.",
-        "drop rate",
+        "drop rate under the capacity limit",
         "capacity limit",
         unit="share of assignments",
         better="lower",

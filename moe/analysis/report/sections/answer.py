@@ -127,7 +127,7 @@ def _cards(inputs: ReportInputs) -> list[Card]:
     """Return the cards; one says so that advises more seeds than planned, or compares losses of other causality."""
     shown = cards(
         inputs.judgments,
-        lambda each: command_for_more(inputs, each.more, each.row),
+        lambda each: command_for_more(inputs, each.more, each.row, n=each.n),
         lambda each: error_of_more(inputs.study, each.needed),
     )
     doubts = [later_tokens(each.metric, each.compared, inputs) for each in inputs.judgments]

@@ -35,6 +35,8 @@ TURNED = ", but the league has the two the other way round, and its ranks are ce
 SAME = """\
 {names} gave the same results in every seed, so they are one setting with {number} names. It counts once where \
 settings are counted and ranked; comparisons with it are listed under each name."""
+THESE_TWO = """\
+; that is about these two settings and this metric alone, and a verdict above is about what its claim names"""
 CORRECTED = ", but corrected for all tests of this report, the order of the two may be luck"
 
 
@@ -142,9 +144,10 @@ def best_setting(inputs: ReportInputs) -> Iterator[str]:
     text += f". That of the next one, {literal(following.name)}, is {behind}"
     if len(gaps) > 1 and not has_no_spread(gaps.to_numpy(), scale=float(values.abs().max())):
         low, high = interval(gaps.to_numpy())
-        text += f" (95 % interval {low:.2g} to {high:.2g})" + (
-            LUCK if low < 0 else _doubt(inputs, found.metric, best, following)
-        )
+        doubt = LUCK if low < 0 else _doubt(inputs, found.metric, best, following)
+        text += f" (95 % interval {low:.2g} to {high:.2g}){doubt}"
+        if doubt in (LUCK, CORRECTED) and _is_decided(inputs, best, following):
+            text += THESE_TWO
     text += "."
     yield " ".join(filter(None, [plain(text), judged, *_left_out(found)]))
     yield plain(_luck(found))
@@ -198,6 +201,13 @@ def _doubt(inputs: ReportInputs, metric: str, best: Setting, following: Setting)
         return _by_ranks(inputs, best, following)
     told_apart = any(standing(row) == SIGNIFICANT for row in tests)
     return "" if told_apart or any(each.decided and math.isnan(each.margin) for each in claims) else CORRECTED
+
+
+def _is_decided(inputs: ReportInputs, best: Setting, following: Setting) -> bool:
+    """Return whether a claim about a factor in which two settings differ is decided."""
+    different = {factor for factor, level in best.levels.items() if level != following.levels[factor]}
+    decided = [each for each in inputs.judgments if each.planned and each.decided]
+    return any(each.compared.partition(" ")[0] in different for each in decided)
 
 
 def _comparison(one: Setting, other: Setting) -> str:

@@ -90,18 +90,22 @@ def _named_fields(claim: ClaimConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(claim).items() if value != defaults[name]}
 
 
-def command_for_more(inputs: ReportInputs, number: int, row: int | None = None) -> str:
+def command_for_more(inputs: ReportInputs, number: int, row: int | None = None, *, n: int | None = None) -> str:
     """Return the command that trains the settings with so many more seeds; an empty text if no file tells it.
 
-    row: that of the claim that needs the seeds, in the table of claims. If the newest command has no such claim, the
-    command names all claims of the newest run that recorded it.
+    Seeds that some settings lack come first: each counts as one more where it is lacked. row: that of the claim that
+    needs the seeds, in the table of claims. If the newest command has no such claim, the command names all claims of
+    the newest run that recorded it. n: the number of seeds that the comparison has; by default that of all seeds.
     """
     seeds = [seed for seed in levels(inputs.runs["seed"]) if isinstance(seed, int)] if "seed" in inputs.runs else []
     if not seeds:
         return ""
+    lacking = [] if number > MOST_LISTED else [*seeds_to_complete(inputs)]
+    completed = min(len(lacking), number, len(seeds) - n) if n is not None else 0
     seeds += [seed for seed in inputs.trials["seed"] if isinstance(seed, int)] if len(inputs.trials) else []
     claims = None if row is None else _claims_left_out(inputs, row)
-    return training_command(inputs.runs, range(max(seeds) + 1, max(seeds) + 1 + number), claims)
+    added = range(max(seeds) + 1, max(seeds) + 1 + number - completed)
+    return training_command(inputs.runs, [*lacking, *added] if lacking else added, claims)
 
 
 def seeds_to_complete(inputs: ReportInputs) -> dict[int, int]:

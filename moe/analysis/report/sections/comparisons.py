@@ -17,6 +17,7 @@ from moe.analysis.report.blocks import (
     literal,
 )
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.cost import SPEED, about_speeds
 from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import noise_floor, with_intervals
 from moe.metrics.catalog import lookup
@@ -92,6 +93,8 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
             table = spread_table(means[means["metric"].isin(metrics)])[[*inputs.factors, *metrics, "n seeds"]]
             heads = {name: _with_unit(name).removeprefix(prefix) + _layers(name, metrics) for name in table}
             yield TableBlock(table.rename(columns=heads))
+            if SPEED in metrics and (why := about_speeds(inputs.runs)):
+                yield Paragraph(why)
     yield from even_loads(inputs)
     yield csv_file("conditions", with_intervals(means), "the same with 95 % t intervals.")
 

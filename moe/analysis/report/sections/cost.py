@@ -26,12 +26,14 @@ from moe.analysis.equal_cost import (
 from moe.analysis.figures.drawing import Drawing, drawing
 from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_out
 from moe.analysis.learned import NO_VERDICT
-from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file
+from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import LEAST_BUDGETS, budgets
 from moe.analysis.sentences import levels_compared, with_interval
 from moe.analysis.speed_up import NOT_APART, Curve, SpeedUp, speed_up
+from moe.analysis.statistics import name_cell
 from moe.results.comparable import not_poolable
+from moe.results.conditions import conditions, varied_factors
 from moe.results.training_flops import CLOSE, SPENT
 
 SPEED = "time/tokens_per_s"
@@ -77,6 +79,10 @@ the speed-up, by more than its interval says: a run of that budget would have ne
 budgets, such as `steps=100,200,400`, tell more."""
 NO_TABLE = "No two settings that are compared differ in {cost} and can be read at equal {cost}."
 RESAMPLES = 200
+STEADY = 1.5  # times: by which the speeds of one setting may differ before something else must have slowed its runs
+OTHER_WORK = """\
+Speeds say nothing about the settings: the fastest run of {setting} is {ratio:.2g} times as fast as its slowest, so
+other work on the machine slowed some of the runs."""
 EQUAL_CAPTION = """\
 Difference of the validation loss from the reference level at equal {cost}. Each point is the mean over paired seeds,
 the line its 95 % t interval for that comparison alone; left of 0 is better. A percentage at the end of a name says how
@@ -97,14 +103,22 @@ def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     table = runs.groupby("condition", sort=False)[present].median().rename(columns=COLUMNS).reset_index()
     counts = [COLUMNS[column] for column in present if column in COUNTS]
     yield Heading("What each setting costs")
-    yield Paragraph(COSTS_EXPLAINED + about_speeds(runs))
+    yield Paragraph(f"{COSTS_EXPLAINED} {about_speeds(inputs.runs)}".rstrip())
     yield TableBlock(table.assign(**{column: table[column].map("{:,.0f}".format) for column in counts}))
 
 
 def about_speeds(runs: pd.DataFrame) -> str:
     """Return a sentence that says why the speeds of these runs cannot be compared; an empty text if they can."""
-    reason = not_poolable(SPEED, runs)
-    return f" Speeds are {reason}." if reason else ""
+    if reason := not_poolable(SPEED, runs):
+        return f"Speeds are {reason}."
+    runs = runs[runs[SPEED] > 0] if SPEED in runs else runs[:0]
+    factors = [factor for factor in varied_factors(runs) if factor != "seed"]
+    ratios = {
+        name_cell(cell) or "this setting": members[SPEED].max() / members[SPEED].min()
+        for cell, members in conditions(runs, factors)
+    }
+    setting = max(ratios, key=ratios.__getitem__, default="")
+    return OTHER_WORK.format(setting=literal(setting), ratio=ratios[setting]) if ratios.get(setting, 1) > STEADY else ""
 
 
 def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
