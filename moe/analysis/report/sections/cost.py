@@ -109,9 +109,11 @@ def costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
 
 def about_speeds(runs: pd.DataFrame) -> str:
     """Return a sentence that says why the speeds of these runs cannot be compared; an empty text if they can."""
+    if SPEED not in runs:
+        return ""
     if reason := not_poolable(SPEED, runs):
         return f"Speeds are {reason}."
-    runs = runs[runs[SPEED] > 0] if SPEED in runs else runs[:0]
+    runs = runs[runs[SPEED] > 0]
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     ratios = {
         name_cell(cell) or "this setting": members[SPEED].max() / members[SPEED].min()
