@@ -4,7 +4,6 @@ The seeds of one condition are drawn as their mean, with the range from the smal
 the levels of a factor by the final values of finished runs. Needs the extra `dashboard`.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -25,6 +24,7 @@ from moe.metrics.metric import Metric
 from moe.metrics.summary import summarize
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
+from moe.options import OneLineParser
 from moe.program import ended, program
 from moe.results.conditions import HEADLINE, varied_factors
 from moe.results.table import level
@@ -208,13 +208,13 @@ def _title(panel: Panel) -> str:
 
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=program(USUAL), description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program(USUAL), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("experiment", help="name of an experiment, a file in conf/experiment")
     add("overrides", nargs="*", metavar="key=value", help="other settings given to train.py, such as noise=0.1")
     add("--entity", help="user or team of W&B that gets the workspace; without it, the workspace is printed as JSON")
     add("--project", help="its project, with the runs; needs --entity")
-    arguments = parser.parse_intermixed_args(command)
+    arguments = parser.parse_args(command)
     try:
         if (arguments.entity is None) != (arguments.project is None):
             raise ConfigError(

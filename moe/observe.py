@@ -23,6 +23,7 @@ import pandas as pd
 
 from moe.config.words import quoted, with_words
 from moe.metrics.agreement import overlap
+from moe.options import OneLineParser
 from moe.program import ended, program
 from moe.runs.record import SpecializationRecord
 from moe.runs.traces import read_traces
@@ -42,7 +43,7 @@ COLUMNS = (
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(prog=program("moe observe"), description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(prog=program("moe observe"), description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="folder or hub name of a Mixture of Experts")
     parser.add_argument("overrides", nargs="*", help="settings of data, batch size and so on, as moe train takes them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write runs.csv, report and tokens.html to")
@@ -61,7 +62,7 @@ def main(command: list[str] | None = None) -> int:
         default=64,
         help="tokens of a layer for which other experts are tried (64); 0: none, and no expert is removed",
     )
-    arguments = parser.parse_intermixed_args(command)
+    arguments = parser.parse_args(command)
 
     # Import here, so that --help and a wrong command answer at once.
     from moe.files import shown

@@ -3,7 +3,6 @@
 They are api.md, configuration.md and routers.md. docs/metrics.md has a command of its own, `python -m moe.metrics`.
 """
 
-import argparse
 import ast
 import inspect
 import json
@@ -21,6 +20,7 @@ from moe.config.classes import build, locate
 from moe.config.options import options, router_spec
 from moe.files import read_text, write_text
 from moe.launch.help import option_comments, option_values, usual_options, usual_values, value_text
+from moe.options import OneLineParser
 from moe.results.conditions import present, with_causality, without_causality
 from moe.results.shipped import RUNS, STUDIES, read_shipped
 from moe.routers.base import Router
@@ -257,7 +257,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m moe.reference", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m moe.reference", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="update the pages in docs/ instead")
     write = parser.parse_args().write
     for name, page in PAGES.items():

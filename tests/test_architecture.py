@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # as a package here.
 LAYERS = [
     {"checks", "files", "fused", "program"},
-    {"distributed", "routing", "data"},
+    {"distributed", "routing", "data", "options"},
     {"config", "metrics", "routers"},
     {"model", "runs"},
     {"adapters", "results", "training"},
@@ -36,7 +36,7 @@ TORCH = {"torch", "transformers", "datasets", "accelerate"}  # libraries that ar
 TO_CHECK = {"hydra", "omegaconf", "orjson", "safetensors", "yaml"}
 TO_TRAIN = {*TORCH - {"datasets"}, *TO_CHECK, "filelock", "jaxtyping", "jinja2", "numpy", "tokenizers", "tqdm"}
 # Packages that must start quickly. Importing torch takes seconds.
-WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files", "program"}
+WITHOUT_TORCH = {"analysis", "results", "config", "checks", "files", "options", "program"}
 
 
 class Import(NamedTuple):

@@ -51,6 +51,30 @@ def test_every_subcommand_has_help(
     assert out.startswith(f"usage: moe {name} ") or (name == "train" and "\n  moe train router=" in out)
 
 
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        ("analyze multirun --metrc val/loss", "--metric"),
+        ("export model --out x --max-shrad-size 1GB", "--max-shard-size"),
+        ("observe model --out x --blcks=3", "--blocks"),
+        ("dashboard noise_lb_seed --projct x", "--project"),
+        ("plan experiment=noise_lb_seed effect=1% --pliot x", "--pilot"),
+        ("specialize run --smaples 3", "--samples"),
+    ],
+)
+def test_a_misspelled_option_is_one_line_with_the_nearest(
+    words: str, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *others = words.split()
+    try:
+        status = call(monkeypatch, name, *others)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    wrong = next(word for word in others if word.startswith("--") and not word.startswith("--out")).partition("=")[0]
+    assert capsys.readouterr().err == f"moe {name}: unknown option '{wrong}'; nearest: {nearest}\n"
+
+
 def test_usage_and_errors_name_the_other_ways_to_call_a_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

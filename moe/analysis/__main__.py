@@ -1,6 +1,5 @@
 """Write tables, statistics, figures and a report: `moe analyze multirun/noise_lb_seed --out analysis`."""
 
-import argparse
 import gc
 import io
 import json
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moe.options import OneLineParser
 from moe.program import ended, program
 
 # What the value of an option is made of, with an example.
@@ -19,7 +19,7 @@ EXAMPLES = {
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=program("moe analyze"),
         description="Compare finished runs, judge their claims, and write report.html with its tables and figures.",
     )

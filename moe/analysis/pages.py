@@ -13,7 +13,6 @@ plan.json of `moe plan`, the page says when it was made, its fingerprint, and wh
 report.html of such a folder, without the files beside it. Tests compare.
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -45,6 +44,7 @@ from moe.analysis.report.sections.verdicts import claim_verdicts
 from moe.analysis.sentences import effects_in_words, enumerated, numbers_in_words
 from moe.checks import ConfigError, first_line, plain
 from moe.files import read_text, shown, write_text
+from moe.options import OneLineParser
 from moe.results.shipped import EVALS, read_shipped, ship
 from moe.results.table import load_runs
 from moe.runs.planned import digest_of_plan, is_plan, short
@@ -78,7 +78,7 @@ VERDICT = re.compile(r"(?m)^(?P<line><!-- (?P<study>[\w.-]+): (?P<claim>.+) -->)
 
 def main(command: list[str] | None = None) -> int:
     """Carry out a command, by default the one in `sys.argv`, and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m moe.analysis.pages", description="Ship the tables of studies, and write their pages."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -7,9 +7,9 @@ import pydoc
 import sys
 from pathlib import Path
 
-from moe.bench.options import OneLineParser, new_file, whole
 from moe.bench.questions import QUESTIONS
 from moe.checks import ConfigError, unknown
+from moe.options import OneLineParser, new_file, whole
 from moe.program import ended, program
 
 USUAL = "python -m moe.bench"

@@ -6,8 +6,8 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from moe.bench.options import folder, one_of, positive, seed, several, whole
 from moe.config.options import options
+from moe.options import folder, one_of, positive, seed, several, whole
 
 
 class Shape(NamedTuple):

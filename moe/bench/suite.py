@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from moe.bench import profile
-from moe.bench.options import OneLineParser
 from moe.bench.questions import MODEL, QUESTIONS, STEPS
 from moe.bench.timing import TimingTable, product_flops, time_in_turns, timed_device
 from moe.checks import first_line
 from moe.launch.command_line import read_cells
+from moe.options import OneLineParser
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:

@@ -7,7 +7,6 @@ that can. `--to auto` takes the first that can; an imported model's own architec
 file for llama.cpp. docs/foreign-models.md explains all of it.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -30,13 +29,14 @@ from moe.foreign.folder import (
 )
 from moe.foreign.gguf import require_package
 from moe.foreign.targets import TARGETS
+from moe.options import OneLineParser
 from moe.program import ended, program
 
 WAYS = ("auto", *TARGETS, "gguf")
 
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=program("moe export"), description=__doc__)
+    parser = OneLineParser(prog=program("moe export"), description=__doc__)
     parser.add_argument(
         "model", type=Path, help="folder of a run, of a saved model, or of a Mixture of Experts of transformers"
     )

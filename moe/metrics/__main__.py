@@ -1,12 +1,12 @@
 """Print the reference of all metrics; `python -m moe.metrics --write` writes it to docs/metrics.md."""
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
 from moe.files import write_text
 from moe.metrics.catalog import select
 from moe.metrics.metric import GROUPS, LETTERS, VARIANTS, WRITTEN, Metric
+from moe.options import OneLineParser
 
 INTRODUCTION = """\
 # Metrics
@@ -74,7 +74,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m moe.metrics", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m moe.metrics", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write it to docs/metrics.md instead")
     if parser.parse_args().write:
         write_text(Path(__file__).parents[2] / "docs" / "metrics.md", page())

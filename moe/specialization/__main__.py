@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the hub and of 
 
 from moe.config.options import use
 from moe.files import read_text
+from moe.options import OneLineParser
 from moe.program import ended, program
 from moe.results.table import load_runs
 from moe.runs.folder import changed_code
@@ -28,7 +29,7 @@ USUAL = "python -m moe.specialization"
 
 
 def main(command: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=program(USUAL), description=__doc__)
+    parser = OneLineParser(prog=program(USUAL), description=__doc__)
     parser.add_argument("folders", nargs="+", help="run folders, or folders that contain some")
     parser.add_argument("--blocks", type=int, default=32, help="validation blocks to measure on (32)")
     parser.add_argument(

@@ -20,7 +20,6 @@ from moe.bench.analyze import write_runs
 from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import layer_passes, least_saved_bytes
-from moe.bench.options import OneLineParser
 from moe.bench.profile import host_waits, profile_step
 from moe.bench.questions import QUESTIONS, STEPS, Shape
 from moe.bench.routers import router_speeds
@@ -29,6 +28,7 @@ from moe.bench.timing import medians, product_flops, relative_table, time_in_tur
 from moe.checks import ConfigError
 from moe.config.schema import Config
 from moe.config.sections import DataConfig, OptimizerConfig
+from moe.options import OneLineParser
 from moe.results.conditions import varied_factors
 from moe.results.table import load_runs, read_event_tables
 

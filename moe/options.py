@@ -1,7 +1,8 @@
-"""Options of the benchmarks. Values are checked while the command line is read; several are written as a,b,c."""
+"""Read the options of commands. A mistake is one line; values are checked while the command line is read."""
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,10 @@ from moe.checks import ConfigError, unknown
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parser that raises ConfigError, with one line, for a command that it cannot read."""
+    """Parser whose mistakes are one line, with the nearest spelling of an option.
+
+    `parse_args` prints the line and ends the command with exit status 2; `read` raises ConfigError.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -24,12 +28,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def read(self, words: list[str]) -> argparse.Namespace:
         """Return the options in the words of a command line. Raises ConfigError for a word that is no option."""
-        arguments, others = self.parse_known_intermixed_args(words)
+        known = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        arguments, others = known(words)
         if others and others[0].startswith("-"):
             raise unknown("option", others[0].partition("=")[0], self.options())
         if others:
             raise ConfigError(f"{others[0]}: belongs to no option; several values of an option are written as A,B,C")
         return arguments
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        try:
+            return self.read(sys.argv[1:] if args is None else list(args))
+        except ConfigError as error:
+            self.exit(2, f"{self.prog}: {error}\n")
 
 
 def whole(text: str) -> int:
