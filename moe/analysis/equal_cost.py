@@ -2,8 +2,9 @@
 
 FLOPs and seconds are read from the validation curve of each run: its loss at a cost is interpolated between its
 evaluations (`at_cost`). Parameters need runs of several sizes, between which the final losses are interpolated in the
-same way. Nothing is extrapolated. A run that is read before its last step still has a high learning rate there, which
-makes it look worse than a run of that length: `Difference.share` says how early that is.
+same way, within each level of what else changes the model. Nothing is extrapolated. A run that is read before its last
+step still has a high learning rate there, which makes it look worse than a run of that length: `Difference.share` says
+how early that is.
 """
 
 import math
@@ -128,7 +129,7 @@ def equal_cost(
 def paired_sides(
     runs: pd.DataFrame, factors: list[str], references: dict[str, Any], cost: str
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
-    """Yield the comparisons of finished runs; at equal parameters the models of all sizes make one comparison.
+    """Yield the comparisons of finished runs; at equal parameters the models of all `sizes` make one comparison.
 
     Numbers of steps and budgets are not compared: at equal cost a longer run is a run that has not ended. The runs have
     the columns that a comparison at equal cost needs, because it takes long to pick rows of a wide table. Those whose
@@ -138,14 +139,31 @@ def paired_sides(
     finished = runs.loc[runs["status"] == "finished", columns]
     known = training_flops(runs).notna() if cost == FLOPS else runs["folder"].notna()
     folders = set(runs.loc[known, "folder"])
-    kept = [factor for factor in factors if not (cost in PARAMETERS and _is_size_of_model(factor))]
-    lengths = SCALES if cost in PARAMETERS else ("steps",)
+    of_size = sizes(finished, factors, cost) if cost in PARAMETERS else []
+    kept = [factor for factor in factors if factor not in of_size]
+    lengths = (*SCALES, *filter(_is_size_of_model, factors)) if cost in PARAMETERS else ("steps",)
     references = {factor: level for factor, level in references.items() if factor in kept}
     for names, treated, baseline in comparisons(finished, kept, references):
         if names["factor"] not in lengths and not is_budget(runs, names["factor"]):
             sides = [side[side["folder"].isin(folders)] for side in (treated, baseline)]
             if all(map(len, sides)):
                 yield names, *sides
+
+
+def sizes(runs: pd.DataFrame, factors: list[str], cost: str) -> list[str]:
+    """Return the factors over whose levels losses are interpolated at equal parameters.
+
+    That is the factor of the model that changes the parameters most, with those that change only together with it.
+    Other factors of the model, such as the number of experts beside the dimension, change the loss by another law, so
+    their levels are no points of the same curve.
+    """
+    of_model = [factor for factor in factors if _is_size_of_model(factor)]
+    means = {factor: runs.groupby(factor)[PARAMETERS[cost]].mean().dropna() for factor in of_model}
+    change = {factor: (each.max() / each.min(), len(each)) for factor, each in means.items() if len(each) > 1}
+    first = max(change, key=change.__getitem__, default=None)
+    if first is None or change[first][0] == 1:
+        return []
+    return [factor for factor in of_model if (runs.groupby(first)[factor].nunique() == 1).all()]
 
 
 def difference(treated: Curves, baseline: Curves) -> Difference | None:

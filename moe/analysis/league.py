@@ -47,7 +47,10 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SI
     rank = ranks(complete, level)
     order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
     table = (
-        pd.DataFrame({"mean": values.loc[complete.index].mean(), "n": values.count()})
+        values.loc[complete.index]
+        .agg(["mean", "count"])
+        .T.rename(columns={"count": "n"})
+        .astype({"n": int})
         .join(rank)
         .join(to_reference(complete, reference, level))
     )

@@ -321,19 +321,22 @@ def budgets(flops: Sequence[float] | pd.Series) -> int:
 
 
 def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each budget at which three sizes or more were trained, for each number of experts.
+    """Return a row for each budget at which a seed trained three sizes or more, for each number of experts.
 
-    points: columns seed, experts, FLOPs, loss and active parameters. In the rows, `best` is the size of the lowest mean
-    loss and `loss` is that mean. `size` is where a parabola in the log of the size has its minimum (the second approach
-    of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the smallest and the largest size.
-    `low` and `high` are the ends of a 95 % t interval over the minima of single seeds, or NaN if a seed has none there.
+    Only seeds that trained all sizes of a budget count: the mean of a size that lacks a seed is off by what this seed
+    does to all sizes. points: columns seed, experts, FLOPs, loss and active parameters. In the rows, `best` is the size
+    of the lowest mean loss and `loss` is that mean. `size` is where a parabola in the log of the size has its minimum
+    (the second approach of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the smallest and
+    the largest size. `low` and `high` are the ends of a 95 % t interval over the minima of single seeds, or NaN if a
+    seed has none there.
     """
     rows = []
     for number, of_number in points.groupby(EXPERTS):
         for budget, members in by_budget(of_number):
-            means = members.groupby(SIZE)["loss"].mean()
-            if len(means) < LEAST_BUDGETS:
+            by_seed = members.pivot_table("loss", "seed", SIZE).dropna()
+            if by_seed.empty or len(by_seed.columns) < LEAST_BUDGETS:
                 continue
+            members, means = members[members["seed"].isin(by_seed.index)], by_seed.mean()
             ends = float(means.index.min()), float(means.index.max())
             of_seeds = np.array([_vertex(each[SIZE], each["loss"], ends) for _, each in members.groupby("seed")])
             low, high = np.exp(interval(np.log(of_seeds))) if np.isfinite(of_seeds).all() else (math.nan, math.nan)

@@ -28,6 +28,7 @@ from moe.analysis.equal_cost import (
     equal_cost,
     paired_sides,
     points,
+    sizes,
     training_curves,
     unknown_flops,
 )
@@ -170,6 +171,40 @@ def test_at_equal_parameters_final_losses_are_interpolated_between_sizes() -> No
     alone, evals = made_up(flops={"a": 100, "b": 100})
     [row] = equal_cost(alone, training_curves(alone, evals), ["router"], {}, ACTIVE).to_dict("records")
     assert (row["n"], row["note"]) == (0, "the two have no cost in common")
+
+
+@pytest.mark.parametrize("cost", [ACTIVE, TOTAL])
+@pytest.mark.parametrize("factor", ["model.num_experts", "model.dropout"])
+def test_at_equal_parameters_what_else_changes_the_model_stays_apart(factor: str, cost: str) -> None:
+    """The routers learn alike, and the second factor changes the loss by 0.5 and the active parameters by 1 %.
+
+    Router b has a little more of them, so a curve through the levels of both factors would go up and down. It also
+    lacks a run at one level of the second factor, which must not move the others.
+    """
+    runs, evals = made_up(flops={"a": 100, "b": 100}, sizes=(1000, 2000))
+    active = runs["model.dim"] * (1 + 0.005 * (runs["router"] == "b"))
+    runs = runs.assign(
+        **{"parameters.active": active}, **{"val/loss": runs["val/loss"] - 0.1 * (runs["router"] == "b")}
+    )
+    more = runs.assign(folder=runs["folder"] + "s", **{"val/loss": runs["val/loss"] - 0.5})
+    if factor == "model.num_experts":
+        more = more.assign(**{"parameters.active": more["parameters.active"] * 1.01})
+    lacking = (more["router"] == "b") & (more["model.dim"] == 2000) & (more["seed"] == 0)
+    both = pd.concat([runs.assign(**{factor: 1.0}), more[~lacking].assign(**{factor: 2.0})])
+    table = equal_cost(both, evals, ["router", "model.dim", factor], {}, cost)
+    assert table["within"].tolist() == [f"{factor}=1.0", f"{factor}=2.0"]
+    assert table["value"].abs().max() < 0.01
+    assert {*table["factor"]} == {"router"}, "sizes are not compared at equal parameters"
+
+
+def test_sizes_that_change_together_make_one_curve() -> None:
+    runs, evals = made_up(flops={"a": 100, "b": 100}, sizes=(1000, 2000, 4000))
+    together = runs.assign(**{"model.ffn": 2 * runs["model.dim"], "model.dropout": 0.1})
+    factors = ["router", "model.dropout", "model.dim", "model.ffn"]
+    assert sizes(together, factors, ACTIVE) == ["model.dropout", "model.dim", "model.ffn"]
+    [row] = equal_cost(together, evals, factors, {}, ACTIVE).to_dict("records")
+    [alone] = equal_cost(runs, evals, ["router", "model.dim"], {}, ACTIVE).to_dict("records")
+    assert row == alone
 
 
 def test_at_equal_parameters_runs_of_different_lengths_are_compared_apart() -> None:

@@ -249,6 +249,7 @@ def test_a_mean_is_over_the_seeds_that_all_ranked_routers_have() -> None:
     found = league_of(runs, "test/loss", "a")
     assert found is not None
     assert found.table["mean"].to_dict() == pytest.approx({"a": 5.02, "b": 5.12, "c": 5.22})
+    assert found.table["n"].to_dict() == {"a": 3, "b": 3, "c": 3}, "those of the mean"
 
 
 def test_a_league_with_another_reference_is_another_one(tmp_path: Path) -> None:

@@ -347,6 +347,26 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     assert laws_in_words(two) == ""
 
 
+@pytest.mark.parametrize("size", [50, 100, 200, 400])
+def test_a_missing_run_does_not_move_the_best_size_of_a_budget(size: int) -> None:
+    """Seeds differ by 0.5 and sizes by less, and 100 is best in each seed. Seed 2 lacks a size."""
+    rows = [
+        {
+            "seed": seed,
+            EXPERTS: 4,
+            "FLOPs": 1e9,
+            "active parameters": each,
+            "loss": 3 + 0.5 * seed + math.log(each / 100) ** 2,
+        }
+        for seed in range(3)
+        for each in (50, 100, 200, 400)
+        if (seed, each) != (2, size)
+    ]
+    [found] = iso_flop_minima(pd.DataFrame(rows)).to_dict("records")
+    assert (found["best"], found["loss"]) == (100, 3.25)
+    assert found["size"] == pytest.approx(100)
+
+
 def test_the_minimum_of_a_budget_is_that_of_its_parabola_if_it_lies_between_the_sizes() -> None:
     """Losses are parabolas in the log of the size: with the minimum at 200, at a size of the seed's own, and at 500."""
 

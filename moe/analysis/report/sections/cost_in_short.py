@@ -22,8 +22,8 @@ VERBS = {
     NOT_APART: "without a clear difference",
 }
 SAME_FLOPS = """\
-The two settings of each comparison have the same training FLOPs within 1 %, so differences after the last step are at
-equal training FLOPs already."""
+Apart from comparisons of training lengths, the two settings of each comparison have the same training FLOPs within 1 %,
+so differences after the last step are at equal training FLOPs already."""
 NO_SPEED_UP = """\
 There is no effective speed-up: {reason}."""
 SCALES_ALONE = "only sizes and budgets vary, and it compares settings of equal size"
