@@ -39,13 +39,11 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SI
     level: see `League`; with 0 there are no intervals, and nothing is told apart. None if fewer than three routers have
     a rank, if these have no seed in common, or if the reference has no rank.
     """
-    values = losses_by_seed(runs, metric)
-    later = set(runs.loc[runs["causal"] == False, ROUTER])  # noqa: E712
-    complete = values[[name for name in values if name not in later]].dropna()
+    values, complete = losses_by_seed(runs, metric), _complete(runs, metric)
     if len(complete.columns) < LEAST or complete.empty or reference not in complete:
         return None
     rank = ranks(complete, level)
-    order = [*rank.sort_values("rank").index, *(name for name in values if name in later)]
+    order = [*rank.sort_values("rank").index, *(name for name in values if name not in complete)]
     table = (
         values.loc[complete.index]
         .agg(["mean", "count"])
@@ -55,6 +53,19 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SI
         .join(to_reference(complete, reference, level))
     )
     return League(table.loc[order], complete, level)
+
+
+def _complete(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the losses by seed of the routers that can have a rank, for the seeds that all of them have."""
+    values = losses_by_seed(runs, metric)
+    later = set(runs.loc[runs["causal"] == False, ROUTER])  # noqa: E712
+    return values[[name for name in values if name not in later]].dropna()
+
+
+def compared_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return those of some finished runs that a league compares."""
+    complete = _complete(runs, metric)
+    return runs[runs[ROUTER].isin(complete.columns) & runs["seed"].isin(complete.index)]
 
 
 def without_place(runs: pd.DataFrame, found: League, metric: str) -> list[str]:

@@ -83,12 +83,13 @@ class Looks(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a run: its setting as text, its seed, whether it has ended, and its final loss as text."""
+    """What is known of a run: its setting, its seed, whether it has ended, its final loss, and when it started."""
 
     setting: str
     seed: int
     ended: bool
     result: str = ""
+    started: str = ""
 
 
 class Question(NamedTuple):
@@ -140,7 +141,7 @@ class Study:
     starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
     name: that of the grid of the runs, or of their experiment. tested: whether a test of this report has a p. metrics,
     references: what this report asks: the tested metrics, and factor -> the level that others are compared with, as
-    text. tests: how many tests it makes, as a `Look` has them.
+    text. tests: how many tests it makes, as a `Look` has them. timed: whether one of them is about a speed.
     """
 
     planned: int | None = None
@@ -156,6 +157,7 @@ class Study:
     metrics: Sequence[str] = ()
     references: Mapping[str, str] = field(default_factory=dict)
     tests: Mapping[str, int] = field(default_factory=dict)
+    timed: bool = False
 
     @cached_property
     def present(self) -> Seen:

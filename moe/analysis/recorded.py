@@ -106,23 +106,25 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
     factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
     ended = runs["status"].isin(ENDED)
     loss = next((runs[name] for name in RESULT if name in runs), ended)
-    columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr))
+    started = runs["started"].map(str) if "started" in runs else loss.map(lambda _: "")
+    columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr), started)
     return {
-        place_of(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), result)
-        for folder, levels, seed, end, result in zip(*columns, strict=True)
+        place_of(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), *rest)
+        for folder, levels, seed, end, *rest in zip(*columns, strict=True)
     }
 
 
 def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds.
 
-    A run that was trained again, with another result, is another run.
+    A run that was trained again, with another result, is another run. So is one that was trained again with the same
+    result, if the look tested a speed.
     """
     runs = {}
     for setting, names in look.runs.items():
         for name in names:
             folder = place_of(sweep / name)
-            same = folder not in known or look.results.get(name, known[folder].result) == known[folder].result
+            same = folder not in known or look.results.get(name) in (None, *_results(known[folder]))
             runs[folder if same else f"{folder} ({look.results[name]})"] = setting
     if not look.runs:
         runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
@@ -141,6 +143,11 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
         look.share,
         look.tests,
     )
+
+
+def _results(run: Known) -> tuple[str, str]:
+    """Return what tells a run from another training of it: its loss; for tests of a speed, its loss and its start."""
+    return run.result, f"{run.result} {run.started}"
 
 
 def _of_one_report(looks: list[Seen], known: Mapping[str, Known]) -> list[Seen]:
@@ -260,7 +267,7 @@ def record_look(
         ended: dict[str, list[str]] = {}
         for run, setting in sorted(present.runs.items()):
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
-        results = {os.path.relpath(run, folder): study.runs[run].result for run in present.runs}
+        results = {os.path.relpath(run, folder): _results(study.runs[run])[study.timed] for run in present.runs}
         try:
             _add(look._replace(runs=ended, results=results), folder, study.name)
         except (OSError, NotImplementedError) as error:  # the second: the file system has no locks

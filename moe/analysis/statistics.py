@@ -108,11 +108,13 @@ def comparisons(
     at the reference. A factor whose reference these runs lack is not compared: it may not have been trained yet.
     """
     for factor in factors:
-        others = [other for other in factors if other != factor]
-        reference = references.get(factor, reference_level(runs, factor))
-        if reference not in levels(runs[factor]):
+        others, known = [other for other in factors if other != factor], levels(runs[factor])
+        if not known:
             continue
-        for level in levels(runs[factor]):
+        reference = references[factor] if factor in references else reference_level(runs, factor)
+        if reference not in known:
+            continue
+        for level in known:
             if level == reference:
                 continue
             for cell, members in conditions(two_levels(runs, factor, (level, reference), others), others):

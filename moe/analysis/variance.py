@@ -66,6 +66,11 @@ def anova(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     return result.assign(runs=_used(table, complete))
 
 
+def complete_seeds(runs: pd.DataFrame, metric: str, factors: list[str]) -> list[int]:
+    """Return the seeds that have a finite value at every combination of levels: those that `anova` uses."""
+    return [*_by_seed_and_cell(runs, metric, factors).dropna().index]
+
+
 def _by_seed_and_cell(runs: pd.DataFrame, metric: str, factors: list[str]) -> pd.DataFrame:
     """Return the finite values with a row for each seed and a column for each combination of levels, NaN if missing."""
     found = {tuple(cell.values()): by_seed(members, metric) for cell, members in conditions(runs, factors)}

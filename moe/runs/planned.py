@@ -46,11 +46,12 @@ class Look(NamedTuple):
     planned: the number of seeds after which the study decides. runs: setting, such as "lb=0.01, noise=0.1" -> the
     folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
     0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
-    results: folder of a run -> its final loss, as text. metrics: those that were tested. references: factor -> the
-    level that the others were compared with, as text. decided: the words of each claim, or the levels of each
-    comparison of the first metric if there are no claims -> its verdict, if it was decided. share: of the level, that
-    the look had for its new tests. tests: name of a family of claims, or metric of the analysis of variance -> how many
-    tests the look made of it.
+    results: folder of a run -> its final loss, as text; if the look tested a speed, followed by the time at which the
+    run started, because a run that is trained again has the same loss and another speed. metrics: those that were
+    tested. references: factor -> the level that the others were compared with, as text. decided: the words of each
+    claim, or the levels of each comparison of the first metric if there are no claims -> its verdict, if it was
+    decided. share: of the level, that the look had for its new tests. tests: name of a family of claims, or metric of
+    the analysis of variance -> how many tests the look made of it.
     """
 
     time: str

@@ -12,7 +12,7 @@ from run_folders import write_metrics, write_record
 
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.league import league_of
+from moe.analysis.league import compared_runs, league_of
 from moe.analysis.limits import covered
 from moe.analysis.looks import FURTHER, Seen
 from moe.analysis.power import SIGNIFICANCE
@@ -239,6 +239,19 @@ def test_two_routers_are_no_league_and_without_limits_there_is_no_share(losses: 
     inputs = inputs_of(tmp_path, losses)
     assert bool(list(league(inputs))) == (len(losses) > 2)
     assert list(how_much_routing_matters(inputs)) == []
+
+
+def test_a_league_keeps_its_level_if_its_runs_stay_the_same(tmp_path: Path) -> None:
+    """A look before saw all but the last seed of one router. Without that run, the others of its seed do not count."""
+    inputs = inputs_of(tmp_path, {"topk": 3.0, "hash": 3.08, "random": 3.09})
+    added = inputs.runs[inputs.runs["router"] == "hash"].sort_values("seed").iloc[-1]
+    lacking = inputs.runs[(inputs.runs["seed"] != added["seed"]) | (inputs.runs["router"] == "topk")]
+    complete = inputs.runs[inputs.runs["seed"] != added["seed"]]
+    assert {*compared_runs(lacking, "val/loss")["folder"]} == {*complete["folder"]}
+    before = {folder: run.setting for folder, run in inputs.study.runs.items() if run.seed != added["seed"]}
+    later = inputs._replace(study=replace(inputs.study, earlier=[Seen("2026-01-01", before, 2, 2)]))
+    assert _level(later, compared_runs(lacking, "val/loss")) == pytest.approx(SIGNIFICANCE)
+    assert _level(later, compared_runs(inputs.runs, "val/loss")) == pytest.approx(SIGNIFICANCE / 5)
 
 
 def test_a_mean_is_over_the_seeds_that_all_ranked_routers_have() -> None:

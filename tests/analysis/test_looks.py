@@ -48,6 +48,7 @@ from moe.analysis.report.sections.planned import (
     margin_facts,
     planned_facts,
     price_of_more,
+    verdict_at,
     warnings_of_decisions,
     warnings_of_looks,
     warnings_of_margins,
@@ -266,6 +267,40 @@ def test_a_run_that_was_trained_again_with_another_result_is_another_run(runs: p
     later = study_of(again)
     assert later.looks.share() == later.share(group_of(runs)) == FURTHER
     assert later.present.seeds == pytest.approx(5 * 8 / 6), "ten of thirty runs are new"
+
+
+def test_for_the_test_of_a_speed_a_run_that_was_trained_again_is_another_run(runs: pd.DataFrame) -> None:
+    """The loss is the same, and the speed is new. Whoever repeats it until it is significant has new chances."""
+    runs = runs.assign(**{"time/tokens_per_s": np.random.default_rng(1).normal(1000, 10, size=len(runs))})
+    again = runs.assign(started="2026-03-01T00:00:00+00:00")
+    _with_look(collect_inputs(runs)[0])
+    assert collect_inputs(again)[0].study.looks.share() == 1, "no speed was tested, and the loss is the same"
+    speed = ReportOptions(metrics=("time/tokens_per_s",))
+    assert _with_look(collect_inputs(runs, speed)[0]).study.looks.share() == FURTHER, "a new question"
+    assert collect_inputs(runs, speed)[0].study.looks.share() == FURTHER, "the same look"
+    found = collect_inputs(again, speed)[0]
+    assert found.study.looks.share() == FURTHER**2
+    rows = found.contrasts[found.contrasts["metric"] == "time/tokens_per_s"]
+    assert (rows["tests"] >= len(rows) / FURTHER**2).all()
+
+
+def test_a_report_that_has_no_run_of_an_earlier_look_is_written(runs: pd.DataFrame) -> None:
+    """They were left out, or all of them were trained again with another result."""
+    first, second = runs[runs["seed"] < 2], runs[runs["seed"] > 2]
+    _with_look(collect_inputs(first)[0])
+    for later in (second, first.assign(**{"val/perplexity": first["val/perplexity"] + 1})):
+        inputs = collect_inputs(later)[0]
+        assert inputs.study.looks.share() == FURTHER
+        assert inputs.earlier_tests == EarlierTests(0, 0)
+
+
+def test_an_analysis_of_variance_keeps_its_level_if_its_runs_stay_the_same(runs: pd.DataFrame) -> None:
+    """One run of a further seed leaves this seed incomplete, so the analysis has the same F as before."""
+    first = _with_look(collect_inputs(runs[runs["seed"] < 4])[0])
+    later = collect_inputs(runs[(runs["seed"] < 4) | (runs.index == runs.index[runs["seed"] == 4][0])])[0]
+    assert later.study.looks.share() == FURTHER
+    assert later.variance["F"].tolist() == pytest.approx(first.variance["F"].tolist(), nan_ok=True)
+    assert later.variance["p Holm"].tolist() == pytest.approx(first.variance["p Holm"].tolist(), nan_ok=True)
 
 
 def test_reports_about_two_folders_and_about_one_of_them_know_of_each_other(runs: pd.DataFrame, tmp_path: Path) -> None:
@@ -619,6 +654,32 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
     assert "earlier look" not in answer
     again = collect_inputs(runs[runs["seed"] < 3])[0]
     assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
+
+
+def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.DataFrame) -> None:
+    """A later command changed the direction of a claim and kept its words. Only the first look was before that."""
+    inputs = collect_inputs(runs)[0]
+    new = inputs.judgments[0]._replace(text="a beats b", verdict="undecided")
+    old = new._replace(verdict="undecided", changed=True)
+    claims: list[dict[str, object]] = [{"kind": "higher"}, {"kind": "lower"}]
+    plans = [PlannedStudy(f"2026-01-0{2 * day + 1}", "", [claim], [], None, []) for day, claim in enumerate(claims)]
+    looks = [
+        Seen("2026-01-02", {"/0": ""}, 2, 2, decided={"a beats b": "supported"}),
+        Seen("2026-01-04", {"/0": ""}, 2, 2, decided={"a beats b": "contradicted", old.title: "supported"}),
+    ]
+    both = inputs._replace(judgments=[old, new], study=replace(inputs.study, plans=plans, earlier=looks))
+    assert [verdict_at(look, new, both) for look in looks] == ["", "contradicted"]
+    assert [verdict_at(look, old, both) for look in looks] == ["supported", "supported"]
+    assert [verdict_at(look, new, both._replace(judgments=[new])) for look in looks] == ["supported", "contradicted"]
+    first, second = (" ".join(text.split()) for text in warnings_of_decisions(both))
+    assert "“a beats b (before it was changed)” was supported" in first
+    assert "“a beats b” was" not in first
+    assert "“a beats b” was contradicted" in second
+    [(_, answer)] = answers(both, [Part("?", ("a beats b",))])
+    assert "but an earlier look found it supported, which stays valid" in answer
+    assert "but an earlier look found it contradicted, which stays valid" in answer
+    [(_, answer)] = answers(both._replace(judgments=[new]), [Part("?", ("a beats b",))])
+    assert "but earlier looks found it supported and contradicted, which all stay valid" in answer
 
 
 def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:

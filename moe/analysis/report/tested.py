@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe.analysis.claims import claim_families, decided, measured_claims
+from moe.analysis.claims import claim_families, decided, measured_claims, planned_claims
+from moe.analysis.comparisons import timed
 from moe.analysis.components import DATA, INIT, is_crossed
 from moe.analysis.learned import withheld
 from moe.analysis.looks import ENDED, Question, group_of, level_as_text, place_of
@@ -35,8 +36,8 @@ from moe.analysis.statistics import (
     stack,
     with_correction,
 )
-from moe.analysis.variance import anova
-from moe.results.comparable import not_poolable
+from moe.analysis.variance import anova, complete_seeds
+from moe.results.comparable import is_timed, not_poolable
 from moe.results.conditions import levels, narrowed
 
 OF_PAIRS = ("folder", "seed", "status", "causal", "place")  # what tells the pairs of a comparison, beside its factors
@@ -96,9 +97,10 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
     tested = any(bool(found[field][column].notna().any()) for field, column in P_OF.items() if len(found[field]))
     tests = _number_of_tests(found["claims"], variance)
     metrics = [each for each in inputs.tested if each in with_p]
+    speeds = any(map(is_timed, metrics)) or any(timed(claim) for claim, _ in planned_claims(loaded))
     return inputs._replace(
         **found,
-        study=replace(inputs.study, metrics=metrics, references=asked, tested=tested, tests=tests),
+        study=replace(inputs.study, metrics=metrics, references=asked, tested=tested, tests=tests, timed=speeds),
         earlier_tests=_earlier_tests(inputs, {*map(_pair, own)}, compared, factors, tests),
         without_variance=refusals,
     )
@@ -289,7 +291,8 @@ def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, l
             if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
                 raise ValueError(reason)
             table = anova(runs, metric, inputs.factors)
-            tables.append(table.assign(own=[group_of(runs)] * len(table)))
+            used = runs["seed"].isin(complete_seeds(runs, metric, inputs.factors))
+            tables.append(table.assign(own=[group_of(runs[used])] * len(table)))
         except ValueError as error:
             refusals.append(shorten(f"{metric}: {error}", 500, placeholder=" …"))
     return stack(tables), refusals

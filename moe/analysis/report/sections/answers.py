@@ -6,6 +6,7 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.sections.headline import effect, later_tokens
 from moe.analysis.report.sections.league import order_of_routers
+from moe.analysis.report.sections.planned import verdict_at
 from moe.analysis.report.sections.scaling import laws_in_words
 from moe.analysis.sentences import UNDECIDED, UNTESTED, enumerated
 from moe.checks import plain
@@ -62,9 +63,11 @@ def _open(judged: Judgment, inputs: ReportInputs) -> str:
 
 
 def _earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
-    """Return what the last look that decided a claim said of it; "" if none did."""
-    verdicts = [look.decided[judged.title] for look in inputs.study.earlier if judged.title in look.decided]
-    return f"but an earlier look found it {verdicts[-1]}, which stays valid" if verdicts else ""
+    """Return what the looks that decided a claim said of it; "" if none did."""
+    found = dict.fromkeys(filter(None, (verdict_at(look, judged, inputs) for look in inputs.study.earlier)))
+    if len(found) > 1:
+        return f"but earlier looks found it {enumerated([*found])}, which all stay valid"
+    return f"but an earlier look found it {next(iter(found))}, which stays valid" if found else ""
 
 
 def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from moe.analysis.league import (
     ROUTER,
     WORSE,
     League,
+    compared_runs,
     league_of,
     losses_by_seed,
     verdict,
@@ -150,16 +151,18 @@ def _leagues(inputs: ReportInputs) -> dict[str, _Placed]:
         return {}
     leagues, reference = {}, league_reference(inputs)
     for cell, members in _cells(inputs, inputs.runs):
-        finished, level = members[members["status"] == "finished"], _level(inputs, members)
+        finished = members[members["status"] == "finished"]
+        level = _level(inputs, compared_runs(finished, metric))
         if (found := league_of(finished, metric, reference, level)) is not None:
             leagues[name_cell(cell)] = _Placed(found, finished, without_place(members, found, metric))
     return leagues
 
 
 def _level(inputs: ReportInputs, runs: pd.DataFrame) -> float:
-    """Return the level of a league of these runs; 0 if nothing is left in this look, or if they learned too little.
+    """Return the level of a league that compares these runs.
 
-    A league with another reference is another one, because it compares other routers.
+    It is 0 if nothing is left in this look, or if the runs learned too little. A league with another reference is
+    another one, because it compares other routers.
     """
     asked_by = {each for each in inputs.study.present.asked if each.factor == LEAGUE}
     share = inputs.study.share(group_of(runs), asked_by)

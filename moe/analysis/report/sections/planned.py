@@ -4,15 +4,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 
-from moe.analysis.looks import FURTHER, Question, Study
+from moe.analysis.looks import FURTHER, Question, Seen, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.judgments import Judgment
 from moe.analysis.sentences import enumerated
 from moe.checks import printable
 from moe.config.words import as_word
-from moe.runs.planned import PlannedStudy, short
+from moe.runs.planned import PlannedStudy, digest_of, short
 
 CHANGED = """\
 **Other claims were planned before.** On {time}, {experiment} had other claims ({claims}), planned for {runs} of these
@@ -92,13 +93,31 @@ def decisions(inputs: ReportInputs) -> dict[str, str]:
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
-    now = decisions(inputs) | {each.title: "" for each in inputs.judgments if not each.decided}
     for look in inputs.study.earlier:
-        lost = {text: verdict for text, verdict in look.decided.items() if now.get(text, verdict) != verdict}
+        earlier = {each.title: (each, verdict_at(look, each, inputs)) for each in inputs.judgments}
+        lost = {text: verdict for text, (now, verdict) in earlier.items() if verdict and _decision(now) != verdict}
         if lost:
             found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
             seeds = len(look.runs) / len({*look.runs.values()})
             yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(found))
+
+
+def _decision(judged: Judgment) -> str:
+    return judged.verdict if judged.decided else ""
+
+
+def verdict_at(look: Seen, judged: Judgment, inputs: ReportInputs) -> str:
+    """Return what an earlier look decided about a claim or comparison; "" if nothing.
+
+    Two claims can have the same words, because a later command changed a claim. Looks before that were at the old one.
+    """
+    if sum(each.text == judged.text for each in inputs.judgments) == 1:
+        return look.decided.get(judged.title, "")
+    plans = inputs.study.plans
+    changed = next((plan.time for plan in plans if digest_of(plan.claims) == digest_of(plans[-1].claims)), "")
+    if look.time >= changed:
+        return look.decided.get(judged.title, "")
+    return look.decided.get(judged.text, "") if judged.changed else ""
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
