@@ -998,14 +998,15 @@ def test_a_command_for_more_seeds_completes_those_that_some_settings_lack(
     runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seed 3 is lacking once. A comparison without it has four seeds, and one of the seeds that it needs is seed 3."""
-    monkeypatch.setattr("moe.analysis.report.sections.commands.training_command", lambda runs, seeds, claims: [*seeds])
+    command = "moe.analysis.report.sections.commands.training_command"
+    monkeypatch.setattr(command, lambda runs, seeds, claims: " ".join(map(str, seeds)))
     lacking = collect_inputs(runs[~((runs["noise"] == 0.5) & (runs["lb"] == 0.01) & (runs["seed"] == 3))])[0]
-    assert command_for_more(collect_inputs(runs)[0], 2) == [5, 6]
-    assert command_for_more(lacking, 2) == [3, 5, 6]
-    assert command_for_more(lacking, 2, n=5) == [3, 5, 6], "this comparison has seed 3"
-    assert command_for_more(lacking, 2, n=4) == [3, 5]
-    assert command_for_more(lacking, 1, n=4) == [3]
-    assert command_for_more(lacking, 100) == [*range(5, 105)], "a range, which names no single seed"
+    assert command_for_more(collect_inputs(runs)[0], 2) == "5 6"
+    assert command_for_more(lacking, 2) == "3 5 6"
+    assert command_for_more(lacking, 2, n=5) == "3 5 6", "this comparison has seed 3"
+    assert command_for_more(lacking, 2, n=4) == "3 5"
+    assert command_for_more(lacking, 1, n=4) == "3"
+    assert command_for_more(lacking, 100) == " ".join(map(str, range(5, 105))), "a range, which names no single seed"
 
 
 def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) -> None:
