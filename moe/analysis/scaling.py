@@ -134,16 +134,18 @@ def fit(runs: pd.DataFrame, law: Law, *, resamples: int = RESAMPLES) -> Fit:
     """Fit a law to runs by least squares, once for all seeds and once for each resample of the seeds.
 
     runs: columns `seed`, `loss` and one for each variable of the law. Raises ValueError if the runs cannot carry the
-    law: fewer different points than the law has parameters, or fewer than three different values of a variable.
+    law: fewer different points than the law has parameters, or fewer than three different values of a variable. Values
+    that differ by at most 2 % count as one.
     """
     names = list(dict.fromkeys(name for _, name in law.exponents))
-    points = len(runs[names].drop_duplicates())
+    different = numbered(runs[names])
+    points = len(different.drop_duplicates())
     if points < law.parameters:
         raise ValueError(f"{points} different points of {', '.join(names)}; the law needs at least {law.parameters}")
     for name in names:
-        few = runs[name].nunique() < (2 if name == EXPERTS else LEAST_BUDGETS)
+        few = different[name].nunique() < (2 if name == EXPERTS else LEAST_BUDGETS)
         if few:
-            raise ValueError(f"{name} has {runs[name].nunique()} different values; the law needs more")
+            raise ValueError(f"{name} has {different[name].nunique()} different values; the law needs more")
     x = {name: runs[name].to_numpy(dtype=float) for name in names}
     loss = runs["loss"].to_numpy(dtype=float)
     center = {name: float(np.log(values).mean()) for name, values in x.items()}
@@ -310,9 +312,15 @@ def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray,
 
 def by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order."""
-    ordered = table.sort_values("FLOPs")
-    group = (ordered["FLOPs"].pct_change().fillna(0) > CLOSE).cumsum()
-    return [(float(members["FLOPs"].mean()), members) for _, members in ordered.groupby(group)]
+    ordered = table.sort_values("FLOPs", ignore_index=True)
+    groups = ordered.groupby(numbered(ordered[["FLOPs"]])["FLOPs"])
+    return [(float(members["FLOPs"].mean()), members) for _, members in groups]
+
+
+def numbered(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a number in place of each value, in rising order: one number for those that differ by at most 2 %."""
+    rising = [column.sort_values() for _, column in table.reset_index(drop=True).items()]
+    return pd.concat([(each.pct_change().fillna(0) > CLOSE).cumsum().sort_index() for each in rising], axis=1)
 
 
 def budgets(flops: Sequence[float] | pd.Series) -> int:

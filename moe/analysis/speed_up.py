@@ -11,23 +11,40 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.scaling import CLOSE, COMPUTE, RESAMPLES, Estimate, Fit, by_budget, fit, resampled_seeds
+from moe.analysis.scaling import (
+    CLOSE,
+    COMPUTE,
+    LEAST_BUDGETS,
+    RESAMPLES,
+    Estimate,
+    Fit,
+    budgets,
+    by_budget,
+    fit,
+    resampled_seeds,
+)
 from moe.analysis.sentences import enumerated
+from moe.results.comparable import NOT_COMPARABLE
 
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
 NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
 NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
-TOO_SMALL = "no run of the reference ended at this compute or less, so nothing shows that the setting costs more"
+STILL_TRAINED = """\
+runs of the reference went on at this compute, so their loss is too high, and nothing shows that compute is saved"""
+TOO_SMALL = "the curve begins at more than this compute, so nothing shows that the setting costs more"
+LATER_TOKENS = "the routers of one side alone may see later tokens"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
 class SpeedUp(NamedTuple):
     """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
 
-    checked: whether runs of the baseline ended at this budget, or at smaller and larger ones. Otherwise the curve gives
-    the baseline too high a loss there, or is extrapolated, and does not show that an arm saves compute. reached:
-    whether the baseline's runs reach this loss, and one ended at this budget or at a smaller one. Otherwise the compute
-    that it needs is extrapolated, and does not show that an arm costs more.
+    of_training: whether the curve goes through the evaluations of the baseline's runs.
+    checked: whether runs of the baseline ended at this budget, or, unless `of_training`, at smaller and larger ones.
+    Otherwise the curve gives the baseline too high a loss there, or is extrapolated, and does not show that an arm
+    saves compute. reached: whether the baseline's runs reach this loss, and the curve has a point at this budget or at
+    a smaller one. Otherwise the compute that it needs is extrapolated, and does not show that an arm costs more.
+    comparable: whether the losses of both sides are those of routers that see equally much.
     """
 
     budget: float
@@ -35,12 +52,16 @@ class SpeedUp(NamedTuple):
     needed: float
     times: Estimate
     doubts: list[str]
+    of_training: bool
     checked: bool
     reached: bool
+    comparable: bool = True
 
     @property
     def verdict(self) -> str:
-        """Whether the arm saves compute, costs more, or is not told apart, by the interval."""
+        """Whether the arm saves compute, costs more, or is not told apart, by the interval, if it is comparable."""
+        if not self.comparable:
+            return NOT_COMPARABLE
         if self.times.low > 1 and self.checked:
             return SAVES
         return COSTS_MORE if self.times.high < 1 and self.reached else NOT_APART
@@ -67,35 +88,38 @@ def speed_up(
     baseline: pd.DataFrame,
     arm: pd.DataFrame,
     *,
+    evaluations: pd.DataFrame | None = None,
     of: int = 1,
-    of_training: bool = False,
     resamples: int = RESAMPLES,
     known: dict[bytes, Curve] | None = None,
 ) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
-    Both tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
+    The tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
     compared by the seeds that both have there, or that the baseline has anywhere if they share none there. The doubts
     say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
-    of: the number of speed-ups that are shown together; their intervals hold together too. of_training: whether the
-    baseline's points are the evaluations of its runs, so that runs end only at the largest of them. known: curves
-    through earlier baselines, by their points; this call adds its own. Raises ValueError if the baseline has fewer than
-    three budgets.
+    evaluations: those of the baseline's runs. They take the place of the runs where no seed that both have has runs of
+    three budgets. A budget of the arm has no speed-up where no such seed has three evaluations either.
+    of: the number of speed-ups that are shown together; their intervals hold together too. known: curves through
+    earlier baselines, by their points; this call adds its own.
     """
     found = []
     known = {} if known is None else known
     for budget, members in by_budget(arm):
-        common = _common_seeds(baseline, members, budget)
-        alone = sorted({*baseline["seed"], *members["seed"]} - {*common})
-        if not common:
-            continue
-        points = baseline.loc[baseline["seed"].isin(common), ["seed", "FLOPs", "loss"]]
-        same = points.to_numpy(dtype=float).tobytes()
-        if same not in known:
-            known[same] = _curve(points, common, resamples)
-        each = _speed_up(known[same], budget, _means(members, common, resamples), of_training, of)
-        left_out = [f"left out, as not both sides have them here: seeds {enumerated(alone)}"] if alone else []
-        found.append(each._replace(doubts=[*left_out, *each.doubts]))
+        for reference in (baseline,) if evaluations is None else (baseline, evaluations):
+            common = _common_seeds(reference, members, budget)
+            points = reference.loc[reference["seed"].isin(common), ["seed", "FLOPs", "loss"]]
+            if not any(budgets(flops) >= LEAST_BUDGETS for _, flops in points.groupby("seed")["FLOPs"]):
+                continue
+            alone = sorted({*reference["seed"], *members["seed"]} - {*common})
+            same = points.to_numpy(dtype=float).tobytes()
+            if same not in known:
+                known[same] = _curve(points, common, resamples)
+            loss = _means(members, common, resamples)
+            each = _speed_up(known[same], budget, loss, of_training=reference is evaluations, of=of)
+            left_out = [f"left out, as not both sides have them here: seeds {enumerated(alone)}"] if alone else []
+            found.append(each._replace(doubts=[*left_out, *each.doubts]))
+            break
     return found
 
 
@@ -131,7 +155,7 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
 
 
-def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], of_training: bool, of: int) -> SpeedUp:
+def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], *, of_training: bool, of: int) -> SpeedUp:
     least, most = curve.law.ranges["FLOPs"]
     checked = (most if of_training else least) * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
     logs = curve.compute(loss)
@@ -142,12 +166,12 @@ def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], of_tra
     else:
         doubts += curve.law.outside(FLOPs=needed)
     if times.low > 0 and not checked:
-        doubts.append(NOT_CHECKED)
+        doubts.append(STILL_TRAINED if of_training and budget < most else NOT_CHECKED)
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
     if times.high < 0 and (too_small or not reached):
         doubts.append(TOO_SMALL if too_small else NOT_REACHED)
     estimate = Estimate(*map(_exp, times))
-    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, checked, reached and not too_small)
+    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, of_training, checked, reached and not too_small)
 
 
 def _exp(log: float) -> float:

@@ -58,7 +58,8 @@ def coverage(case: Case, seeds: int, studies: int, resamples: int) -> float:
     rng, covered = np.random.default_rng(seeds), 0
     for _ in range(studies):
         reference, setting = simulated(case, seeds, rng)
-        [found] = speed_up(reference, setting, of_training=case.of_training, resamples=resamples)
+        ended = reference[reference["FLOPs"] == reference["FLOPs"].max()] if case.of_training else reference
+        [found] = speed_up(ended, setting, evaluations=reference, resamples=resamples)
         covered += found.times.low <= case.saves <= found.times.high
     return covered / studies
 

@@ -57,6 +57,15 @@ def _other_text(metric: str, one: pd.DataFrame, other: pd.DataFrame) -> str:
     return ""
 
 
+def other_causality(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Return whether losses are not comparable because the routers of one side alone may see later tokens.
+
+    A side whose causality is not known is taken as comparable.
+    """
+    sides = [_levels(runs, "causal") for runs in (one, other)]
+    return all(sides) and sides[0] != sides[1]
+
+
 def is_timed(metric: str) -> bool:
     """Return whether a metric is a time, or a number per second."""
     return metric.startswith("time/")

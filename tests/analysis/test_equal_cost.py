@@ -37,11 +37,22 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportOptions
-from moe.analysis.report.sections.cost import FROM_CURVES, costs, equal_costs, equal_flops, found_speed_ups, speed_ups
+from moe.analysis.report.sections.cost import (
+    FROM_CURVES,
+    NOWHERE,
+    SPEED_COLUMNS,
+    costs,
+    equal_costs,
+    equal_flops,
+    found_speed_ups,
+    speed_ups,
+)
+from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, cost_in_short, in_short
 from moe.analysis.sentences import UNTESTED
 from moe.analysis.speed_up import NOT_APART
 from moe.checks import plain
 from moe.config.claim import ClaimConfig
+from moe.results.comparable import NOT_COMPARABLE, TOKENIZER
 from moe.results.shipped import read_shipped, ship
 from moe.results.table import load_runs, read_event_tables
 
@@ -313,11 +324,67 @@ def test_a_speed_up_compares_runs_of_one_size(tmp_path: Path) -> None:
     lacking = lacking[lacking["folder"] != "b20000_400"]
     evals = lacking.rename(columns={"steps": "step"})[["folder", "step", "val/loss"]]
     [inputs] = collect_inputs(write_runs(tmp_path, lacking, evals))
-    [(names, found, of_curves)] = found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals))
-    assert (names["within"], len(found), of_curves) == ("model.dim=2000", 4, False)
+    short = cost_in_short(inputs)
+    assert short is not None
+    named = [f"router b vs a at model.dim=2000, {each} FLOPs" for each in short.speed_ups["training FLOPs"]]
+    assert list(short.quotes) == named, "each budget has its own"
+    [(names, found, reason)] = found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals))
+    assert (names["within"], len(found), reason) == ("model.dim=2000", 4, "")
+    assert not any(each.of_training for each in found)
     assert [each.verdict for each in found] == [NOT_APART] * 4
     assert [each.times.value for each in found] == pytest.approx([1] * 4, abs=0.01)
     assert [len(each.doubts) for each in found] == [0, 0, 1, 0], "seed 0 is left out where one side lacks it"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [(TOKENIZER, "the tokenizers differ, and"), ("data.max_val_blocks", "the validation texts differ,")],
+)
+def test_losses_that_are_not_comparable_have_no_speed_up_and_the_reason_is_said(
+    tmp_path: Path, key: str, reason: str
+) -> None:
+    """Router b has other tokens or another text than router a. A third router c shares them with a."""
+    runs = write_runs(tmp_path, *made_up(flops={"a": 100, "b": 160, "c": 130}))
+    runs = runs.assign(**{"val/bits_per_byte": runs["val/loss"] / 2})
+    [three] = collect_inputs(runs.assign(**{key: runs["router"].map({"a": "1", "b": "2", "c": "1"})}))
+    [two] = collect_inputs(three.runs[three.runs["router"] != "c"])
+    curves = training_curves(runs, three.past.evals)
+    assert [(each.names["level"], len(each.found)) for each in found_speed_ups(three, curves)] == [("b", 0), ("c", 1)]
+    [alone] = (each.found for each in found_speed_ups(two._replace(runs=runs[runs["router"] != "b"]), curves))
+    assert [each.found for each in found_speed_ups(three, curves)][1] == alone, "a row that is not there widens nothing"
+    assert reason in str(list(speed_ups(two)))
+    assert f"No two settings that differ in FLOPs can be compared at equal FLOPs (not comparable: {reason}" in str(
+        list(equal_costs(two))
+    )
+    short = cost_in_short(two)
+    assert short is not None
+    assert (short.reason.startswith(reason), len(short.speed_ups)) == (True, 0)
+    told = str(list(in_short(short)))
+    assert told.count(reason) == 2
+    assert SAME_FLOPS not in told
+
+
+def test_a_router_that_sees_later_tokens_has_no_verdict(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, *made_up(flops={"a": 160, "b": 100, "c": 100}))
+    evals = read_event_tables(runs["folder"]).evals
+    ends = evals["folder"].str.contains("[bc]1000") & (evals["step"] > 0)
+    evals = evals.assign(**{"val/loss": evals["val/loss"] - 0.4 * ends})
+    verdicts = {}
+    for later in ("b", "none", "abc"):
+        [inputs] = collect_inputs(runs.assign(causal=[each not in later for each in runs["router"]]))
+        short = cost_in_short(inputs._replace(past=inputs.past._replace(evals=evals)))
+        assert short is not None
+        verdicts[later] = short.speed_ups["verdict"].tolist()
+    assert verdicts["none"] == verdicts["abc"]
+    assert verdicts["b"] == [NOT_COMPARABLE, verdicts["none"][1]]
+
+
+def test_a_loss_that_no_budget_reaches_is_quoted_in_words() -> None:
+    row = dict.fromkeys(SPEED_COLUMNS, "") | {"factor": "router", "level": "b", "reference": "a"}
+    row |= {"verdict": NOT_APART, "times the compute": NOWHERE}
+    flops = pd.DataFrame(columns=["factor", "level", "reference", "within", "cell"])
+    short = CostInShort(flops, pd.DataFrame([row]), reason="", left_out="", comparable=True)
+    assert short.quotes == {"router b vs a": (NOT_APART, NOWHERE)}
 
 
 def test_all_speed_ups_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,19 @@ from moe.analysis.figures.drawing import Drawing
 from moe.analysis.figures.scaling import tokens_along
 from moe.analysis.report.blocks import BulletList, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
-from moe.analysis.report.sections.cost import _drawn_speed_up, speed_up_row
+from moe.analysis.report.sections.cost import NOWHERE, _drawn_speed_up, speed_up_row
 from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words, scaling_laws
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
-from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_CHECKED, NOT_REACHED, SAVES, TOO_SMALL, speed_up
+from moe.analysis.speed_up import (
+    COSTS_MORE,
+    NOT_APART,
+    NOT_CHECKED,
+    NOT_REACHED,
+    SAVES,
+    STILL_TRAINED,
+    TOO_SMALL,
+    speed_up,
+)
 from moe.bench.speed_ups import CASES, coverage, loss, simulated
 from moe.results.table import load_runs
 
@@ -147,11 +156,13 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     [found] = speed_up(baseline, far)
     assert found.doubts == ["FLOPs 1.48 times beyond the runs"]
     assert found.verdict == SAVES
-    [training] = speed_up(baseline, far, of_training=True)
-    assert training == found, "its runs end there"
-    [early] = speed_up(baseline, far.assign(FLOPs=14e12), of_training=True)
-    assert early.times.low > 1
-    assert (early.verdict, early.doubts[-1]) == (NOT_APART, NOT_CHECKED), "a loss in training is too high"
+    ended = baseline[baseline["FLOPs"] == 16e12]
+    [training] = speed_up(ended, far, evaluations=baseline)
+    assert training == found._replace(of_training=True), "its runs end there"
+    for budget, doubt in ((14e12, STILL_TRAINED), (17e12, NOT_CHECKED)):
+        [early] = speed_up(ended, far.assign(FLOPs=budget), evaluations=baseline)
+        assert early.times.low > 1
+        assert (early.verdict, early.doubts[-1]) == (NOT_APART, doubt), "a loss in training is too high"
     [beyond] = speed_up(baseline, far.assign(FLOPs=17e12))
     assert beyond.times.low > 1
     assert (beyond.verdict, beyond.doubts[-1]) == (NOT_APART, NOT_CHECKED)
@@ -165,7 +176,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     assert (extrapolated.verdict, extrapolated.doubts[-1]) == (NOT_APART, NOT_REACHED), "no run has this loss"
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
     assert beyond.needed == beyond.times.value == math.inf
-    assert speed_up_row(beyond)["times the compute"] == "no budget reaches it"
+    assert speed_up_row(beyond)["times the compute"] == NOWHERE
     assert "below L_inf" in beyond.doubts[-1]
     three = baseline[baseline["FLOPs"] < 5e12]
     [few] = speed_up(three, far)
@@ -174,14 +185,13 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     wide = fit(baseline[baseline["FLOPs"].isin((1e12, 4e12, 16e12))], COMPUTE)
     assert wide.sure
     assert not any("too narrow" in doubt for doubt in wide.doubts)
-    with pytest.raises(ValueError, match="2 different points of FLOPs; the law needs at least 3"):
-        speed_up(baseline[baseline["FLOPs"] < 3e12], far)
+    assert speed_up(baseline[baseline["FLOPs"] < 3e12], far) == [], "two budgets"
     flat = baseline.assign(loss=4.0 + 1e-9 * np.arange(len(baseline)))
     [flat_one] = speed_up(flat, far)
     assert any("no interval, because" in doubt and "at a bound" in doubt for doubt in flat_one.doubts)
     assert np.isnan(flat_one.times[1:]).all()
     assert flat_one.verdict == NOT_APART
-    assert speed_up_row(flat_one)["times the compute"] == "no budget reaches it", "no number of 300 digits"
+    assert speed_up_row(flat_one)["times the compute"] == NOWHERE, "no number of 300 digits"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +241,43 @@ def test_a_seed_that_the_reference_lacks_at_one_budget_is_left_out_there_alone()
         [],
         [],
     ]
+
+
+def lengths_of_seeds(lengths: dict[int, tuple[float, ...]]) -> pd.DataFrame:
+    """Return runs of a reference at the budgets of each seed. Their FLOPs differ by less than 2 %, as with `top_p`."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "seed": seed,
+            "FLOPs": each * rng.uniform(0.995, 1.005),
+            "loss": loss(each) + 0.01 * seed + rng.normal(0, 2e-3),
+        }
+        for seed, budgets in lengths.items()
+        for each in budgets
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_curve_needs_three_budgets_of_a_seed_that_it_uses() -> None:
+    """Seed 0 alone has three. Where it is left out, the evaluations of the others take the place of their runs."""
+    runs = lengths_of_seeds({0: (1e12, 2e12, 4e12), 1: (1e12, 2e12), 2: (1e12, 2e12), 3: (1e12, 2e12)})
+    early = [runs.assign(FLOPs=runs["FLOPs"] / part, loss=(runs["FLOPs"] / part).map(loss) + 0.01) for part in (2, 4)]
+    evaluations = pd.concat([runs, *early], ignore_index=True)
+    arm = runs[(runs["seed"] > 0) == (runs["FLOPs"] < 3e12)].assign(loss=lambda arm: arm["loss"] + 0.1)
+    [whole] = speed_up(runs, arm, resamples=5)
+    assert (whole.needed < 4e12, whole.of_training) == (True, False), "the budgets without a curve have no speed-up"
+    assert {"left out, as not both sides have them here: seeds 1, 2 and 3"} < {*whole.doubts}
+    found = speed_up(runs, arm, evaluations=evaluations, resamples=5)
+    assert [each.of_training for each in found] == [True, True, False]
+    assert (found[-1].budget, found[-1].times.value) == (whole.budget, whole.times.value)
+
+
+def test_three_budgets_that_differ_a_little_among_seeds_are_three_points() -> None:
+    [*found] = speed_up(*[lengths_of_seeds(dict.fromkeys(range(3), (1e12, 2e12, 4e12)))] * 2, resamples=5)
+    assert ["nothing checks the form" in str(each.doubts) for each in found] == [True] * 3
+    two = lengths_of_seeds(dict.fromkeys(range(3), (1e12, 2e12)))
+    with pytest.raises(ValueError, match="2 different points of FLOPs; the law needs at least 3"):
+        fit(two, COMPUTE)
 
 
 def of_sizes(points: list[tuple[float, float]]) -> pd.DataFrame:

@@ -252,6 +252,11 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
         "the most `{}` ({}), `{}` ({}), `{}` ({}) and `{}` ({}), the least `{}` ({}).",
         lambda: extremes_of_cost(),
     ),
+    (
+        FINDINGS,
+        "{} others have no verdict, because they may see later tokens",
+        lambda: [word((at_equal_cost(LEAGUE)["verdict"] == "not comparable").sum())],
+    ),
     (FINDINGS, "{} claims are about speed", lambda: [word(sum(map(claims_on_speed, STUDIES_OF_FINDINGS)))]),
 ]
 
@@ -527,7 +532,7 @@ def minutes() -> list[str]:
 
 
 def dearer() -> list[str]:
-    verdicts = at_equal_cost(LEAGUE)["verdict"]
+    verdicts = at_equal_cost(LEAGUE)["verdict"][lambda verdicts: verdicts != "not comparable"]
     saving = (~verdicts.isin(["costs more", "not told apart"])).sum()
     return [str(len(verdicts)), "none" if saving == 0 else word(saving), str((verdicts == "costs more").sum())]
 

@@ -1,9 +1,9 @@
 """Cost: what each setting costs, comparisons at equal cost, and the effective speed-up over the reference."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -28,11 +28,11 @@ from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_ou
 from moe.analysis.learned import NO_VERDICT
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.scaling import LEAST_BUDGETS, budgets
+from moe.analysis.scaling import budgets
 from moe.analysis.sentences import levels_compared, with_interval
-from moe.analysis.speed_up import NOT_APART, Curve, SpeedUp, speed_up
+from moe.analysis.speed_up import COSTS_MORE, LATER_TOKENS, SAVES, Curve, SpeedUp, speed_up
 from moe.analysis.statistics import name_cell
-from moe.results.comparable import not_poolable
+from moe.results.comparable import NOT_COMPARABLE, incomparable, not_poolable, other_causality
 from moe.results.conditions import conditions, varied_factors
 from moe.results.training_flops import CLOSE, SPENT
 
@@ -61,6 +61,11 @@ elsewhere. "Read at 60 %" means that one side is read there before its end, when
 looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between two
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
 to lower it. This table describes; a claim with `at` tests."""
+VERDICTS = """\
+A level is told apart from the reference if its interval leaves out 1. That it saves compute is said only if runs of the
+reference ended at its compute, or, unless the curve goes through evaluations during training, at less and at more. That
+it costs more is said only if the curve has a point at its compute or at less, and the runs of the reference reach the
+loss. There is no verdict if the routers of one side alone may see later tokens: their losses are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
@@ -68,16 +73,16 @@ then corrected at each of their budgets, so that it has their mean loss there. T
 with the spread of {resamples} resamples of the seeds, which are the same for both levels. It says what other seeds
 could change: if the curve is right, in 95 % of cases all intervals of the table contain the true values (Bonferroni's
 correction). It does not say how wrong the curve is between two budgets, and beyond the last one. It is that of a single
-look: other looks at these runs do not widen it. A value above 1 saves compute. A level is told apart from the reference
-if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, or at
-less and at more, and that it costs more only if a run of the reference ended at its compute or at less, and its runs
-reach the loss. None of this is a claim, and it is not among the tests of the report."""
+look: other looks at these runs do not widen it. A value above 1 saves compute. {verdicts} None of this is a claim, and
+it is not among the tests of the report."""
 FROM_CURVES = """\
-A reference has fewer than three budgets of one size and seed, so the curve goes through the evaluations of its runs. A
-point of a training curve is no run of that budget: its learning rate has not fallen yet, so its loss is too high. So is
-the speed-up, by more than its interval says: a run of that budget would have needed less compute. Runs of three or more
-budgets, such as `steps=100,200,400`, tell more."""
-NO_TABLE = "No two settings that are compared differ in {cost} and can be read at equal {cost}."
+Where the reference has fewer than three budgets of one size and of a seed that both sides have, the curve goes through
+the evaluations of its runs. A point of a training curve is no run of that budget: its learning rate has not fallen yet,
+so its loss is too high. So is the speed-up, by more than its interval says: a run of that budget would have needed less
+compute. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
+NO_TABLE = "No two settings that differ in {cost} can be compared at equal {cost}{reasons}."
+NOWHERE = "no budget of the reference reaches it"
+NO_CURVE = "no curve can be fitted through the runs of the reference"
 RESAMPLES = 200
 STEADY = 1.5  # times: by which the speeds of one setting may differ before something else must have slowed its runs
 OTHER_WORK = """\
@@ -138,8 +143,12 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     differ = {cost: _differ(values) for cost, values in of_run.items() if values.notna().any()}
     wanted = [cost for cost, differs in differ.items() if differs] + ([SECONDS] if seconds is not None else [])
     tables = {cost: _by_cost(inputs, curves, cost) for cost in wanted}
-    found = {cost: table for cost, table in tables.items() if len(table)}
-    empty = [NO_TABLE.format(cost=cost) for cost in tables if cost not in found]
+    found = {cost: table for cost, table in tables.items() if (table["n"] > 0).any()}
+    empty = [
+        NO_TABLE.format(cost=cost, reasons=in_parentheses(table["note"]))
+        for cost, table in tables.items()
+        if cost not in found
+    ]
     yield Heading("At equal cost")
     left_out = unknown_flops(inputs.runs)
     if left_out and not differ.get(FLOPS):
@@ -188,14 +197,18 @@ def _cell(row: Any) -> str:
     return with_interval(row.value, row.low, row.high, least=3) + early + between
 
 
+def in_parentheses(reasons: Iterable[str]) -> str:
+    """Return different reasons in parentheses, after a space; an empty text if there is none."""
+    known = [literal(each) for each in dict.fromkeys(reasons) if each]
+    return f" ({'; '.join(known)})" if known else ""
+
+
 def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """Return the comparisons at one cost; none if no two settings have it in common.
+    """Return the comparisons at one cost, also those without a number, whose note says why.
 
     At equal FLOPs, comparisons of two settings that cost the same after the last step are left out.
     """
     table = equal_cost(inputs.runs, curves, inputs.factors, reference_levels(inputs), cost)
-    if not (table["n"] > 0).any():
-        return table[:0]
     return table[(table["n"] == 0) | (table["share"] < 1 - CLOSE)] if cost == FLOPS else table
 
 
@@ -229,77 +242,90 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     """Yield how many times as much compute the reference level needs for the loss of each level."""
     if inputs.contrasts.empty or LOSS not in inputs.runs:
         return
-    rows, drawn, from_curves = list[dict[str, object]](), list[Row](), False
-    for names, found, of_curves in found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals)):
-        from_curves = from_curves or of_curves
-        rows += [names | speed_up_row(each) for each in found]
-        drawn += [_drawn_speed_up(levels_compared(SimpleNamespace(**names)), each, len(found)) for each in found]
-    if not rows:
+    compared = list(found_speed_ups(inputs, training_curves(inputs.runs, inputs.past.evals)))
+    rows = [each.names | speed_up_row(found) for each in compared for found in each.found]
+    reasons = in_parentheses(each.reason for each in compared if each.reason != NO_CURVE)
+    if not rows and not reasons:
         return
     yield Heading("Effective speed-up")
-    if inputs.learned_little:
-        yield Paragraph(NO_VERDICT)
+    if inputs.learned_little or not rows:
+        yield Paragraph(NO_VERDICT if inputs.learned_little else f"There is none{reasons}.")
         return
-    yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES))
-    if from_curves:
+    yield Paragraph(SPEED_EXPLAINED.format(resamples=RESAMPLES, verdicts=VERDICTS))
+    if any(found.of_training for each in compared for found in each.found):
         yield Paragraph(FROM_CURVES)
+    drawn = [
+        _drawn_speed_up(levels_compared(SimpleNamespace(**each.names)), found, len(each.found))
+        for each in compared
+        for found in each.found
+    ]
     yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
     table = pd.DataFrame(rows, columns=SPEED_COLUMNS)
     yield TableBlock(table)
     yield csv_file("speed_up", table, "this table, with all of its rows.")
 
 
-def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[SpeedUp], bool]]:
-    """Yield each comparison of levels that has an effective speed-up: its names, and the speed-up at each budget.
+class SpeedUps(NamedTuple):
+    """The speed-ups of one comparison of levels, one for each budget. reason: why there is none, if there is none."""
+
+    names: dict[str, Any]
+    found: list[SpeedUp]
+    reason: str
+
+
+def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[SpeedUps]:
+    """Yield the effective speed-ups of each comparison of levels.
 
     Both sides of a comparison have one size. Means over sizes would differ if a side lacks one of them.
-
-    The last part says whether the reference has too few budgets, so that the evaluations of its runs take their place.
     """
     factors = [factor for factor in inputs.factors if not (factor == "steps" or is_budget(inputs.runs, factor))]
     references = {factor: level for factor, level in reference_levels(inputs).items() if factor in factors}
     pairs = paired_sides(inputs.runs, factors, references, FLOPS)
-    sides = [(names, *pair) for names, *pair in pairs if not is_scale(names["factor"])]
-    arms = [points(treated, curves, last=True) for _, treated, _ in sides]
-    number = sum(budgets(arm[FLOPS]) for arm in arms)
+    sides = [
+        (names, *pair, incomparable(LOSS, *pair).removeprefix(f"{NOT_COMPARABLE}: "))
+        for names, *pair in pairs
+        if not is_scale(names["factor"])
+    ]
+    arms = [points(treated, curves, last=True) for _, treated, *_ in sides]
+    number = sum(budgets(arm[FLOPS]) for arm, (*_, reason) in zip(arms, sides, strict=True) if not reason)
     curves_of = dict[bytes, Curve]()  # most levels have the same reference
-    for (names, _, baseline), arm in zip(sides, arms, strict=True):
-        of_seeds = points(baseline, curves, last=True).groupby("seed")[FLOPS]
-        runs_alone = any(budgets(flops) >= LEAST_BUDGETS for _, flops in of_seeds)
-        try:
-            found = speed_up(
-                points(baseline, curves, last=runs_alone),
-                arm,
-                of=number,
-                of_training=not runs_alone,
-                resamples=RESAMPLES,
-                known=curves_of,
-            )
-        except ValueError:
-            continue  # too few points
-        yield names, found, not runs_alone
+    for (names, treated, baseline, reason), arm in zip(sides, arms, strict=True):
+        if reason:
+            yield SpeedUps(names, [], reason)
+            continue
+        found = speed_up(
+            points(baseline, curves, last=True),
+            arm,
+            evaluations=points(baseline, curves, last=False),
+            of=number,
+            resamples=RESAMPLES,
+            known=curves_of,
+        )
+        if other_causality(treated, baseline):
+            found = [each._replace(comparable=False, doubts=[LATER_TOKENS, *each.doubts]) for each in found]
+        yield SpeedUps(names, found, "" if found else NO_CURVE)
 
 
 def _speed_up_figure(rows: list[Row]) -> Figure | str:
     if len(rows) > MOST_ROWS:
         return f"{len(rows)} speed-ups are too many"
-    marks = "line: interval, 95 % for all together; orange: saves compute, blue: costs more, open: undecided"
+    marks = "line: interval, 95 % for all together; orange: saves compute, blue: costs more, open: neither"
     return forest(rows, "compute that the reference needs, as a multiple of the level's", marks, zero=1.0)
 
 
 def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:
     """Return the row of a speed-up in the figure. What no budget reaches has no point, and its name says so."""
     value, low, high = found.times
-    name += f", {found.budget:.2g} FLOPs" if budgets > 1 else ""
-    name += "" if math.isfinite(value) else ": no budget reaches it"
+    name += f", {found.budget:.3g} FLOPs" if budgets > 1 else ""
+    name += "" if math.isfinite(value) else f": {NOWHERE}"
     text = f"interval from {_times(low)} to {_times(high)}" if not math.isnan(low) else "no interval"
-    return Row(name, value, low, high, found.verdict != NOT_APART, text)
+    return Row(name, value, low, high, found.verdict in (SAVES, COSTS_MORE), text)
 
 
 def speed_up_row(found: SpeedUp) -> dict[str, object]:
     """Return the cells of a speed-up in a table."""
     times = found.times
-    text = "no budget reaches it" if math.isinf(times.value) else _times(times.value)
+    text = NOWHERE if math.isinf(times.value) else _times(times.value)
     text += f" [{_times(times.low)}, {_times(times.high)}]" if not math.isnan(times.low) else ""
     return {
         "training FLOPs": f"{found.budget:.3g}",

@@ -12,14 +12,27 @@ import pandas as pd
 from moe.analysis.equal_cost import FLOPS, LOSS, is_budget, is_scale, paired_sides, training_curves, unknown_flops
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.report.sections.cost import NAMES, SPEED_COLUMNS, equal_flops, found_speed_ups, speed_up_row
+from moe.analysis.report.sections.cost import (
+    NAMES,
+    NO_CURVE,
+    NO_TABLE,
+    NOWHERE,
+    SPEED_COLUMNS,
+    VERDICTS,
+    equal_flops,
+    found_speed_ups,
+    in_parentheses,
+    speed_up_row,
+)
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
+from moe.results.comparable import NOT_COMPARABLE
 
 VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
     NOT_APART: "without a clear difference",
+    NOT_COMPARABLE: "that are not comparable",
 }
 SAME_FLOPS = """\
 Apart from comparisons of training lengths, the two settings of each comparison have the same training FLOPs within 1 %,
@@ -27,7 +40,6 @@ so differences after the last step are at equal training FLOPs already."""
 NO_SPEED_UP = """\
 There is no effective speed-up: {reason}."""
 SCALES_ALONE = "only sizes and budgets vary, and it compares settings of equal size"
-NO_CURVE = "no curve can be fitted through the runs of the reference"
 FLOPS_BULLET = """\
 {all} of settings that differ in FLOPs by more than 1 %: at equal training FLOPs, the level has a lower loss than its
 reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations; the rest stays
@@ -46,11 +58,9 @@ SPEED_TABLE = """\
 the loss that the level has after `training FLOPs`: 0.8 means that a fifth of the level's compute is wasted. The
 intervals say what other seeds could change: if the curve is right, all intervals of this table contain the true values
 in 95 % of cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
-during its training, which has the mean loss of each evaluation. By the `verdict`, a level saves compute or costs more
-if its interval leaves out 1; that it saves compute is said only if runs of the reference ended at its compute, and that
-it costs more only if they reach its loss. `doubts` tells where the curve is used beyond the reference's runs. A loss in
-the middle of training is higher than that of a run that ends there, so a number that is read there is too high, by more
-than its interval says. None of this was claimed before the runs."""
+during its training, which has the mean loss of each evaluation. {verdicts} `doubts` tells where the curve is used
+beyond the reference's runs. A loss in the middle of training is higher than that of a run that ends there, so a number
+that is read there is too high, by more than its interval says. None of this was claimed before the runs."""
 
 
 class CostInShort(NamedTuple):
@@ -69,16 +79,24 @@ class CostInShort(NamedTuple):
 
     @property
     def quotes(self) -> dict[str, tuple[str, str]]:
-        """The verdict and the numbers of each speed-up, by what it compares, such as "router a vs b"."""
+        """The verdict and the numbers of each speed-up, by what it compares, such as "router a vs b".
+
+        If a comparison has several budgets, the name ends with one, such as ", 9.29e+11 FLOPs".
+        """
         at_flops = self.flops.set_index(NAMES)["cell"].to_dict()
+        several = self.speed_ups.duplicated(NAMES, keep=False)
         return {
-            levels_compared(row): (row["verdict"], _in_words(row, at_flops.get(tuple(row[NAMES]))))
-            for _, row in self.speed_ups.iterrows()
+            levels_compared(row) + (f", {row['training FLOPs']} FLOPs" if of_several else ""): (
+                row["verdict"],
+                _in_words(row, at_flops.get(tuple(row[NAMES]))),
+            )
+            for (_, row), of_several in zip(self.speed_ups.iterrows(), several, strict=True)
         }
 
 
 def _in_words(row: pd.Series, at_flops: str | None) -> str:
-    text = f"the reference needs {row['times the compute']} times the compute"
+    times = row["times the compute"]
+    text = NOWHERE if times == NOWHERE else f"the reference needs {times} times the compute"
     text += f"; difference in validation loss at equal training FLOPs {at_flops}" if at_flops else ""
     return f"{text}; {row['doubts']}" if row["doubts"] else text
 
@@ -88,13 +106,15 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
     if inputs.contrasts.empty or LOSS not in inputs.runs or inputs.learned_little:
         return None
     curves = training_curves(inputs.runs, inputs.past.evals)
-    rows = [names | speed_up_row(each) for names, found, _ in found_speed_ups(inputs, curves) for each in found]
+    compared = list(found_speed_ups(inputs, curves))
+    rows = [each.names | speed_up_row(found) for each in compared for found in each.found]
+    reasons = "; ".join(dict.fromkeys(each.reason for each in compared if each.reason))
     left_out = unknown_flops(inputs.runs)
     scales = all(is_scale(factor) or is_budget(inputs.runs, factor) for factor in inputs.factors)
     return CostInShort(
         equal_flops(inputs, curves),
         pd.DataFrame(rows, columns=SPEED_COLUMNS, dtype=object),
-        SCALES_ALONE if scales else NO_CURVE,
+        SCALES_ALONE if scales else reasons or NO_CURVE,
         left_out,
         not left_out or any(paired_sides(inputs.runs, inputs.factors, reference_levels(inputs), FLOPS)),
     )
@@ -107,9 +127,9 @@ def in_short(found: CostInShort) -> Iterator[ReportBlock]:
     told = [*_about_speed_ups(found), *_about_flops(found.flops)] if found.comparable else []
     yield BulletList([*told, *left_out])
     if len(found.speed_ups):
-        yield Paragraph(SPEED_TABLE)
+        yield Paragraph(SPEED_TABLE.format(verdicts=VERDICTS))
         yield TableBlock(found.speed_ups)
-    if len(found.flops):
+    if (found.flops["n"] > 0).any():
         yield Paragraph(FLOPS_TABLE)
         yield TableBlock(found.flops[NAMES].assign(**{"equal FLOPs": found.flops["cell"]}))
 
@@ -129,7 +149,8 @@ def _about_flops(table: pd.DataFrame) -> Iterator[str]:
     """Yield in how many comparisons the difference is clear, even if interpolation is off by as much as it can be."""
     known = table[table["n"] > 0]
     if known.empty:
-        yield SAME_FLOPS
+        reasons = in_parentheses(table["note"])
+        yield NO_TABLE.format(cost=FLOPS, reasons=reasons) if reasons else SAME_FLOPS
         return
     lower, higher = ((known["high"] + known["gap"]) < 0).sum(), ((known["low"] - known["gap"]) > 0).sum()
     yield FLOPS_BULLET.format(all=f"{len(known)} comparison{'s' * (len(known) != 1)}", lower=lower, higher=higher)

@@ -20,7 +20,7 @@ from moe.analysis.sentences import (
 )
 from moe.checks import plain
 from moe.metrics.catalog import is_quality
-from moe.results.comparable import NOT_COMPARABLE
+from moe.results.comparable import NOT_COMPARABLE, other_causality
 from moe.results.conditions import by_seed, without_causality
 
 WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
@@ -85,11 +85,11 @@ def later_tokens(metric: str, compared: str, inputs: ReportInputs) -> str:
         return ""
     runs = inputs.runs[inputs.runs["status"] == "finished"]
     there = inputs.condition.reindex(runs.index).map(lambda cell: set(place.split(", ")) <= set(str(cell).split(", ")))
-    names, seen = runs[factor].map(without_causality).map(str), []
+    names, members = runs[factor].map(without_causality).map(str), []
     for side in map(without_causality, sides.split(" vs ")):
-        members = names.isin([side, f"{side}.0", side.removesuffix(".0")])  # a claim writes 0 for 0.0
-        seen.append(set(runs.loc[members & there if (members & there).any() else members, "causal"].dropna()))
-    return NO_COMPARISON if all(seen) and seen[0] != seen[-1] else ""
+        named = names.isin([side, f"{side}.0", side.removesuffix(".0")])  # a claim writes 0 for 0.0
+        members.append(runs[named & there if (named & there).any() else named])
+    return NO_COMPARISON if other_causality(members[0], members[-1]) else ""
 
 
 def _rank(judged: Judgment) -> tuple[bool, float]:

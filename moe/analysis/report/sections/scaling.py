@@ -12,7 +12,7 @@ from moe.analysis.figures.drawing import drawing
 from moe.analysis.figures.scaling import iso_flop_curves
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.scaling import EXPERTS, LEAST_BUDGETS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima
+from moe.analysis.scaling import EXPERTS, LEAST_BUDGETS, TOKENS, Estimate, Fit, Law, fit, iso_flop_minima, numbered
 from moe.analysis.sentences import enumerated
 from moe.analysis.statistics import name_cell
 from moe.checks import plain
@@ -89,13 +89,13 @@ def _could_have_law(setting: _Fitted) -> bool:
 
 def _no_law(setting: _Fitted) -> str:
     """Return what a law needs, beside what the runs of a setting have."""
-    names = [name for _, name in setting.law.exponents]
-    sizes, tokens = (setting.points[name].nunique() for name in (ACTIVE, TOKENS))
+    different = numbered(setting.points[[name for _, name in setting.law.exponents]])
+    sizes, tokens = (different[name].nunique() for name in (ACTIVE, TOKENS))
     return NO_LAW.format(
         place=f" at {literal(name_cell(setting.cell))}" if setting.cell else "",
         sizes=sizes,
         tokens=tokens,
-        points=len(setting.points[names].drop_duplicates()),
+        points=len(different.drop_duplicates()),
         least=LEAST_BUDGETS,
         parameters=setting.law.parameters,
     )
