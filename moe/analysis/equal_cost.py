@@ -18,7 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import comparisons, name_cell
-from moe.results.comparable import TEXT, TOKENIZER, incomparable
+from moe.results.comparable import LATER_TOKENS, TEXT, TOKENIZER, incomparable, other_causality
 from moe.results.conditions import conditions
 from moe.results.conditions import levels as levels_of
 from moe.results.table import read_event_tables
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
     share: where the side that is read earlier is read, as a share of its own training; 1 for parameters.
     gap: how far the losses of the two points differ between which a loss was interpolated, on average over the seeds,
     on the side where that is more. The error of interpolation is smaller if the loss falls steadily.
-    note: why there is no difference, if there is none.
+    note: why there is no difference, if there is none, or why the losses are not comparable.
     """
 
     cost: float
@@ -122,7 +122,8 @@ def equal_cost(
             continue
         if found := difference(_curves(treated, curves, cost), _curves(baseline, curves, cost)):
             share = 1.0 if cost in PARAMETERS else found.share
-            rows.append(names | found._replace(share=share)._asdict())
+            note = LATER_TOKENS if found.n and other_causality(treated, baseline) else found.note
+            rows.append(names | found._replace(share=share, note=note)._asdict())
     return pd.DataFrame(rows, columns=["factor", "level", "reference", "within", *Difference._fields])
 
 

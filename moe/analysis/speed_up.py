@@ -32,7 +32,6 @@ NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows t
 STILL_TRAINED = """\
 runs of the reference went on at this compute, so their loss is too high, and nothing shows that compute is saved"""
 TOO_SMALL = "the curve begins at more than this compute, so nothing shows that the setting costs more"
-LATER_TOKENS = "the routers of one side alone may see later tokens"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 

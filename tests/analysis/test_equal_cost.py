@@ -47,7 +47,7 @@ from moe.analysis.report.sections.cost import (
     found_speed_ups,
     speed_ups,
 )
-from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, cost_in_short, in_short
+from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, _about_flops, cost_in_short, in_short
 from moe.analysis.sentences import UNTESTED
 from moe.analysis.speed_up import NOT_APART
 from moe.checks import plain
@@ -369,12 +369,18 @@ def test_a_router_that_sees_later_tokens_has_no_verdict(tmp_path: Path) -> None:
     evals = read_event_tables(runs["folder"]).evals
     ends = evals["folder"].str.contains("[bc]1000") & (evals["step"] > 0)
     evals = evals.assign(**{"val/loss": evals["val/loss"] - 0.4 * ends})
-    verdicts = {}
+    verdicts, flops = {}, {}
     for later in ("b", "none", "abc"):
         [inputs] = collect_inputs(runs.assign(causal=[each not in later for each in runs["router"]]))
         short = cost_in_short(inputs._replace(past=inputs.past._replace(evals=evals)))
         assert short is not None
         verdicts[later] = short.speed_ups["verdict"].tolist()
+        [flops[later]] = _about_flops(short.flops)
+    assert flops["none"] == flops["abc"]
+    assert "has a lower loss than its reference in 2, and" in " ".join(flops["none"].split())
+    assert "has a lower loss than its reference in 1, and" in " ".join(flops["b"].split())
+    why = "1 is not comparable, because the routers of one side alone may see later tokens"
+    assert f"; {why}" in " ".join(flops["b"].split())
     assert verdicts["none"] == verdicts["abc"]
     assert verdicts["b"] == [NOT_COMPARABLE, verdicts["none"][1]]
 

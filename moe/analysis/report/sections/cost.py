@@ -30,9 +30,9 @@ from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlo
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.scaling import budgets
 from moe.analysis.sentences import levels_compared, with_interval
-from moe.analysis.speed_up import COSTS_MORE, LATER_TOKENS, SAVES, Curve, SpeedUp, speed_up
+from moe.analysis.speed_up import COSTS_MORE, SAVES, Curve, SpeedUp, speed_up
 from moe.analysis.statistics import name_cell
-from moe.results.comparable import NOT_COMPARABLE, incomparable, not_poolable, other_causality
+from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE, incomparable, not_poolable, other_causality
 from moe.results.conditions import conditions, varied_factors
 from moe.results.training_flops import CLOSE, SPENT
 

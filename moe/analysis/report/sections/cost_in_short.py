@@ -26,7 +26,7 @@ from moe.analysis.report.sections.cost import (
 )
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
-from moe.results.comparable import NOT_COMPARABLE
+from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE
 
 VERBS = {
     SAVES: "by which the level saves compute",
@@ -42,8 +42,8 @@ There is no effective speed-up: {reason}."""
 SCALES_ALONE = "only sizes and budgets vary, and it compares settings of equal size"
 FLOPS_BULLET = """\
 {all} of settings that differ in FLOPs by more than 1 %: at equal training FLOPs, the level has a lower loss than its
-reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations; the rest stays
-open."""
+reference in {lower}, and a higher one in {higher}, wherever the loss lies between two evaluations{apart}{rest}."""
+NOT_COUNTED = "; {number} {are} not comparable, because {why}"
 SPEED_BULLET = """\
 **{factor}**, {number} with {reference}: {counts}."""
 FLOPS_TABLE = """\
@@ -152,5 +152,10 @@ def _about_flops(table: pd.DataFrame) -> Iterator[str]:
         reasons = in_parentheses(table["note"])
         yield NO_TABLE.format(cost=FLOPS, reasons=reasons) if reasons else SAME_FLOPS
         return
-    lower, higher = ((known["high"] + known["gap"]) < 0).sum(), ((known["low"] - known["gap"]) > 0).sum()
-    yield FLOPS_BULLET.format(all=f"{len(known)} comparison{'s' * (len(known) != 1)}", lower=lower, higher=higher)
+    sure = known[known["note"] == ""]
+    lower, higher = ((sure["high"] + sure["gap"]) < 0).sum(), ((sure["low"] - sure["gap"]) > 0).sum()
+    number = len(known) - len(sure)
+    apart = NOT_COUNTED.format(number=number, are="is" if number == 1 else "are", why=LATER_TOKENS) if number else ""
+    compared = f"{len(known)} comparison{'s' * (len(known) != 1)}"
+    rest = "; the rest stays open" if number + lower + higher < len(known) else ""
+    yield FLOPS_BULLET.format(all=compared, lower=lower, higher=higher, apart=apart, rest=rest)
