@@ -134,7 +134,7 @@ class Seen(NamedTuple):
 class Study:
     """What is known about the decisions of an experiment beside its results.
 
-    planned: the number of seeds after which it decides, as its first run recorded it. runs: folder -> what is known of
+    planned: the number of seeds after which it decides, as its first command said it. runs: folder -> what is known of
     the run. earlier: the looks before this one, in the order of time, also those without a report. plans: what was
     planned for these runs, the last one being that of the newest command. changed: earlier plans with other claims for
     some of the same runs, with the number of these runs. unwritten: why this look could not be written down, or "".

@@ -17,13 +17,16 @@ from moe.files import shared_mode
 from moe.results.conditions import varied_factors
 from moe.results.table import read_run, table_of
 from moe.runs.planned import (
+    ENDED_FILE,
+    Ended,
     Look,
     LooksRecord,
     PlannedStudy,
     PlansRecord,
     digest_of,
     digest_of_run,
-    digests_by_earlier_ones,
+    digests_in,
+    ended_in,
     looks_in,
     plans_in,
 )
@@ -45,14 +48,13 @@ def study_of(runs: pd.DataFrame) -> Study:
     plans = sorted(
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
-    digests = _digests(_sweeps(runs)) if len(plans) > 1 else {}
+    digests, places = _digests(_sweeps(runs)) if plans else ({}, {})
     dated = [plan._replace(runs=[digests.get(run, run) for run in plan.runs]) for plan in plans]
     named = _named_by(dated, runs) if plans else runs
-    first = named.sort_values("started").iloc[0]
-    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
-    first_planned = int(planned) if pd.notna(planned) else None
+    told = _ended(_sweeps(runs), dated, places)
+    first_planned = _first_planned(named, dated, told)
     everything = known if named is runs else _known(named) | known
-    looks = _of_one_report(looks, known) + _without_report(named, everything, dated, first_planned, {*digests.values()})
+    looks = _of_one_report(looks, known) + _without_report(named, everything, dated, first_planned, places, told)
     return Study(
         name=study,
         planned=first_planned,
@@ -185,10 +187,39 @@ def _digest(folder: str) -> str | None:
         return None
 
 
-def _digests(sweeps: list[Path]) -> dict[str, str]:
-    """Return the fingerprint of each run in the sweep folders, by itself and by its earlier form."""
-    found = {old: new for folder in sweeps for old, new in digests_by_earlier_ones(folder).items()}
-    return found | {new: new for new in found.values()}
+def _digests(sweeps: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the fingerprint of each run in the sweep folders, by itself and by its earlier form; and its folder."""
+    found = {place_of(sweep / name): each for sweep in sweeps for name, each in digests_in(sweep).items()}
+    digests = dict(found.values())
+    return digests | {new: new for new in digests.values()}, {new: place for place, (_, new) in found.items()}
+
+
+def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[str, str]) -> list[Ended]:
+    """Return the runs of these plans that have ended, also those that are gone since, in the order of time.
+
+    places: the folders of the runs that are there, by their fingerprints. Runs of a plan with no setting that is there
+    are left out: they are another study, such as a pilot that was deleted.
+    """
+    found = sorted(each for sweep in sweeps for each in ended_in(sweep) or [])
+    settings = {each.setting for each in found if each.run in places}
+    same = {each.run for each in found if each.setting in settings}
+    names = {run for plan in plans if not same.isdisjoint(plan.runs) for run in plan.runs}
+    return [each for each in found if each.run in names]
+
+
+def _first_planned(runs: pd.DataFrame, plans: Sequence[PlannedStudy], ended: Sequence[Ended]) -> int | None:
+    """Return the number of seeds after which the study decides, as its first plan said it; None if it said none.
+
+    That is the first plan of which a run has ended, or the record of the first run that is there, if it began earlier.
+    An ended run is that of the newest plan before its end that names it.
+    """
+    named = [[plan for plan in plans if plan.time <= each.time and each.run in plan.runs] for each in ended]
+    binding = min((of_run[-1] for of_run in named if of_run), key=lambda plan: plan.time, default=None)
+    first = runs.sort_values("started").iloc[0]
+    if binding is not None and not str(first["started"]) < binding.time:
+        return binding.planned_seeds
+    planned = pd.to_numeric(first.get("planned_seeds"), errors="coerce")
+    return int(planned) if pd.notna(planned) else None
 
 
 def _without_report(
@@ -196,30 +227,38 @@ def _without_report(
     known: Mapping[str, Known],
     plans: Sequence[PlannedStudy],
     first_planned: int | None,
-    there: Set[str],
+    places: Mapping[str, str],
+    told: Sequence[Ended],
 ) -> list[Seen]:
     """Return a look for each command that added runs when others had results that could be compared.
 
     The terminal shows results at the end of a command, and files of runs are open to all. Runs of the seeds that
     earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
-    study decides, if somebody said it. there: the fingerprints of the runs in the sweep folders. A run that an earlier
-    command planned and that is not there may have been moved away after it had ended, so the look may have seen it.
+    study decides, if somebody said it. places: the folders of the runs in the sweep folders, by their fingerprints.
+    told: the runs that have ended, also those that are gone since. In a folder of earlier code, which does not tell it,
+    a run that an earlier command planned and that is not there may have ended, so the look may have seen it.
     """
     if not plans:
         return []
     ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
     ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
     ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
+    names = {each.setting: known[places[each.run]].setting for each in told if places.get(each.run) in known}
+    of_file = {places.get(each.run, f"run {each.run}"): each for each in reversed(told)}  # the first end counts
+    gone = {place: Known(names.get(each.setting, each.setting), each.seed, True) for place, each in of_file.items()}
+    known = gone | dict(known)
+    earlier_code = any((sweep / PlansRecord.FILE).exists() > (sweep / ENDED_FILE).exists() for sweep in _sweeps(runs))
     planned, seeds, found = set[str](), set[int](), list[Seen]()
     for plan in plans:
-        seen = {folder: known[folder] for folder in group_of(ended[ends <= datetime.fromisoformat(plan.time)])}
+        by_record = group_of(ended[ends <= datetime.fromisoformat(plan.time)]) - of_file.keys()
+        before = by_record.union(place for place, each in of_file.items() if each.time <= plan.time)
+        seen = {folder: known[folder] for folder in before}
         if {*plan.runs} - planned and is_testable(seen.values()):
             awaited = {folder for folder, run in known.items() if run.seed in seeds}
             number = len({known[folder].setting for folder in awaited.union(seen)})
             expected = first_planned or len(awaited.union(seen)) / number
-            runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(
-                planned - there, "unknown"
-            )
+            lost = planned - places.keys() - {each.run for each in told} if earlier_code else set()
+            runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(lost, "unknown")
             found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
         planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found
@@ -338,7 +377,7 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
             continue
         for earlier in plans:
             if digest_of(earlier.claims) != digest_of(here[-1].claims) and alike(earlier, here[-1]):
-                known = {old: new for each in {*sweeps, folder} for old, new in digests_by_earlier_ones(each).items()}
+                known = dict(pair for each in {*sweeps, folder} for pair in digests_in(each).values())
                 later = {known.get(run, run) for plan in present if earlier.time <= plan.time for run in plan.runs}
                 found.append((earlier, len(later & {known.get(run, run) for run in earlier.runs})))
     return [(plan, same) for plan, same in found if same]

@@ -1,13 +1,29 @@
-"""Write down what a command plans, before the first step of its runs: claims, seeds, and when the report decides."""
+"""Write down what a command plans, before the first step of its runs, and which of the runs have ended."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from moe.checks import first_line
 from moe.config import run_routers
 from moe.config.cell import Cell
+from moe.files import shown
 from moe.runs.folder import stored_record
-from moe.runs.planned import PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in, plans_in
+from moe.runs.planned import (
+    ENDED_FILE,
+    PlannedStudy,
+    PlansRecord,
+    add_ended,
+    begin_ended,
+    digest_of,
+    digest_of_run,
+    ended_in,
+    looks_in,
+    plans_in,
+)
+
+log = logging.getLogger(__name__)
 
 LATER_TOKENS = """\
 {some} of {all} runs, such as {name}, have routers that may use later tokens of the text: their losses are not \
@@ -18,11 +34,12 @@ KEPT = "{runs} claims of an earlier command, which differ: each claim is judged 
 def record_plan(cells: list[Cell], experiment: str) -> None:
     """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun.
 
-    Raises RecordError for a damaged plans.json or looks.json, before a run trains for a report that would be refused.
+    Raises RecordError for a damaged file that a report reads, before a run trains for a report that would be refused.
     """
     folder = cells[0].folder.parent
     earlier = plans_in(folder)
     looks_in(folder)
+    ended_in(folder)
     new = [cell for cell in cells if stored_record(cell) is None]
     if not new:
         return
@@ -34,8 +51,18 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         planned_seeds=new[0].config.planned_seeds,
         runs=[digest_of_run(cell.identity()) for cell in new],
     )
+    begin_ended(folder)
     if plan.digest not in {each.digest for each in earlier}:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
+
+
+def record_end(cell: Cell) -> None:
+    """Add a run that has ended to the file of its sweep folder, if it has one. If that fails, log it instead."""
+    try:
+        add_ended(cell.identity(), cell.config.seed, cell.folder.parent)
+    except (OSError, ValueError) as error:
+        path = shown(cell.folder.parent / ENDED_FILE)
+        log.error("%s: a report will not know that %s has ended: %s", path, cell.folder.name, first_line(error))
 
 
 def kept_claims(cells: list[Cell]) -> str:

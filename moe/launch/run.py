@@ -22,6 +22,7 @@ from moe.config.cell import Cell
 from moe.distributed import ranks
 from moe.files import shown
 from moe.launch import slurm
+from moe.launch.plans import record_end
 from moe.runs import events
 from moe.runs.card import write_cards
 from moe.runs.folder import LOCK, delete_checkpoints, difference, finished, locked, recorded_grid, stored_record
@@ -213,9 +214,12 @@ def _reason(error: Exception) -> str:
 
 
 def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> None:
-    """Write the run record of a cell, on the first rank."""
+    """Write the run record of a cell, on the first rank, and before it into the sweep folder if the run has ended."""
     if ranks.is_first():
-        run_record(cell, status, facts, error=error).write(cell.folder / RunRecord.FILE)
+        record = run_record(cell, status, facts, error=error)
+        if status == "finished" or record.diverged:
+            record_end(cell)
+        record.write(cell.folder / RunRecord.FILE)
 
 
 def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> RunRecord:

@@ -1,22 +1,25 @@
-"""What a sweep folder tells about decisions: what was planned before the first step, and which reports were written."""
+"""What a sweep folder tells about decisions: what was planned, which runs have ended, which reports were written."""
 
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from moe.checks import first_line, parse
 from moe.config.keys import fingerprint
 from moe.config.schema import without_defaults
-from moe.files import read_text
-from moe.runs.record import Record, RunRecord
+from moe.files import open_unlinked, read_text, shared_mode
+from moe.runs.record import Record, RecordError, RunRecord
 
 MOST_SEEDS = 10**9  # of a setting, that a record may name; more is a damaged number
 LARGEST_FAMILY = 10**6  # tests that a look may have made of a family or metric, likewise
+ENDED_FILE = "ended.jsonl"  # in a sweep folder: the runs that have ended, one `Ended` in each line
 
 
 class PlannedStudy(NamedTuple):
@@ -37,6 +40,18 @@ class PlannedStudy(NamedTuple):
     def digest(self) -> str:
         """The start of the SHA-256 of everything but the time."""
         return digest_of(self._replace(time="")._asdict())
+
+
+class Ended(NamedTuple):
+    """A run that will not go on, because it is finished or diverged. It stays known if its folder is gone.
+
+    time: when it ended, as in `PlannedStudy`. run, setting: fingerprints of its settings, with and without the seed.
+    """
+
+    time: str
+    run: str
+    setting: str
+    seed: int
 
 
 class Look(NamedTuple):
@@ -79,6 +94,7 @@ class PlansRecord(Record):
 
     def __post_init__(self) -> None:
         for number, plan in enumerate(self.plans):
+            _check_time(f"plans[{number}].time", plan.time)
             _check_numbers(f"plans[{number}].seeds", plan.seeds)
             _check_numbers(f"plans[{number}].planned_seeds", [plan.planned_seeds or 0], most=MOST_SEEDS)
 
@@ -123,6 +139,57 @@ def looks_in(folder: Path) -> dict[str, list[Look]]:
     """Return the looks at each experiment of a sweep folder; none without the file. Raises RecordError if damaged."""
     path = folder / LooksRecord.FILE
     return LooksRecord.read(path).looks if path.exists() else {}
+
+
+def begin_ended(folder: Path) -> None:
+    """Create the file of the runs that have ended, in a sweep folder without a plan. Raises OSError.
+
+    A folder of earlier code has plans and no such file, and never gets one: it would lack the runs that ended before.
+    """
+    path = folder / ENDED_FILE
+    if not path.exists() and not (folder / PlansRecord.FILE).exists():
+        with open_unlinked(path, "x"), suppress(OSError):  # some file systems have no modes
+            path.chmod(shared_mode(folder))
+
+
+def add_ended(identity: dict[str, Any], seed: int, folder: Path) -> None:
+    """Append a run that has ended to the file of a sweep folder, if it has one. Raises OSError and LinkError.
+
+    A line is written at once, so that runs which end at the same time need no lock. identity: see `RunRecord`.
+    """
+    path = folder / ENDED_FILE
+    if path.exists():
+        setting = digest_of_run({key: value for key, value in identity.items() if key != "seed"})
+        ended = Ended(datetime.now(UTC).isoformat(), digest_of_run(identity), setting, seed)
+        with open_unlinked(path, "a") as file:
+            file.write(json.dumps(ended._asdict()) + "\n")
+
+
+def ended_in(folder: Path) -> list[Ended] | None:
+    """Return the runs of a sweep folder that have ended, in the order of lines; None without the file.
+
+    A torn last line is passed over. Raises RecordError for another line that holds no such run.
+    """
+    path = folder / ENDED_FILE
+    if not path.exists():
+        return None
+    found = list[Ended]()
+    try:
+        lines = read_text(path).splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                ended = parse(Ended, json.loads(line))
+                _check_time("time", ended.time)
+            except (ValueError, RecursionError) as error:
+                if number < len(lines) or line.endswith("\n"):
+                    raise ValueError(f"line {number}: {first_line(error)}") from None
+            else:
+                found.append(ended)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecordError(f"{path}: {first_line(error)}; move this file away; it says which runs have ended") from None
+    return found
 
 
 def _without_claims(looks: Any) -> Any:
@@ -176,11 +243,11 @@ def digest_of_run(identity: dict[str, Any]) -> str:
     return digest_of(fingerprint(without_defaults(identity)))
 
 
-def digests_by_earlier_ones(folder: Path) -> dict[str, str]:
-    """Return the fingerprint of each run in a sweep folder, by that of the time when keys with their defaults counted.
+def digests_in(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return two fingerprints of each run in a sweep folder, by the name of its folder.
 
-    Plans of that time have the earlier ones, and the records of their runs tell which run each of them is. A record
-    that cannot be read tells nothing.
+    The first is that of the time when keys with their defaults counted. Plans of that time have it, and the records of
+    their runs tell which run each of them is. A record that cannot be read tells nothing.
     """
     found = {}
     for path in folder.glob(f"*/{RunRecord.FILE}"):
@@ -190,7 +257,7 @@ def digests_by_earlier_ones(folder: Path) -> dict[str, str]:
             continue
         identity = record.get("identity") if isinstance(record, dict) else None
         if isinstance(identity, dict):
-            found[digest_of(fingerprint(identity))] = digest_of_run(identity)
+            found[path.parent.name] = (digest_of(fingerprint(identity)), digest_of_run(identity))
     return found
 
 

@@ -62,7 +62,17 @@ from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.keys import fingerprint
 from moe.config.question import Part
-from moe.runs.planned import Look, LooksRecord, PlannedStudy, PlansRecord, digest_of, digest_of_run, looks_in
+from moe.runs.planned import (
+    ENDED_FILE,
+    Ended,
+    Look,
+    LooksRecord,
+    PlannedStudy,
+    PlansRecord,
+    digest_of,
+    digest_of_run,
+    looks_in,
+)
 from moe.runs.record import FORMAT, RecordError, RunRecord, SweepRecord
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
@@ -1083,8 +1093,8 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
         for time, seeds in (("08:00", [0, 1, 2]), (of_second, [0, 1, 2, 3, 4]), ("20:00", [3, 4]))
     ]
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    there = {f"earlier of seed {seed}": f"of seed {seed}" for seed in range(5)}
-    monkeypatch.setattr("moe.analysis.recorded.digests_by_earlier_ones", lambda folder: there)
+    there = {f"of seed {seed}": (f"earlier of seed {seed}", f"of seed {seed}") for seed in range(5)}
+    monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda folder: there)
     study = study_of(runs)
     assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
     tests = [group_of(runs), *(compared(claim, members).runs for claim, members in planned_claims(runs))]
@@ -1093,11 +1103,11 @@ def test_seeds_that_had_ended_when_others_were_added_are_a_look(
     old_form = [plan._replace(runs=[f"earlier {run}" for run in plan.runs]) for plan in plans]
     PlansRecord(plans=[*old_form[:2], plans[2]]).write(tmp_path / "sweeps" / "noise" / "plans.json")
     assert study_of(runs).earlier == study.earlier, "fingerprints of both forms are those of the same runs"
-    del there["earlier of seed 2"]  # its runs were moved away after they had ended
+    del there["of seed 2"]  # its runs were moved away after they had ended
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
     rest = runs[runs["seed"] < 2]
     assert study_of(rest).share(group_of(rest)) == (FURTHER if ended else 1.0), "without them the look gives nothing"
-    there["earlier of seed 2"] = "of seed 2"
+    there["of seed 2"] = ("earlier of seed 2", "of seed 2")
     report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
     LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
     assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
@@ -1120,13 +1130,123 @@ def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command
         for time, seeds, names in (("08:00", [0, 1, 2], [of_all]), ("12:00", [0, 1, 2, 3, 4], [of_all, "of seed 3"]))
     ]
     PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    monkeypatch.setattr("moe.analysis.recorded._digests", lambda sweeps: {of_all: of_all})
+    monkeypatch.setattr("moe.analysis.recorded._digests", lambda sweeps: ({of_all: of_all}, {of_all: "there"}))
     for part in (runs["seed"] < 5, runs["seed"] < 2, runs["seed"] > 2, old & (runs["noise"] < 0.5)):
         assert study_of(runs[part]).share(group_of(runs[part])) == FURTHER
     assert study_of(runs[old]).share(group_of(runs[old])) == 1, "just the runs that had ended"
     runs["planned_seeds"] = old.map({True: None, False: 5})
     assert study_of(runs[~old]).planned is None, "the first command planned no number"
     assert study_of(runs[~old]).share(group_of(runs[~old])) == FURTHER
+
+
+Command = tuple[Sets, int | None, int]  # the runs that had not begun, planned_seeds, and how many of the runs ended
+
+
+def study_after(folder: Path, monkeypatch: pytest.MonkeyPatch, there: Sets, *commands: Command) -> Study:
+    """Return the study of runs that are there, after one command a day, of each of which the first runs ended.
+
+    A run that is there was trained by the last command that names it. The folders of all others were deleted.
+    """
+    names = {f"{name} {seed}": (name, seed) for name, seeds in there.items() for seed in seeds}
+    plans, started, planned_seeds = list[PlannedStudy](), dict[str, str](), dict[str, int | None]()
+    folder.mkdir()
+    with (folder / ENDED_FILE).open("w") as file:
+        for day, (sets, planned, number) in enumerate(commands, 1):
+            runs = [f"{name} {seed}" for name, seeds in sets.items() for seed in seeds]
+            seeds = sorted({seed for each in sets.values() for seed in each})
+            plans.append(PlannedStudy(f"2026-01-{day:02}T10:00:00+00:00", "x", [], seeds, planned, runs))
+            started |= dict.fromkeys(runs, plans[-1].time)
+            planned_seeds |= dict.fromkeys(runs, planned)
+            for run in runs[:number]:
+                setting, _, seed = run.partition(" ")
+                ended = Ended(f"2026-01-{day:02}T11:00:00.5+00:00", run, setting, int(seed))
+                file.write(json.dumps(ended._asdict()) + "\n")
+    PlansRecord(plans=plans).write(folder / "plans.json")
+    for name in names:
+        (folder / name).mkdir()
+    monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda _: {name: (name, name) for name in names})
+    rows = [
+        {
+            "x": x,
+            "seed": seed,
+            "folder": str(folder / name),
+            "started": started[name],
+            "planned_seeds": planned_seeds[name],
+        }
+        for name, (x, seed) in names.items()
+    ]
+    return study_of(pd.DataFrame(rows).assign(experiment="x", varied='["x"]', status="finished", seconds=1.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "binds"), [(6, 8), (1, 8), (0, 3)], ids=["all had ended", "one had ended", "none had ended"]
+)
+def test_a_number_of_seeds_that_was_planned_binds_once_a_run_has_ended(
+    number: int, binds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders of all runs are deleted, and a second command, with fewer planned seeds, trains the same runs."""
+    three = both(1, 2, 3)
+    again = study_after(tmp_path / "sweep", monkeypatch, three, (three, 8, number), (three, 3, 6))
+    assert again.planned == binds
+    assert again.earlier == [], "these runs have the same results"
+    assert again.looks.share() == (spent(3 / 8) if binds == 8 else 1)
+
+
+@pytest.mark.parametrize("stopped", [(both(4, 5), 0), (both(1, 2, 3) | {"x=2": [4]}, 6)], ids=["at once", "later"])
+def test_a_run_that_a_stopped_command_did_not_end_costs_nothing(
+    stopped: tuple[Sets, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then another level is added. The look at its start saw the runs that had ended, as the report before it did."""
+    old, new, (sets, number) = both(1, 2, 3), {"x=3": [1, 2, 3]}, stopped
+    commands: list[Command] = [(sets, None, number), (new, None, 3)]
+    commands = [(old, None, 6), *commands] if number == 0 else commands
+    added = study_after(tmp_path / "sweep", monkeypatch, old | new, *commands)
+    own = frozenset(folder for folder, run in added.runs.items() if not run.setting.startswith("x=x=3"))
+    assert [{*look.runs} for look in added.distinct[:-1]] == [{*own}]
+    assert len(own) == 6
+    assert added.share(own) == pytest.approx(1)
+
+
+def test_runs_that_had_ended_before_more_were_added_are_a_look_also_if_they_were_trained_again_or_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, more, new = both(1, 2, 3), both(1, 2, 3, 4, 5), both(4, 5, 6)
+    again = study_after(tmp_path / "again", monkeypatch, more, (old, None, 6), (more, None, 10))
+    assert again.looks.share() == FURTHER
+    assert again.absent == frozenset()
+    gone = study_after(tmp_path / "gone", monkeypatch, new, (old, None, 6), (new, None, 6))
+    assert gone.looks.share() == FURTHER
+    assert len(gone.absent) == 6, "their settings are those of this report"
+    planned = study_after(tmp_path / "planned", monkeypatch, new, (old, 6, 6), (new, 3, 6))
+    assert planned.looks.share() == pytest.approx(1 - spent(3 / 6))
+    three: Sets = old | {"x=2": [1, 2, 3]}
+    for there, share in ((three | both(*range(1, 7)), 1), (both(*range(1, 7)), FURTHER)):
+        level = study_after(tmp_path / f"level {share}", monkeypatch, there, (three, None, 9), (new, None, 6))
+        own = frozenset(folder for folder, run in level.runs.items() if run.seed < 4 and "x=2" not in run.setting)
+        assert level.share(own) == share, "the look gives nothing if it saw a level that is gone"
+
+
+def test_a_study_of_other_settings_that_was_deleted_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pilot: Sets = {"y=0": [1, 2], "y=1": [1, 2]}
+    three = both(1, 2, 3)
+    later = study_after(tmp_path / "sweep", monkeypatch, three, (pilot, 2, 4), (three, 3, 6))
+    assert (later.planned, later.earlier) == (3, [])
+
+
+def test_a_folder_of_earlier_code_does_not_tell_which_runs_had_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So each run that was planned and is not there may have ended."""
+    monkeypatch.setattr("moe.analysis.recorded.ENDED_FILE", "none")
+    monkeypatch.setattr("moe.analysis.recorded.ended_in", lambda _: None)
+    old, new = both(1, 2, 3), both(4, 5)
+    later = study_after(
+        tmp_path / "sweep", monkeypatch, both(1, 2, 3, 4, 5), (old | {"x=2": [9]}, None, 6), (new, None, 4)
+    )
+    [look] = later.earlier
+    assert [run for run, setting in look.runs.items() if setting == "unknown"] == ["x=2 9"]
 
 
 def test_each_earlier_look_with_another_verdict_is_named_with_its_own_seeds(runs: pd.DataFrame) -> None:
@@ -1259,6 +1379,14 @@ def look_with(field: str) -> str:
         ("looks.json", look_with('"share": -1'), "share has -1"),
         ("looks.json", look_with('"runs": {"c": ["a\\u0000b"]}'), r"runs has 'a\x00b': must be names of folders"),
         ("plans.json", "[]", "must be an object"),
+        ("ended.jsonl", '{"time": "2026-\n\n', "line 1: "),
+        (
+            "ended.jsonl",
+            '{"time": "now", "run": "a", "setting": "b", "seed": 1}\n',
+            "line 1: time has 'now': must be a time",
+        ),
+        ("ended.jsonl", '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1"}\n', "line 1: seed is '1'"),
+        ("ended.jsonl", "[]\n", "line 1: the content is []: must be an object"),
     ],
 )
 def test_a_damaged_file_is_named_and_kept(

@@ -1,6 +1,7 @@
-"""Tests that a claim that no run can judge is refused before a sweep is trained."""
+"""Tests of what a command plans: a claim that no run can judge is refused, and it is known which runs have ended."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from moe.config.question import parts_of
 from moe.config.schema import without_defaults
 from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
-from moe.launch.plans import kept_claims, not_comparable
-from moe.launch.run import write_run_record
-from moe.runs.planned import digest_of_run
+from moe.launch.plans import kept_claims, not_comparable, record_plan
+from moe.launch.run import run, write_run_record
+from moe.runs.planned import ENDED_FILE, add_ended, begin_ended, digest_of_run, ended_in, plans_in
+from moe.runs.record import RecordError
 
 CLAIM = {
     "text": "a",
@@ -159,6 +161,54 @@ def test_a_command_says_that_runs_which_have_begun_keep_their_claims(tmp_path: P
     again = read_cells([*words, f"claims=[{claim.replace('higher', 'lower')}]"]) or []
     assert kept_claims(again).startswith("2 runs keep the claims of an earlier command, which differ")
     assert kept_claims(again[:1]).startswith("1 run keeps the claims")
+
+
+def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
+    small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its folder may be deleted later. A run that was stopped or failed is not written down."""
+    words = ["model.layers=1", "steps=1", "save_model=none", f"out={tmp_path}"]
+    cells = read_cells(["-m", "noise=0.0,0.5", "seed=1,2", *small, *words]) or []
+    sweep = cells[0].folder.parent
+    for cell in cells:
+        cell.folder.mkdir(parents=True)
+    assert ended_in(sweep) is None
+    record_plan(cells, "a")
+    [plan] = plans_in(sweep)
+    for status, error in (("running", None), ("interrupted", "SIGINT"), ("failed", "out of memory")):
+        write_run_record(cells[0], status, error=error)
+    assert ended_in(sweep) == []
+    run(cells[0])
+    for cell in cells[1:]:
+        write_run_record(cell, "failed", error="Diverged: the loss is not finite")
+    ended = ended_in(sweep) or []
+    assert [each.run for each in ended] == plan.runs
+    assert [each.seed for each in ended] == [cell.config.seed for cell in cells]
+    settings = [each.setting for each in ended]
+    assert (settings[0] == settings[1]) == (cells[0].config.noise == cells[1].config.noise)
+    assert len({*settings}) == 2
+    assert all(plan.time <= each.time for each in ended)
+    with (sweep / ENDED_FILE).open("a") as file:
+        file.write('{"time": "2026-')
+    assert ended_in(sweep) == ended, "a torn last line"
+    (sweep / ENDED_FILE).unlink()
+    (sweep / ENDED_FILE).mkdir()
+    write_run_record(cells[1], "failed", error="Diverged: the loss is not finite")
+    assert f"ended.jsonl: a report will not know that {cells[1].folder.name} has ended: " in caplog.text
+    with pytest.raises(RecordError, match=r"ended.jsonl: cannot be read: "):
+        record_plan(cells, "a")
+    (sweep / ENDED_FILE).rmdir()
+    record_plan([cell._replace(folder=sweep / f"{cell.folder.name} again") for cell in cells], "a")
+    assert ended_in(sweep) is None, "a folder that has a plan would lack the runs that ended before"
+
+
+def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> None:
+    begin_ended(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(lambda seed: add_ended({"noise": 0.5, "seed": seed}, seed, tmp_path), range(200))]
+    ended = ended_in(tmp_path) or []
+    assert sorted(each.seed for each in ended) == [*range(200)]
+    assert len({each.setting for each in ended}) == 1
 
 
 def test_a_command_says_before_the_runs_that_losses_of_routers_which_see_later_tokens_are_not_comparable() -> None:

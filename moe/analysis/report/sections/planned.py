@@ -33,7 +33,7 @@ KEEP_RUNS = " To keep 5 %, plan the number of seeds before the first run (for ex
 KEEP_QUESTIONS = " To keep 5 %, name all metrics and references in the first report."
 NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
-first one. If the runs are a copy, copy `plans.json` and `looks.json` too"""
+first one. If the runs are a copy, copy `plans.json`, `looks.json` and `ended.jsonl` too"""
 NO_PLAN = "unknown: no record of a plan was found beside the runs"
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "the {seeds}, which decide because no number was planned"
