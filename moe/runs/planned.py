@@ -148,7 +148,8 @@ def begin_ended(folder: Path) -> None:
     """
     path = folder / ENDED_FILE
     if not path.exists() and not (folder / PlansRecord.FILE).exists():
-        with open_unlinked(path, "x"), suppress(OSError):  # some file systems have no modes
+        # Another command may create the file at the same time. Some file systems have no modes.
+        with open_unlinked(path, "a"), suppress(OSError):
             path.chmod(shared_mode(folder))
 
 

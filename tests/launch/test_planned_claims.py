@@ -211,6 +211,16 @@ def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> 
     assert len({each.setting for each in ended}) == 1
 
 
+def test_commands_that_begin_at_the_same_time_share_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one looked before the first one had created it."""
+    begin_ended(tmp_path)
+    add_ended({"seed": 1}, 1, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", lambda self: False)
+        begin_ended(tmp_path)
+    assert [each.seed for each in ended_in(tmp_path) or []] == [1]
+
+
 def test_a_command_says_before_the_runs_that_losses_of_routers_which_see_later_tokens_are_not_comparable() -> None:
     """It says nothing if all routers of the command see later tokens, or none."""
     cells = read_cells(["-m", "router=topk,expert_choice", "seed=1,2"]) or []
