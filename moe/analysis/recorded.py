@@ -54,7 +54,8 @@ def study_of(runs: pd.DataFrame) -> Study:
     told = _ended(_sweeps(runs), dated, places)
     first_planned = _first_planned(named, dated, told)
     everything = known if named is runs else _known(named) | known
-    looks = _of_one_report(looks, known) + _without_report(named, everything, dated, first_planned, places, told)
+    looks = _of_one_report(looks, known)
+    looks += _without_report(named, everything, dated, first_planned, places, told, looks)
     return Study(
         name=study,
         planned=first_planned,
@@ -197,10 +198,14 @@ def _digests(sweeps: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
 def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[str, str]) -> list[Ended]:
     """Return the runs of these plans that have ended, also those that are gone since, in the order of time.
 
-    places: the folders of the runs that are there, by their fingerprints. Runs of a plan with no setting that is there
-    are left out: they are another study, such as a pilot that was deleted.
+    Their folders have the whole path. places: the folders of the runs that are there, by their fingerprints. Runs of a
+    plan with no setting that is there are left out: they are another study, such as a pilot that was deleted.
     """
-    found = sorted(each for sweep in sweeps for each in ended_in(sweep) or [])
+    found = sorted(
+        each._replace(folder=places.get(each.run, place_of(sweep / each.folder)))
+        for sweep in sweeps
+        for each in ended_in(sweep) or []
+    )
     settings = {each.setting for each in found if each.run in places}
     same = {each.run for each in found if each.setting in settings}
     names = {run for plan in plans if not same.isdisjoint(plan.runs) for run in plan.runs}
@@ -229,6 +234,7 @@ def _without_report(
     first_planned: int | None,
     places: Mapping[str, str],
     told: Sequence[Ended],
+    reports: Sequence[Seen],
 ) -> list[Seen]:
     """Return a look for each command that added runs when others had results that could be compared.
 
@@ -236,15 +242,16 @@ def _without_report(
     earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
     study decides, if somebody said it. places: the folders of the runs in the sweep folders, by their fingerprints.
     told: the runs that have ended, also those that are gone since. In a folder of earlier code, which does not tell it,
-    a run that an earlier command planned and that is not there may have ended, so the look may have seen it.
+    a run that an earlier command planned and that is not there may have ended, so the look may have seen it. reports:
+    the looks with a report. One that saw all of this before the command is the same look.
     """
     if not plans:
         return []
     ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
     ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
     ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
-    names = {each.setting: known[places[each.run]].setting for each in told if places.get(each.run) in known}
-    of_file = {places.get(each.run, f"run {each.run}"): each for each in reversed(told)}  # the first end counts
+    names = {each.setting: known[each.folder].setting for each in told if each.folder in known}
+    of_file = {each.folder: each for each in reversed(told)}  # the first end counts
     gone = {place: Known(names.get(each.setting, each.setting), each.seed, True) for place, each in of_file.items()}
     known = gone | dict(known)
     earlier_code = any((sweep / PlansRecord.FILE).exists() > (sweep / ENDED_FILE).exists() for sweep in _sweeps(runs))
@@ -259,9 +266,21 @@ def _without_report(
             expected = first_planned or len(awaited.union(seen)) / number
             lost = planned - places.keys() - {each.run for each in told} if earlier_code else set()
             runs_seen = {folder: run.setting for folder, run in seen.items()} | dict.fromkeys(lost, "unknown")
-            found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
+            times = [*ends[ends <= datetime.fromisoformat(plan.time)].map(datetime.isoformat), *(e.time for e in told)]
+            last = max((time for time in times if time <= plan.time), default="")
+            if not any(_has_seen(look, seen.keys(), len(runs_seen), last, plan.time) for look in reports):
+                found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
         planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found
+
+
+def _has_seen(look: Seen, folders: Set[str], number: int, since: str, until: str) -> bool:
+    """Return whether a look with a report, between two times, saw these runs, and as many in all.
+
+    A run that was trained again since has its result after its folder in the look, as `_seen` has it.
+    """
+    names = {*look.runs}.union(run.rpartition(" (")[0] for run in look.runs)
+    return since <= look.time <= until and folders <= names and number <= len(look.runs)
 
 
 def _starts(runs: pd.DataFrame) -> dict[int, datetime]:

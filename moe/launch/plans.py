@@ -59,7 +59,7 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
 def record_end(cell: Cell) -> None:
     """Add a run that has ended to the file of its sweep folder, if it has one. If that fails, log it instead."""
     try:
-        add_ended(cell.identity(), cell.config.seed, cell.folder.parent)
+        add_ended(cell.identity(), cell.config.seed, cell.folder)
     except (OSError, ValueError) as error:
         path = shown(cell.folder.parent / ENDED_FILE)
         log.error("%s: a report will not know that %s has ended: %s", path, cell.folder.name, first_line(error))

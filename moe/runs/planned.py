@@ -46,12 +46,14 @@ class Ended(NamedTuple):
     """A run that will not go on, because it is finished or diverged. It stays known if its folder is gone.
 
     time: when it ended, as in `PlannedStudy`. run, setting: fingerprints of its settings, with and without the seed.
+    folder: the name of its folder.
     """
 
     time: str
     run: str
     setting: str
     seed: int
+    folder: str
 
 
 class Look(NamedTuple):
@@ -154,14 +156,15 @@ def begin_ended(folder: Path) -> None:
 
 
 def add_ended(identity: dict[str, Any], seed: int, folder: Path) -> None:
-    """Append a run that has ended to the file of a sweep folder, if it has one. Raises OSError and LinkError.
+    """Append a run that has ended to the file of its sweep folder, if that has one. Raises OSError and LinkError.
 
-    A line is written at once, so that runs which end at the same time need no lock. identity: see `RunRecord`.
+    A line is written at once, so that runs which end at the same time need no lock. identity: see `RunRecord`. folder:
+    that of the run.
     """
-    path = folder / ENDED_FILE
+    path = folder.parent / ENDED_FILE
     if path.exists():
         setting = digest_of_run({key: value for key, value in identity.items() if key != "seed"})
-        ended = Ended(datetime.now(UTC).isoformat(), digest_of_run(identity), setting, seed)
+        ended = Ended(datetime.now(UTC).isoformat(), digest_of_run(identity), setting, seed, folder.name)
         with open_unlinked(path, "a") as file:
             file.write(json.dumps(ended._asdict()) + "\n")
 
@@ -181,6 +184,7 @@ def ended_in(folder: Path) -> list[Ended] | None:
             try:
                 ended = parse(Ended, json.loads(line))
                 _check_time("time", ended.time)
+                _check_folders("folder", [ended.folder])
             except (ValueError, RecursionError) as error:
                 if number < len(lines) or line.endswith("\n"):
                     raise ValueError(f"line {number}: {first_line(error)}") from None

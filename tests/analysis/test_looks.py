@@ -1142,10 +1142,13 @@ def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command
 Command = tuple[Sets, int | None, int]  # the runs that had not begun, planned_seeds, and how many of the runs ended
 
 
-def study_after(folder: Path, monkeypatch: pytest.MonkeyPatch, there: Sets, *commands: Command) -> Study:
+def study_after(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, there: Sets, *commands: Command, report: Look | None = None
+) -> Study:
     """Return the study of runs that are there, after one command a day, of each of which the first runs ended.
 
-    A run that is there was trained by the last command that names it. The folders of all others were deleted.
+    A run that is there was trained by the last command that names it. The folders of all others were deleted. report:
+    one that was written.
     """
     names = {f"{name} {seed}": (name, seed) for name, seeds in there.items() for seed in seeds}
     plans, started, planned_seeds = list[PlannedStudy](), dict[str, str](), dict[str, int | None]()
@@ -1159,9 +1162,11 @@ def study_after(folder: Path, monkeypatch: pytest.MonkeyPatch, there: Sets, *com
             planned_seeds |= dict.fromkeys(runs, planned)
             for run in runs[:number]:
                 setting, _, seed = run.partition(" ")
-                ended = Ended(f"2026-01-{day:02}T11:00:00.5+00:00", run, setting, int(seed))
+                ended = Ended(f"2026-01-{day:02}T11:00:00.5+00:00", run, setting, int(seed), run)
                 file.write(json.dumps(ended._asdict()) + "\n")
     PlansRecord(plans=plans).write(folder / "plans.json")
+    if report:
+        LooksRecord(looks={"x": [report]}).write(folder / "looks.json")
     for name in names:
         (folder / name).mkdir()
     monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda _: {name: (name, name) for name in names})
@@ -1224,6 +1229,30 @@ def test_runs_that_had_ended_before_more_were_added_are_a_look_also_if_they_were
         level = study_after(tmp_path / f"level {share}", monkeypatch, there, (three, None, 9), (new, None, 6))
         own = frozenset(folder for folder, run in level.runs.items() if run.seed < 4 and "x=2" not in run.setting)
         assert level.share(own) == share, "the look gives nothing if it saw a level that is gone"
+
+
+@pytest.mark.parametrize("earlier_code", [False, True])
+@pytest.mark.parametrize("run", ["is gone", "was trained again", "has another result"])
+def test_a_run_of_a_report_that_is_gone_or_trained_again_makes_no_further_look_of_the_next_command(
+    run: str, earlier_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report saw three seeds, and a command added two. That command saw what the report had seen, and no more."""
+    old, more, one = both(1, 2, 3), both(4, 5), {"x=1": [3]}
+    commands: list[Command] = [(old, None, 6), (more, None, 4), *([] if run == "is gone" else [(one, None, 1)])]
+    there = {"x=0": [1, 2, 3, 4, 5], "x=1": [1, 2, 4, 5] if run == "is gone" else [1, 2, 3, 4, 5]}
+    names = {name: [f"{name} {seed}" for seed in seeds] for name, seeds in old.items()}
+    results = {"x=1 3": "another" if run == "has another result" else repr(True)}
+    report = Look("2026-01-01T12:00:00+00:00", [1, 2, 3], 3.0, 3.0, names, results=results)
+    if earlier_code:
+        monkeypatch.setattr("moe.analysis.recorded.ENDED_FILE", "none")
+        monkeypatch.setattr("moe.analysis.recorded.ended_in", lambda _: None)
+    later = study_after(tmp_path / "sweep", monkeypatch, there, *commands, report=report)
+    assert [look.time for look in later.earlier] == [report.time]
+    assert later.looks.share() == FURTHER
+    late = report._replace(time="2026-01-01T10:30:00+00:00")
+    again = study_after(tmp_path / "early", monkeypatch, there, *commands, report=late)
+    new = run == "has another result" and not earlier_code  # which does not tell when that run had ended at first
+    assert len(again.distinct) == (3 if new else 2), "that run ended after the report"
 
 
 def test_a_study_of_other_settings_that_was_deleted_costs_nothing(
@@ -1382,10 +1411,10 @@ def look_with(field: str) -> str:
         ("ended.jsonl", '{"time": "2026-\n\n', "line 1: "),
         (
             "ended.jsonl",
-            '{"time": "now", "run": "a", "setting": "b", "seed": 1}\n',
+            '{"time": "now", "run": "a", "setting": "b", "seed": 1, "folder": "c"}\n',
             "line 1: time has 'now': must be a time",
         ),
-        ("ended.jsonl", '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1"}\n', "line 1: seed is '1'"),
+        ("ended.jsonl", '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1", "folder": "c"}\n', "line 1: seed is '1'"),
         ("ended.jsonl", "[]\n", "line 1: the content is []: must be an object"),
     ],
 )

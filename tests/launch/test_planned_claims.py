@@ -205,7 +205,7 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
 def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> None:
     begin_ended(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        [*pool.map(lambda seed: add_ended({"noise": 0.5, "seed": seed}, seed, tmp_path), range(200))]
+        [*pool.map(lambda seed: add_ended({"noise": 0.5, "seed": seed}, seed, tmp_path / str(seed)), range(200))]
     ended = ended_in(tmp_path) or []
     assert sorted(each.seed for each in ended) == [*range(200)]
     assert len({each.setting for each in ended}) == 1
@@ -214,7 +214,7 @@ def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> 
 def test_commands_that_begin_at_the_same_time_share_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one looked before the first one had created it."""
     begin_ended(tmp_path)
-    add_ended({"seed": 1}, 1, tmp_path)
+    add_ended({"seed": 1}, 1, tmp_path / "a")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "exists", lambda self: False)
         begin_ended(tmp_path)
