@@ -17,7 +17,8 @@ UNDECIDED, UNTESTED = "undecided", "not tested"
 SMALLEST_P = 0.0001  # that is shown as a number
 DETECTABLE = """\
 After an undecided result, the **smallest detectable effect** is the true difference that so many seeds would have found
-in 80 % of cases. A smaller one would often have been missed. A claim of several comparisons needs all of them, so it is
+in 80 % of cases, at the level that the test has if no other test is significant. (Holm's correction leaves a test more
+once others are.) A smaller one would often have been missed. A claim of several comparisons needs all of them, so it is
 the true difference of each. In parentheses is the 95 % interval of this number, which is wide because few seeds tell
 little about the spread."""
 

@@ -7,6 +7,7 @@ printed, and written to a file. An earlier plan there gets a number in its name.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from moe.analysis.sentences import enumerated, level_text, numbers_in_words
-from moe.checks import ConfigError, require
+from moe.checks import ConfigError, require, unknown
 from moe.config.cell import Cell
 from moe.config.effect import UNIT, Effect
 from moe.config.options import named_folders
@@ -115,6 +116,9 @@ def _read(words: list[str]) -> tuple[argparse.Namespace, Request]:
     add("--out", type=Path, default=Path("plan.json"), help="file for the plan (plan.json)")
     arguments = parser.read(words)
     effects = [word.partition("=")[2] for word in arguments.words if word.startswith("effect=")]
+    keys = {word.partition("=")[0] for word in arguments.words}
+    if not effects and (close := difflib.get_close_matches("effect", keys, n=1, cutoff=0.8)):
+        raise unknown("key", close[0], ["effect"])
     if not effects:
         raise ConfigError("effect is missing: give the smallest difference that matters, such as effect=0.5%")
     require(len(effects) == 1, "effect", effects[-1], "given once, such as effect=0.5%")
@@ -316,7 +320,8 @@ def _basis(each: Need) -> str:
     ends = f" ({spread.low:.3g} to {spread.high:.3g})" if spread.value else ""
     ends += f", {100 * spread.value / spread.mean:.2g} % of the mean {spread.mean:.3g}" if spread.mean > 0 else ""
     distance = f"distance to the bound {each.effect:.3g}, spread {spread.value:.3g}{ends}"
-    return f"{each.claim.metric}: {distance}, {level}; {spread.source}"
+    change = "how a difference changes, " if each.claim.kind == "interaction" else ""
+    return f"{change}{each.claim.metric}: {distance}, {level}; {spread.source}"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ TAKEN = {*FACTS, "metric", "n", "mean", "std (ddof=1)", "factor", "level", "refe
 
 # Any of these files marks a run folder, because a crash may leave no run.json.
 RUN_FILES = (RunRecord.FILE, MetricsRecord.FILE, events.FILE)
+USUAL_PLACE = Path("multirun")  # the folder of sweeps
 
 
 class EventTables(NamedTuple):
@@ -224,12 +225,17 @@ def _walk(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
 
 
 def _nearest(path: Path) -> str:
-    """Return a text that names the folder with runs whose name is the most similar; "" if there is none."""
+    """Return a text that names the folder with runs whose name is the most similar; "" if there is none.
+
+    A sweep is also found by its name in the usual folder of sweeps.
+    """
+    folders = [USUAL_PLACE / path]
     while path.parent != path and not path.parent.is_dir():
         path = path.parent
     siblings = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
     close = difflib.get_close_matches(path.name, siblings, n=5, cutoff=0.6)
-    found = next((folder for name in close if _has_runs(folder := path.parent / name)), None)
+    folders += [path.parent / name for name in close]
+    found = next(filter(_has_runs, folders), None)
     return "" if found is None else f"; the nearest is {found}"
 
 

@@ -692,6 +692,21 @@ def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.
     assert "but earlier looks found it supported and contradicted, which all stay valid" in answer
 
 
+def test_a_verdict_on_a_metric_that_was_asked_for_is_said_once_if_a_later_look_has_another(runs: pd.DataFrame) -> None:
+    rng = np.random.default_rng(0)
+    rate = np.where((runs["lb"] == 0.01) & (runs["seed"] < 3), 0.2, 0.5) + rng.normal(0, 0.002, size=len(runs))
+    options = ReportOptions(metrics=("train/routing/drop_rate",))
+    runs = runs.assign(**{"train/routing/drop_rate": rate})
+    first = _with_look(collect_inputs(runs[runs["seed"] < 3], options)[0])
+    name = "drop rate, in training: lb 0.01 vs 0.0 at noise=0.5"
+    assert decisions(first)[name] == "better"
+    [look] = study_of(runs).earlier
+    second = collect_inputs(runs, options)[0]
+    second = second._replace(study=replace(second.study, earlier=[look, look._replace(time="2026-12-31")]))
+    text = " ".join(" ".join(warnings_of_decisions(second)).split())
+    assert text.count(f"“{name}” was better") == 1, "two looks at the same runs found the same"
+
+
 def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:
     """Otherwise one report about three metrics, and three reports about one of them each, would have 15 %."""
     names = [f"val/m{number}" for number in range(3)]
@@ -1414,7 +1429,11 @@ def look_with(field: str) -> str:
             '{"time": "now", "run": "a", "setting": "b", "seed": 1, "folder": "c"}\n',
             "line 1: time has 'now': must be a time",
         ),
-        ("ended.jsonl", '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1", "folder": "c"}\n', "line 1: seed is '1'"),
+        (
+            "ended.jsonl",
+            '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1", "folder": "c"}\n',
+            "line 1: seed is '1'",
+        ),
         ("ended.jsonl", "[]\n", "line 1: the content is []: must be an object"),
     ],
 )

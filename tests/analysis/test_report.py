@@ -55,7 +55,7 @@ from moe.analysis.report.inputs import GRADIENT_METRICS, ReportInputs, ReportOpt
 from moe.analysis.report.judgments import Judgment, cards
 from moe.analysis.report.markdown import block_as_markdown, table_as_markdown
 from moe.analysis.report.report import save_report, write_report
-from moe.analysis.report.sections.answer import answer
+from moe.analysis.report.sections.answer import _warnings, answer
 from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import about_same_settings, best_setting
 from moe.analysis.report.sections.collapse import MEANING, NONE, NONE_TOLD, SHORT, collapse
@@ -1089,6 +1089,24 @@ def test_an_arm_is_labeled_causal_or_not_and_compared_in_place_of_its_router(tmp
     assert "variant choice (not causal) vs top2: -0.2 validation perplexity" in text
     assert "variant top1 vs top2: +0 validation perplexity" in text
     assert "router changes only together with variant" in text
+    assert "router changes only together with variant, so its effect cannot be told apart from that of variant" in text
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        (["missing"], "**1 of 3 runs is missing**, and no result includes it."),
+        (["missing", "missing"], "**2 of 3 runs are missing**, and no result includes them."),
+        (["missing", "failed"], "**2 of 3 runs did not finish or are missing**, and no result includes them."),
+        (["failed"], "**1 of 3 runs did not finish**, and no result includes it."),
+    ],
+)
+def test_a_run_that_is_missing_is_not_said_to_have_failed(statuses: list[str], said: str, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_run(tmp_path / f"seed={seed}", {"val/perplexity": 3.0}, seed=seed)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    all_statuses = [*statuses, *["finished"] * (3 - len(statuses))]
+    assert said in [*_warnings(inputs._replace(runs=inputs.runs.assign(status=all_statuses)))]
 
 
 NO_EFFECT = "No difference that was tested is more than chance explains, in the validation perplexity: "

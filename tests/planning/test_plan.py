@@ -552,6 +552,7 @@ def test_measuring_the_speed_takes_a_few_steps_or_seconds(
         (["effect=1", "--power", "1.5"], "--power=1.5: must be between 0.05 and 1"),
         (["effect=1", "--out", "{other}"], "must be a new file, or an earlier plan"),
         (["effect=1", "--pliot", "x"], "nearest: --pilot"),
+        (["experiment=noise_lb_seed", "efect=1%"], "unknown key 'efect'; nearest: effect"),
         (
             ["experiment=noise_lb_seed", "effect=1", "noise=0.0,0.5", "lb=0.0", "seed=${{data_seed}}", "data_seed=3,4"],
             "data_seed=3,4: must be one value for all runs",

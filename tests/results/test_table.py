@@ -175,10 +175,13 @@ def test_an_unreadable_cell_list_is_reported(sweep: Path) -> None:
     assert "sweep.json" in unfinished["error"].item()
 
 
-def test_the_error_about_a_wrong_folder_names_the_nearest_folder(sweep: Path) -> None:
+def test_the_error_about_a_wrong_folder_names_the_nearest_folder(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (sweep.parent / "noise_b").mkdir()  # more similar, but without runs
     with pytest.raises(ValueError, match=r"no folder .*noise_bl; the nearest is .*noise_lb$"):
         load_runs([sweep.parent / "noise_bl"])
+    monkeypatch.setattr("moe.results.table.USUAL_PLACE", sweep.parent)
+    with pytest.raises(ValueError, match=r"no folder noise_lb; the nearest is .*noise_lb$"):
+        load_runs([Path("noise_lb")])
     with pytest.raises(ValueError, match=r"no folder .*noise_bb$"):
         load_runs([sweep / "noise_b" / "noise_bb"])
     (sweep.parent / "empty").mkdir()

@@ -64,6 +64,7 @@ UNEVEN = """\
 **Differences and means are over different seeds**, because some settings have no result of {seeds}. A difference,
 with its interval and test, is over the seeds that all of its settings have; only a mixed model uses other seeds too. A
 mean in a table or figure is over all seeds of its setting, so two means can differ by another number."""
+TIED = "{keys} {change} only together with {leader}, so {its} effect cannot be told apart from that of {leader}."
 OTHER_CODE = """\
 **The settings were not all trained by the same code**: commits {commits}. A difference between two settings may be due
 to the code."""
@@ -191,7 +192,10 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     runs = inputs.runs.drop_duplicates("folder")
     lost = len(runs) - (runs["status"] == "finished").sum()
     if lost:
-        yield f"**{lost} of {len(runs)} runs did not finish**, and no result includes them."
+        missing = (runs["status"] == "missing").sum()
+        what = "did not finish" + (" or are missing" if missing else "")
+        what = what if missing < lost else "is missing" if missing == 1 else "are missing"
+        yield f"**{lost} of {len(runs)} runs {what}**, and no result includes {'it' if lost == 1 else 'them'}."
     if inputs.study.testable and (lacking := seeds_to_complete(inputs)):
         command = training_command(inputs.runs, list(lacking))
         yield INCOMPLETE.format(
@@ -213,9 +217,10 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if (runs["causal"] == False).any() and (runs["causal"] == True).any():  # noqa: E712
         yield "Routers marked (not causal) see later tokens. Their losses are not comparable with those of the others."
     yield from about_same_settings(inputs)
-    followers = [
-        key for key, leader in inputs.tied.items() if not key.startswith(f"{leader}.") and leader != "experiment"
-    ]
-    if followers := [key for key in followers if key != "experiment"]:
-        names = literal(", ".join(followers))
-        yield f"{names}: changes only together with another factor, so the two effects cannot be told apart."
+    followers: dict[str, list[str]] = {}
+    for key, leader in inputs.tied.items():
+        if not key.startswith(f"{leader}.") and "experiment" not in (key, leader):
+            followers.setdefault(leader, []).append(key)
+    for leader, keys in followers.items():
+        change, its = ("changes", "its") if len(keys) == 1 else ("change", "their")
+        yield TIED.format(keys=literal(enumerated(keys)), change=change, its=its, leader=literal(leader))

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 
+import pandas as pd
+
 from moe.analysis.looks import FURTHER, Question, Seen, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import Judgment
-from moe.analysis.sentences import enumerated
+from moe.analysis.report.judgments import Judgment, judgments
+from moe.analysis.sentences import enumerated, noun
 from moe.checks import printable
 from moe.config.words import as_word
 from moe.runs.planned import PlannedStudy, digest_of, short
@@ -88,15 +90,28 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
 
 def decisions(inputs: ReportInputs) -> dict[str, str]:
     """Return the decided claims or comparisons of the report with their verdicts."""
-    return {each.title: each.verdict for each in inputs.judgments if each.decided}
+    return {each.title: each.verdict for each in _judged(inputs) if each.decided}
+
+
+def _judged(inputs: ReportInputs) -> list[Judgment]:
+    """Return the judgments of the report, and those on comparisons of the metrics that the reader asked for."""
+    asked = [
+        each._replace(text=f"{noun(metric)}: {each.text}")
+        for metric in inputs.options.metrics
+        if metric in inputs.tested
+        for each in judgments(pd.DataFrame(), inputs.contrasts, metric)
+    ]
+    return [*inputs.judgments, *asked]
 
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
+    said, judged = [], _judged(inputs)
     for look in inputs.study.earlier:
-        earlier = {each.title: (each, verdict_at(look, each, inputs)) for each in inputs.judgments}
+        earlier = {each.title: (each, verdict_at(look, each, inputs)) for each in judged}
         lost = {text: verdict for text, (now, verdict) in earlier.items() if verdict and _decision(now) != verdict}
-        if lost:
+        if lost and (lost, look.runs) not in said:
+            said.append((lost, look.runs))
             found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
             seeds = len(look.runs) / len({*look.runs.values()})
             yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(found))
@@ -111,7 +126,7 @@ def verdict_at(look: Seen, judged: Judgment, inputs: ReportInputs) -> str:
 
     Two claims can have the same words, because a later command changed a claim. Looks before that were at the old one.
     """
-    if sum(each.text == judged.text for each in inputs.judgments) == 1:
+    if sum(each.text == judged.text for each in inputs.judgments) < 2:
         return look.decided.get(judged.title, "")
     plans = inputs.study.plans
     changed = next((plan.time for plan in plans if digest_of(plan.claims) == digest_of(plans[-1].claims)), "")
