@@ -34,6 +34,7 @@ KEPT = "{runs} claims of an earlier command, which differ: each claim is judged 
 def record_plan(cells: list[Cell], experiment: str) -> None:
     """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun.
 
+    A command that plans what the newest plan of the experiment says adds nothing.
     Raises RecordError for a damaged file that a report reads, before a run trains for a report that would be refused.
     """
     folder = cells[0].folder.parent
@@ -52,7 +53,8 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         runs=[digest_of_run(cell.identity()) for cell in new],
     )
     begin_ended(folder)
-    if plan.digest not in {each.digest for each in earlier}:
+    of_experiment = [each.digest for each in earlier if each.experiment == experiment]
+    if plan.digest not in of_experiment[-1:]:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
 
 

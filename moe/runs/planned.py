@@ -158,38 +158,43 @@ def begin_ended(folder: Path) -> None:
 def add_ended(identity: dict[str, Any], seed: int, folder: Path) -> None:
     """Append a run that has ended to the file of its sweep folder, if that has one. Raises OSError and LinkError.
 
-    A line is written at once, so that runs which end at the same time need no lock. identity: see `RunRecord`. folder:
+    A line is written at once, so that runs which end at the same time need no lock. It begins anew after a torn one.
+    identity: see `RunRecord`. folder:
     that of the run.
     """
     path = folder.parent / ENDED_FILE
     if path.exists():
         setting = digest_of_run({key: value for key, value in identity.items() if key != "seed"})
         ended = Ended(datetime.now(UTC).isoformat(), digest_of_run(identity), setting, seed, folder.name)
+        known = read_text(path)
+        torn = bool(known) and not known.endswith("\n")
         with open_unlinked(path, "a") as file:
-            file.write(json.dumps(ended._asdict()) + "\n")
+            file.write("\n" * torn + json.dumps(ended._asdict()) + "\n")
 
 
 def ended_in(folder: Path) -> list[Ended] | None:
     """Return the runs of a sweep folder that have ended, in the order of lines; None without the file.
 
-    A torn last line is passed over. Raises RecordError for another line that holds no such run.
+    A torn line, such as a full disk leaves, is no JSON and is passed over. Raises RecordError for another line that
+    holds no such run.
     """
     path = folder / ENDED_FILE
     if not path.exists():
         return None
     found = list[Ended]()
     try:
-        lines = read_text(path).splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             try:
-                ended = parse(Ended, json.loads(line))
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            try:
+                ended = parse(Ended, content)
                 _check_time("time", ended.time)
                 _check_folders("folder", [ended.folder])
-            except (ValueError, RecursionError) as error:
-                if number < len(lines) or line.endswith("\n"):
-                    raise ValueError(f"line {number}: {first_line(error)}") from None
-            else:
-                found.append(ended)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+            found.append(ended)
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

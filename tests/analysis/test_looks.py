@@ -667,29 +667,42 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
 
 
 def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.DataFrame) -> None:
-    """A later command changed the direction of a claim and kept its words. Only the first look was before that."""
-    inputs = collect_inputs(runs)[0]
-    new = inputs.judgments[0]._replace(text="a beats b", verdict="undecided")
-    old = new._replace(verdict="undecided", changed=True)
-    claims: list[dict[str, object]] = [{"kind": "higher"}, {"kind": "lower"}]
-    plans = [PlannedStudy(f"2026-01-0{2 * day + 1}", "", [claim], [], None, []) for day, claim in enumerate(claims)]
-    looks = [
-        Seen("2026-01-02", {"/0": ""}, 2, 2, decided={"a beats b": "supported"}),
-        Seen("2026-01-04", {"/0": ""}, 2, 2, decided={"a beats b": "contradicted", old.title: "supported"}),
+    """A later command changed the direction of a claim and kept its words, and the newest one changed it back."""
+    higher = replace(CLAIM, text="a beats b", metric="val/perplexity")
+    of_seed = dict(enumerate([higher, higher, replace(higher, kind="lower"), replace(higher, kind="lower"), higher]))
+    inputs = collect_inputs(
+        runs.assign(
+            claims=[json.dumps([asdict(of_seed[seed])]) for seed in runs["seed"]],
+            started=[f"2026-02-0{seed + 1}T00:00:00+00:00" for seed in runs["seed"]],
+        )
+    )[0]
+    old, new = (each for _, each in sorted((each.row, each) for each in inputs.judgments))
+    plans = [
+        PlannedStudy(f"2026-01-0{2 * day}", "", [asdict(of_seed[seed])], [], None, [])
+        for day, seed in enumerate((0, 2, 4), 1)
     ]
-    both = inputs._replace(judgments=[old, new], study=replace(inputs.study, plans=plans, earlier=looks))
-    assert [verdict_at(look, new, both) for look in looks] == ["", "contradicted"]
-    assert [verdict_at(look, old, both) for look in looks] == ["supported", "supported"]
-    assert [verdict_at(look, new, both._replace(judgments=[new])) for look in looks] == ["supported", "contradicted"]
-    first, second = (" ".join(text.split()) for text in warnings_of_decisions(both))
-    assert "“a beats b (before it was changed)” was supported" in first
-    assert "“a beats b” was" not in first
-    assert "“a beats b” was contradicted" in second
-    [(_, answer)] = answers(both, [Part("?", ("a beats b",))])
-    assert "but an earlier look found it supported, which stays valid" in answer
-    assert "but an earlier look found it contradicted, which stays valid" in answer
-    [(_, answer)] = answers(both._replace(judgments=[new]), [Part("?", ("a beats b",))])
+    before = {f"{old.text} (before it was changed)": "contradicted"}
+    looks = [
+        Seen(f"2026-01-0{day}", {"/0": ""}, 2, 2, decided=decided)
+        for day, decided in ((1, {}), (3, {"a beats b": "supported"}), (5, {"a beats b": "undecided"} | before))
+    ]
+    newest = looks[1]._replace(time="2026-01-07", decided={"a beats b": "supported", **before})
+    both = inputs._replace(study=replace(inputs.study, plans=plans, earlier=[*looks, newest]))
+    assert [verdict_at(look, old, both) for look in both.study.earlier] == [
+        "",
+        "supported",
+        "contradicted",
+        "supported",
+    ]
+    assert [verdict_at(look, new, both) for look in both.study.earlier] == ["", "", "undecided", "contradicted"]
+    waiting = both._replace(judgments=[old._replace(verdict="undecided"), new._replace(verdict="undecided")])
+    [(_, answer)] = answers(waiting, [Part("?", ("a beats b",))])
     assert "but earlier looks found it supported and contradicted, which all stay valid" in answer
+    alone = waiting._replace(study=replace(both.study, earlier=[looks[1]]))
+    [(_, answer)] = answers(alone, [Part("?", ("a beats b",))])
+    assert answer.count("but an earlier look found it supported, which stays valid") == 1
+    [warning] = (" ".join(text.split()) for text in warnings_of_decisions(alone))
+    assert f"“{old.title}” was supported" in warning
 
 
 def test_a_verdict_on_a_metric_that_was_asked_for_is_said_once_if_a_later_look_has_another(runs: pd.DataFrame) -> None:
@@ -1266,8 +1279,19 @@ def test_a_run_of_a_report_that_is_gone_or_trained_again_makes_no_further_look_o
     assert later.looks.share() == FURTHER
     late = report._replace(time="2026-01-01T10:30:00+00:00")
     again = study_after(tmp_path / "early", monkeypatch, there, *commands, report=late)
-    new = run == "has another result" and not earlier_code  # which does not tell when that run had ended at first
+    new = run != "is gone" and not earlier_code  # which does not tell when that run had ended at first
     assert len(again.distinct) == (3 if new else 2), "that run ended after the report"
+
+
+def test_runs_that_were_trained_again_after_a_second_command_are_not_those_that_it_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report leaves out the seed that the second command added, so it has just the runs that had ended before."""
+    three, four = both(1, 2, 3), {"x=0": [4], "x=1": [4]}
+    first = study_after(tmp_path / "first", monkeypatch, three, (three, None, 6), (four, None, 2))
+    assert first.looks.share() == 1, "the look at the start of the second command is this one"
+    again = study_after(tmp_path / "again", monkeypatch, three, (three, None, 6), (four, None, 2), (three, None, 6))
+    assert again.looks.share() == FURTHER
 
 
 def test_a_study_of_other_settings_that_was_deleted_costs_nothing(
@@ -1423,7 +1447,6 @@ def look_with(field: str) -> str:
         ("looks.json", look_with('"share": -1'), "share has -1"),
         ("looks.json", look_with('"runs": {"c": ["a\\u0000b"]}'), r"runs has 'a\x00b': must be names of folders"),
         ("plans.json", "[]", "must be an object"),
-        ("ended.jsonl", '{"time": "2026-\n\n', "line 1: "),
         (
             "ended.jsonl",
             '{"time": "now", "run": "a", "setting": "b", "seed": 1, "folder": "c"}\n',

@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,25 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
     (sweep / ENDED_FILE).rmdir()
     record_plan([cell._replace(folder=sweep / f"{cell.folder.name} again") for cell in cells], "a")
     assert ended_in(sweep) is None, "a folder that has a plan would lack the runs that ended before"
+
+
+def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path: Path) -> None:
+    begin_ended(tmp_path)
+    for seed in (1, 2):
+        add_ended({"seed": seed}, seed, tmp_path / str(seed))
+    path = tmp_path / ENDED_FILE
+    path.write_text(path.read_text()[:-40])
+    assert [each.seed for each in ended_in(tmp_path) or []] == [1]
+    add_ended({"seed": 3}, 3, tmp_path / "3")
+    assert [each.seed for each in ended_in(tmp_path) or []] == [1, 3]
+
+
+def test_a_plan_that_comes_back_is_written_down_again(tmp_path: Path) -> None:
+    """Eight seeds are planned, then three, then eight again; each command was stopped before a run had ended."""
+    cells = [cell._replace(folder=tmp_path / cell.folder.name) for cell in read_cells(["-m", "seed=1,2"]) or []]
+    for planned in (8, 8, 3, 8):
+        record_plan([cell._replace(config=replace(cell.config, planned_seeds=planned)) for cell in cells], "a")
+    assert [plan.planned_seeds for plan in plans_in(tmp_path)] == [8, 3, 8]
 
 
 def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> None:

@@ -115,10 +115,14 @@ def seeds_to_complete(inputs: ReportInputs) -> dict[int, int]:
     return {seed: len(settings) - have for seed, have in sorted(number.items()) if have < len(settings)}
 
 
+def claims_of(inputs: ReportInputs) -> list[tuple[ClaimConfig, pd.DataFrame]]:
+    """Return the claims of a report with the runs that recorded them, in the order of the table of claims."""
+    return planned_claims(inputs.loaded[~inputs.loaded["folder"].isin(inputs.searched)])
+
+
 def _claims_left_out(inputs: ReportInputs, row: int) -> list[ClaimConfig] | None:
     """Return the claims that were planned together with a claim; None if the newest command has this claim too."""
-    judged = inputs.loaded[~inputs.loaded["folder"].isin(inputs.searched)]
-    claim, members = planned_claims(judged)[row]
+    claim, members = claims_of(inputs)[row]
     records = [inputs.records[folder] for folder in members["folder"] if folder in inputs.records]
     plans = inputs.study.plans
     if not records or not plans or digest_of(asdict(claim)) in map(digest_of, plans[-1].claims):

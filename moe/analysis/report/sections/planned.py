@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict
 from datetime import datetime
 
 import pandas as pd
@@ -11,7 +12,8 @@ from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import Judgment, judgments
+from moe.analysis.report.judgments import BEFORE, Judgment, judgments
+from moe.analysis.report.sections.commands import claims_of
 from moe.analysis.sentences import enumerated, noun
 from moe.checks import printable
 from moe.config.words import as_word
@@ -124,15 +126,16 @@ def _decision(judged: Judgment) -> str:
 def verdict_at(look: Seen, judged: Judgment, inputs: ReportInputs) -> str:
     """Return what an earlier look decided about a claim or comparison; "" if nothing.
 
-    Two claims can have the same words, because a later command changed a claim. Looks before that were at the old one.
+    Two claims can have the same words, because a later command changed a claim. The newest plan before a look tells
+    which of them had these words alone there.
     """
     if sum(each.text == judged.text for each in inputs.judgments) < 2:
         return look.decided.get(judged.title, "")
-    plans = inputs.study.plans
-    changed = next((plan.time for plan in plans if digest_of(plan.claims) == digest_of(plans[-1].claims)), "")
-    if look.time >= changed:
-        return look.decided.get(judged.title, "")
-    return look.decided.get(judged.text, "") if judged.changed else ""
+    claim = digest_of(asdict(claims_of(inputs)[judged.row or 0][0]))
+    plans = [[*map(digest_of, plan.claims)] for plan in inputs.study.plans if plan.time <= look.time]
+    if claim in (plans[-1] if plans else ()):
+        return look.decided.get(judged.text, "")
+    return look.decided.get(f"{judged.text}{BEFORE}", "") if any(claim in plan for plan in plans) else ""
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
