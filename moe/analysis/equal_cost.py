@@ -37,6 +37,7 @@ they are older than the record of training FLOPs, and their evaluation does not 
 another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
+CLOSEST = math.log(1.02)  # of two budgets, the logs of whose FLOPs differ by more
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run
 
@@ -158,7 +159,8 @@ def sizes(runs: pd.DataFrame, factors: list[str], cost: str) -> list[str]:
     Other factors of the model, such as the number of experts beside the dimension, change the loss by another law, so
     their levels are no points of the same curve.
     """
-    of_model = [factor for factor in factors if _is_size_of_model(factor)]
+    fixed = {"model.num_experts"} if cost == ACTIVE else set[str]()  # they hardly change the active parameters
+    of_model = [factor for factor in factors if _is_size_of_model(factor) and factor not in fixed]
     means = {factor: runs.groupby(factor)[PARAMETERS[cost]].mean().dropna() for factor in of_model}
     change = {factor: (each.max() / each.min(), len(each)) for factor, each in means.items() if len(each) > 1}
     first = max(change, key=change.__getitem__, default=None)
@@ -290,9 +292,37 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
     return {seed: members.drop(columns="seed") for seed, members in means.groupby("seed")}
 
 
-def points(runs: pd.DataFrame, curves: pd.DataFrame, *, last: bool) -> pd.DataFrame:
-    """Return the points of the runs' curves, or only the last one of each: columns seed, FLOPs and loss."""
+def points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the last point of the curve of each run: columns seed, FLOPs and loss."""
+    found = _known_points(runs, curves)
+    return found.loc[found["step"] == found["end"], ["seed", FLOPS, "loss"]].reset_index(drop=True)
+
+
+def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return points of the runs' curves that lie apart: columns seed, FLOPs and loss.
+
+    Evaluations of runs of one length after the same step are one budget: the mean of their FLOPs. The ends of runs come
+    first, because the loss of a run that is still trained is another one. Then come the evaluations of the length that
+    most seeds have, from its end down, and of other lengths, as far as they differ by more than 2 % from those kept.
+    """
+    found = _known_points(runs, curves)
+    of_step = found.groupby(["end", "step"])
+    found = found.assign(**{FLOPS: of_step[FLOPS].transform("mean")})
+    table = found.assign(seeds=found.groupby("end")["seed"].transform("nunique"), last=found["step"] == found["end"])
+    budgets = table.drop_duplicates(["end", "step"]).sort_values(["last", "seeds", "end", "step"], ascending=False)
+    kept = list[tuple[int, int]]()
+    places = list[float]()
+    for row in budgets.itertuples():
+        flops = getattr(row, FLOPS)
+        if row.last or all(abs(math.log(flops / each)) > CLOSEST for each in places):
+            kept.append((row.end, row.step))
+            places.append(flops)
+    names = pd.MultiIndex.from_frame(table[["end", "step"]])
+    return table.loc[names.isin(kept), ["seed", FLOPS, "loss"]].reset_index(drop=True)
+
+
+def _known_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of the runs' curves whose FLOPs are known, with the seed and the last step of the run."""
     seeds = runs.drop_duplicates("folder").set_index("folder")["seed"]
     found = curves[curves["folder"].isin(seeds.index)].dropna(subset=[FLOPS])
-    found = found.drop_duplicates("folder", keep="last") if last else found
-    return found.assign(seed=found["folder"].map(seeds))[["seed", FLOPS, "loss"]].reset_index(drop=True)
+    return found.assign(seed=found["folder"].map(seeds), end=found.groupby("folder")["step"].transform("max"))

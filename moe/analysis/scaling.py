@@ -332,19 +332,20 @@ def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each budget at which a seed trained three sizes or more, for each number of experts.
 
     Only seeds that trained all sizes of a budget count: the mean of a size that lacks a seed is off by what this seed
-    does to all sizes. points: columns seed, experts, FLOPs, loss and active parameters. In the rows, `best` is the size
-    of the lowest mean loss and `loss` is that mean. `size` is where a parabola in the log of the size has its minimum
-    (the second approach of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the smallest and
-    the largest size. `low` and `high` are the ends of a 95 % t interval over the minima of single seeds, or NaN if a
-    seed has none there.
+    does to all sizes. A size that would leave less than half of the seeds does not count. points: columns seed,
+    experts, FLOPs, loss and active parameters. In the rows, `best` is the size of the lowest mean loss and `loss` is
+    that mean. `size` is where a parabola in the log of the size has its minimum (the second approach of Hoffmann et
+    al., 2203.15556), and `inside` says whether it has one between the smallest and the largest size. `low` and `high`
+    are the ends of a 95 % t interval over the minima of single seeds, or NaN if a seed has none there.
     """
     rows = []
     for number, of_number in points.groupby(EXPERTS):
         for budget, members in by_budget(of_number):
-            by_seed = members.pivot_table("loss", "seed", SIZE).dropna()
-            if by_seed.empty or len(by_seed.columns) < LEAST_BUDGETS:
+            by_seed = _complete(members.pivot_table("loss", "seed", SIZE))
+            if by_seed.empty:
                 continue
-            members, means = members[members["seed"].isin(by_seed.index)], by_seed.mean()
+            members = members[members["seed"].isin(by_seed.index) & members[SIZE].isin(by_seed.columns)]
+            means = by_seed.mean()
             ends = float(means.index.min()), float(means.index.max())
             of_seeds = np.array([_vertex(each[SIZE], each["loss"], ends) for _, each in members.groupby("seed")])
             low, high = np.exp(interval(np.log(of_seeds))) if np.isfinite(of_seeds).all() else (math.nan, math.nan)
@@ -353,6 +354,19 @@ def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
             found = {"size": lowest, "inside": math.isfinite(lowest), "low": float(low), "high": float(high)}
             rows.append({EXPERTS: number, "FLOPs": budget} | sized | found)
     return pd.DataFrame(rows, columns=[EXPERTS, "FLOPs", "sizes", "best", "loss", "size", "inside", "low", "high"])
+
+
+def _complete(by_seed: pd.DataFrame) -> pd.DataFrame:
+    """Return the losses of the sizes that count, for the seeds that have all of them; empty if these are too few.
+
+    by_seed: a row for each seed, and a column for each size.
+    """
+    number = by_seed.notna().sum().sort_values(ascending=False, kind="stable")
+    for sizes in range(len(number), LEAST_BUDGETS - 1, -1):
+        complete = by_seed[sorted(number.index[:sizes])].dropna()
+        if 2 * len(complete) >= number.iloc[0]:
+            return complete
+    return by_seed[:0]
 
 
 def _vertex(sizes: pd.Series, losses: pd.Series, ends: tuple[float, float]) -> float:

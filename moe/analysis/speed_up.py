@@ -30,8 +30,11 @@ SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
 NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
 NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
 STILL_TRAINED = """\
-runs of the reference went on at this compute, so their loss is too high, and nothing shows that compute is saved"""
+runs of the reference went on at this compute, and one that ends there has another loss, so nothing shows that compute \
+is {what}"""
 TOO_SMALL = "the curve begins at more than this compute, so nothing shows that the setting costs more"
+LEFT_OUT = "left out, as not both sides have them here: seeds {seeds}"
+TOO_FEW = "left out, as the reference has fewer than three budgets of them: seeds {seeds}"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
@@ -40,9 +43,10 @@ class SpeedUp(NamedTuple):
 
     of_training: whether the curve goes through the evaluations of the baseline's runs.
     checked: whether runs of the baseline ended at this budget, or, unless `of_training`, at smaller and larger ones.
-    Otherwise the curve gives the baseline too high a loss there, or is extrapolated, and does not show that an arm
-    saves compute. reached: whether the baseline's runs reach this loss, and the curve has a point at this budget or at
-    a smaller one. Otherwise the compute that it needs is extrapolated, and does not show that an arm costs more.
+    Otherwise the curve is extrapolated there, or goes through runs that were still trained, and does not show that an
+    arm saves compute. reached: whether the baseline's runs reach this loss, and the curve has a point at this budget or
+    at a smaller one; if `of_training`, whether runs that reach this loss ended at this budget or a smaller one.
+    Otherwise nothing shows that an arm costs more.
     comparable: whether the losses of both sides are those of routers that see equally much.
     """
 
@@ -97,8 +101,10 @@ def speed_up(
     The tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
     compared by the seeds that both have there, or that the baseline has anywhere if they share none there. The doubts
     say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
-    evaluations: those of the baseline's runs. They take the place of the runs where no seed that both have has runs of
-    three budgets. A budget of the arm has no speed-up where no such seed has three evaluations either.
+    A seed with runs of fewer than three budgets is left out of the curve, because it would carry a part of it alone.
+    evaluations: those of the baseline's runs (`equal_cost.training_points`). They take the place of the runs where
+    fewer than two of the seeds that both have, or a single one, have runs of three budgets. A budget of the arm has no
+    speed-up where that is so of the evaluations too.
     of: the number of speed-ups that are shown together; their intervals hold together too. known: curves through
     earlier baselines, by their points; this call adds its own.
     """
@@ -107,16 +113,21 @@ def speed_up(
     for budget, members in by_budget(arm):
         for reference in (baseline,) if evaluations is None else (baseline, evaluations):
             common = _common_seeds(reference, members, budget)
-            points = reference.loc[reference["seed"].isin(common), ["seed", "FLOPs", "loss"]]
-            if not any(budgets(flops) >= LEAST_BUDGETS for _, flops in points.groupby("seed")["FLOPs"]):
+            number = reference[reference["seed"].isin(common)].groupby("seed")["FLOPs"].agg(budgets)
+            enough = [seed for seed in common if number[seed] >= LEAST_BUDGETS]
+            if len(enough) < min(2, len(common)) or not enough:
                 continue
             alone = sorted({*reference["seed"], *members["seed"]} - {*common})
+            doubts = [(LEFT_OUT, alone), (TOO_FEW, [seed for seed in common if seed not in enough])]
+            common = enough
+            points = reference.loc[reference["seed"].isin(common), ["seed", "FLOPs", "loss"]]
             same = points.to_numpy(dtype=float).tobytes()
             if same not in known:
                 known[same] = _curve(points, common, resamples)
             loss = _means(members, common, resamples)
-            each = _speed_up(known[same], budget, loss, of_training=reference is evaluations, of=of)
-            left_out = [f"left out, as not both sides have them here: seeds {enumerated(alone)}"] if alone else []
+            ended = baseline.loc[baseline["seed"].isin(common), "FLOPs"] if reference is evaluations else None
+            each = _speed_up(known[same], budget, loss, ended=ended, of=of)
+            left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
             found.append(each._replace(doubts=[*left_out, *each.doubts]))
             break
     return found
@@ -154,9 +165,14 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
     return float(np.interp(place, places[order], values[order])) if len(order) else 0.0
 
 
-def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], *, of_training: bool, of: int) -> SpeedUp:
+def _speed_up(
+    curve: Curve, budget: float, loss: Float[np.ndarray, " R"], *, ended: pd.Series | None, of: int
+) -> SpeedUp:
+    """Return the speed-up at a budget. ended: the budgets of the runs, if the curve goes through their evaluations."""
     least, most = curve.law.ranges["FLOPs"]
-    checked = (most if of_training else least) * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
+    checked = least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
+    if ended is not None:
+        checked = bool(ended.between(budget * (1 - CLOSE), budget * (1 + CLOSE)).any())
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
     doubts = list(curve.law.doubts)
@@ -165,12 +181,15 @@ def _speed_up(curve: Curve, budget: float, loss: Float[np.ndarray, " R"], *, of_
     else:
         doubts += curve.law.outside(FLOPs=needed)
     if times.low > 0 and not checked:
-        doubts.append(STILL_TRAINED if of_training and budget < most else NOT_CHECKED)
+        doubts.append(NOT_CHECKED if ended is None or budget > most else STILL_TRAINED.format(what="saved"))
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
-    if times.high < 0 and (too_small or not reached):
-        doubts.append(TOO_SMALL if too_small else NOT_REACHED)
+    before = most if ended is None else ended[ended <= budget * (1 + CLOSE)].max()  # NaN: none has ended
+    shown = needed <= before * (1 + CLOSE) and not too_small
+    if times.high < 0 and not shown:
+        still = STILL_TRAINED.format(what="wasted")
+        doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
     estimate = Estimate(*map(_exp, times))
-    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, of_training, checked, reached and not too_small)
+    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, ended is not None, checked, bool(shown))
 
 
 def _exp(log: float) -> float:

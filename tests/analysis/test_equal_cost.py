@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from moe.analysis.equal_cost import (
     points,
     sizes,
     training_curves,
+    training_points,
     unknown_flops,
 )
 from moe.analysis.figures.charts import charts
@@ -49,7 +51,7 @@ from moe.analysis.report.sections.cost import (
 )
 from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, _about_flops, cost_in_short, in_short
 from moe.analysis.sentences import UNTESTED
-from moe.analysis.speed_up import NOT_APART
+from moe.analysis.speed_up import NOT_APART, speed_up
 from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.results.comparable import NOT_COMPARABLE, TOKENIZER
@@ -97,7 +99,7 @@ def test_a_curve_has_the_training_flops_and_the_seconds_of_each_evaluation() -> 
     stated = training_curves(runs, evals, seconds=19_200.0)
     assert stated.loc[stated["folder"] == "a10000", SECONDS].tolist() == [10.0, 20.0, 40.0]
     assert training_curves(runs, evals)[SECONDS].isna().all()
-    assert points(runs, curves, last=True)[FLOPS].tolist() == [3 * 100 * 64 * 40] * 4
+    assert points(runs, curves)[FLOPS].tolist() == [3 * 100 * 64 * 40] * 4
 
 
 def test_at_equal_flops_a_router_that_costs_more_is_read_earlier() -> None:
@@ -383,6 +385,41 @@ def test_a_router_that_sees_later_tokens_has_no_verdict(tmp_path: Path) -> None:
     assert f"; {why}" in " ".join(flops["b"].split())
     assert verdicts["none"] == verdicts["abc"]
     assert verdicts["b"] == [NOT_COMPARABLE, verdicts["none"][1]]
+
+
+@pytest.mark.parametrize("lengths", [(10_000,), (300, 600)])
+def test_a_setting_that_is_the_reference_has_no_speed_up(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    """There are 100 evaluations, the last of them less than 2 % apart. Or runs have two lengths, of which the longer
+    ones have another loss at the end of the shorter ones. Losses fall faster at the end of a run, with its rate.
+    """
+    rng = np.random.default_rng(0)
+    runs, evals = [], []
+    for router in "ab":
+        for length, seed in product(lengths, range(4)):
+            folder = f"{router}{length}{seed}"
+            steps = range(length // 100, length + 1, length // 100)
+            noise = 0.01 * seed + rng.normal(0, 0.001)
+            losses = [loss_at(3 * 100 * 64 * s) - 0.2 * max(0, 5 * s / length - 4) + noise for s in steps]
+            runs.append(
+                {"folder": folder, "router": router, "seed": seed, "batch_size": 4, "grad_accum": 2, "steps": length}
+                | {"data.seq_len": 8, "flops_per_token": 100 + seed, "status": "finished", "val/loss": losses[-1]}
+                | {"causal": True, "place": len(runs), "run": folder, "parameters.active": 5, "parameters.total": 5}
+                | {"experiment": "made up", "time/tokens_per_s": 640.0, "model.dim": 8}
+            )
+            evals += [{"folder": folder, "step": s, "val/loss": v} for s, v in zip(steps, losses, strict=True)]
+    table, evals = pd.DataFrame(runs), pd.DataFrame(evals)
+    curves = training_curves(table, evals)
+    reference = table[table["router"] == "a"]
+    apart = training_points(reference, curves)
+    budgets = np.unique(apart[FLOPS])
+    assert (np.diff(np.log(budgets)) > math.log(1.02)).all()
+    assert len(budgets) > 20
+    ended = points(reference, curves)
+    for length in lengths:
+        arm = points(reference[reference["steps"] == length], curves)
+        [found] = speed_up(ended, arm, evaluations=apart, resamples=5)
+        assert found.of_training
+        assert found.times == pytest.approx((1, 1, 1), abs=0.002)
 
 
 def test_a_loss_that_no_budget_reaches_is_quoted_in_words() -> None:

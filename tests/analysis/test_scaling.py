@@ -159,10 +159,16 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     ended = baseline[baseline["FLOPs"] == 16e12]
     [training] = speed_up(ended, far, evaluations=baseline)
     assert training == found._replace(of_training=True), "its runs end there"
-    for budget, doubt in ((14e12, STILL_TRAINED), (17e12, NOT_CHECKED)):
+    for budget, doubt in ((14e12, STILL_TRAINED.format(what="saved")), (17e12, NOT_CHECKED)):
         [early] = speed_up(ended, far.assign(FLOPs=budget), evaluations=baseline)
         assert early.times.low > 1
-        assert (early.verdict, early.doubts[-1]) == (NOT_APART, doubt), "a loss in training is too high"
+        assert (early.verdict, early.doubts[-1]) == (NOT_APART, doubt), "a loss in training is another one"
+    [early] = speed_up(ended, far.assign(FLOPs=14e12, loss=far["loss"] + 0.2), evaluations=baseline)
+    assert early.times.high < 1
+    assert (early.verdict, early.doubts[-1]) == (NOT_APART, STILL_TRAINED.format(what="wasted"))
+    both = baseline[baseline["FLOPs"].isin((8e12, 16e12))]
+    [later] = speed_up(both, far.assign(FLOPs=14e12, loss=far["loss"] + 0.6), evaluations=baseline)
+    assert later.verdict == COSTS_MORE, "runs with a lower loss had ended at 8e12"
     [beyond] = speed_up(baseline, far.assign(FLOPs=17e12))
     assert beyond.times.low > 1
     assert (beyond.verdict, beyond.doubts[-1]) == (NOT_APART, NOT_CHECKED)
@@ -209,6 +215,22 @@ def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
         assert not found.times.low <= 1 <= found.times.high
         assert (found.verdict, found.doubts[-1]) == (NOT_APART, doubt)
         assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
+
+
+def test_a_seed_that_would_carry_a_part_of_the_curve_alone_is_left_out() -> None:
+    """Seed 0 alone has three budgets or more, so evaluations take the place of the runs."""
+    baseline, arm = made_up(4, np.random.default_rng(0))
+    two_budgets = baseline["FLOPs"].isin((2e12, 4e12))
+    few = baseline[(baseline["seed"] == 0) | two_budgets]
+    assert speed_up(few, arm, resamples=5) == []
+    [found] = speed_up(few, arm, evaluations=baseline, resamples=5)
+    assert found.of_training
+    two = baseline[(baseline["seed"] < 2) | two_budgets]
+    [found] = speed_up(two, arm, evaluations=baseline, resamples=5)
+    assert not found.of_training
+    assert found.doubts[0] == "left out, as the reference has fewer than three budgets of them: seeds 2 and 3"
+    [alone] = speed_up(baseline[baseline["seed"] == 0], arm[arm["seed"] == 0], resamples=5)
+    assert math.isnan(alone.times.low), "one seed has no interval"
 
 
 def test_a_doubt_says_when_resamples_reach_a_bound() -> None:
@@ -412,6 +434,20 @@ def test_a_missing_run_does_not_move_the_best_size_of_a_budget(size: int) -> Non
     [found] = iso_flop_minima(pd.DataFrame(rows)).to_dict("records")
     assert (found["best"], found["loss"]) == (100, 3.25)
     assert found["size"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("seed", [0, 9], ids=["a seed with all sizes", "a new seed"])
+def test_one_run_of_a_further_size_takes_no_seed_from_the_best_size(seed: int) -> None:
+    rows = [
+        {"seed": each, EXPERTS: 4, "FLOPs": 1e9, "active parameters": size}
+        | {"loss": 3 + 0.5 * each + (math.log(size / 100) - 0.1 * each) ** 2}
+        for each in range(5)
+        for size in (50, 100, 200)
+    ]
+    further = {"seed": seed, EXPERTS: 4, "FLOPs": 1e9, "active parameters": 400, "loss": 3.0}
+    alone, more = (iso_flop_minima(pd.DataFrame(each)).to_dict("records") for each in (rows, [*rows, further]))
+    assert alone == more
+    assert alone[0]["sizes"] == 3
 
 
 def test_the_minimum_of_a_budget_is_that_of_its_parabola_if_it_lies_between_the_sizes() -> None:

@@ -21,6 +21,7 @@ from moe.analysis.equal_cost import (
     paired_sides,
     points,
     training_curves,
+    training_points,
     unknown_flops,
 )
 from moe.analysis.figures.drawing import Drawing, drawing
@@ -65,7 +66,9 @@ VERDICTS = """\
 A level is told apart from the reference if its interval leaves out 1. That it saves compute is said only if runs of the
 reference ended at its compute, or, unless the curve goes through evaluations during training, at less and at more. That
 it costs more is said only if the curve has a point at its compute or at less, and the runs of the reference reach the
-loss. There is no verdict if the routers of one side alone may see later tokens: their losses are not comparable."""
+loss; of a curve through evaluations, only if runs that reach it ended at the level's compute or at less. Budgets that
+differ by at most 2 % are one. There is no verdict if the routers of one side alone may see later tokens: their losses
+are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
@@ -76,10 +79,11 @@ correction). It does not say how wrong the curve is between two budgets, and bey
 look: other looks at these runs do not widen it. A value above 1 saves compute. {verdicts} None of this is a claim, and
 it is not among the tests of the report."""
 FROM_CURVES = """\
-Where the reference has fewer than three budgets of one size and of a seed that both sides have, the curve goes through
-the evaluations of its runs. A point of a training curve is no run of that budget: its learning rate has not fallen yet,
-so its loss is too high. So is the speed-up, by more than its interval says: a run of that budget would have needed less
-compute. Runs of three or more budgets, such as `steps=100,200,400`, tell more."""
+Where the reference has fewer than three budgets of one size and of two seeds that both sides have, the curve goes
+through the evaluations of its runs. A run in the middle of its training is no run of that budget: its learning rate has
+not fallen yet, which makes its loss too high, but in very short runs the longer schedule can also learn faster. So a
+number that is read there is off by more than its interval says. Runs of three or more budgets, such as
+`steps=100,200,400`, tell more."""
 NO_TABLE = "No two settings that differ in {cost} can be compared at equal {cost}{reasons}."
 NOWHERE = "no budget of the reference reaches it"
 NO_CURVE = "no curve can be fitted through the runs of the reference"
@@ -118,7 +122,7 @@ def about_speeds(runs: pd.DataFrame) -> str:
         return ""
     if reason := not_poolable(SPEED, runs):
         return f"Speeds are {reason}."
-    runs = runs[runs[SPEED] > 0]
+    runs = runs[(runs[SPEED] > 0) & (runs["status"] == "finished")]
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     ratios = {
         name_cell(cell) or "this setting": members[SPEED].max() / members[SPEED].min()
@@ -194,7 +198,8 @@ def _cell(row: Any) -> str:
         return str(row.note)
     early = f", read at {row.share:.0%}" if row.share < 1 - CLOSE else ""
     between = f", between points {row.gap:.2g} apart" if row.gap else ""
-    return with_interval(row.value, row.low, row.high, least=3) + early + between
+    apart = f", {NOT_COMPARABLE}" if row.note else ""
+    return with_interval(row.value, row.low, row.high, least=3) + early + between + apart
 
 
 def in_parentheses(reasons: Iterable[str]) -> str:
@@ -262,6 +267,8 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
     table = pd.DataFrame(rows, columns=SPEED_COLUMNS)
     yield TableBlock(table)
+    if reasons:
+        yield Paragraph(f"Other comparisons have no speed-up{reasons}.")
     yield csv_file("speed_up", table, "this table, with all of its rows.")
 
 
@@ -286,7 +293,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[Spee
         for names, *pair in pairs
         if not is_scale(names["factor"])
     ]
-    arms = [points(treated, curves, last=True) for _, treated, *_ in sides]
+    arms = [points(treated, curves) for _, treated, *_ in sides]
     number = sum(budgets(arm[FLOPS]) for arm, (*_, reason) in zip(arms, sides, strict=True) if not reason)
     curves_of = dict[bytes, Curve]()  # most levels have the same reference
     for (names, treated, baseline, reason), arm in zip(sides, arms, strict=True):
@@ -294,9 +301,9 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[Spee
             yield SpeedUps(names, [], reason)
             continue
         found = speed_up(
-            points(baseline, curves, last=True),
+            points(baseline, curves),
             arm,
-            evaluations=points(baseline, curves, last=False),
+            evaluations=training_points(baseline, curves),
             of=number,
             resamples=RESAMPLES,
             known=curves_of,

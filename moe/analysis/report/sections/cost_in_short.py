@@ -32,7 +32,7 @@ VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
     NOT_APART: "without a clear difference",
-    NOT_COMPARABLE: "that are not comparable",
+    NOT_COMPARABLE: "with losses that are not comparable",
 }
 SAME_FLOPS = """\
 Apart from comparisons of training lengths, the two settings of each comparison have the same training FLOPs within 1 %,
@@ -59,8 +59,9 @@ the loss that the level has after `training FLOPs`: 0.8 means that a fifth of th
 intervals say what other seeds could change: if the curve is right, all intervals of this table contain the true values
 in 95 % of cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
 during its training, which has the mean loss of each evaluation. {verdicts} `doubts` tells where the curve is used
-beyond the reference's runs. A loss in the middle of training is higher than that of a run that ends there, so a number
-that is read there is too high, by more than its interval says. None of this was claimed before the runs."""
+beyond the reference's runs. A loss in the middle of training is another one than that of a run that ends there: mostly
+higher, and lower in very short runs. So a number that is read there is off by more than its interval says. None of this
+was claimed before the runs."""
 
 
 class CostInShort(NamedTuple):

@@ -36,8 +36,9 @@ dashed; there the law extrapolates, which nothing checks."""
 MINIMA_EXPLAINED = """\
 **Best size for a budget.** Runs with the same training FLOPs and number of experts form a budget. A parabola in the log
 of the size is fitted to their losses (the second approach of Hoffmann et al., 2203.15556), without the law above. Only
-seeds with a finished run of every size of the budget count. The minimum counts only if it lies between the smallest and
-the largest size. In brackets is the 95 % t interval over the minima of single seeds, if all seeds have one there."""
+seeds with a finished run of every size of the budget count, and no size that would leave less than half of the seeds.
+The minimum counts only if it lies between the smallest and the largest size. In brackets is the 95 % t interval over
+the minima of single seeds, if all seeds have one there."""
 NO_LAW = """\
 No law{place}: the runs have {sizes} sizes and {tokens} numbers of tokens, in {points} combinations. A law needs at
 least {least} of each, and {parameters} combinations."""
