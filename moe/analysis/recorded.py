@@ -109,7 +109,7 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
     factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
     ended = runs["status"].isin(ENDED)
     loss = next((runs[name] for name in RESULT if name in runs), ended)
-    started = runs["started"].fillna("").map(str) if "started" in runs else loss.map(lambda _: "")
+    started = runs.get("started", ended).map(lambda time: time if isinstance(time, str) else "")
     columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr), started)
     return {
         place_of(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), *rest)
@@ -244,7 +244,7 @@ def _without_report(
     told: the runs that have ended, also those that are gone since. In a folder of earlier code, which does not tell it,
     a run that an earlier command planned and that is not there may have ended, so the look may have seen it. reports:
     the looks with a report. One that saw all of this before the command is the same look. A run that is there and began
-    after the command is another run than the one that the look saw.
+    in a later command is another run than the one that the look saw.
     """
     if not plans:
         return []
@@ -266,7 +266,8 @@ def _without_report(
             number = len({known[folder].setting for folder in awaited.union(seen)})
             expected = first_planned or len(awaited.union(seen)) / number
             lost = planned - places.keys() - {each.run for each in told} if earlier_code else set()
-            again = {folder for folder, run in known.items() if run.started > plan.time}
+            following = next((each.time for each in plans if each.time > plan.time), "")
+            again = {folder for folder, run in known.items() if following and run.started >= following}
             runs_seen = {
                 f"{folder} (before it was trained again)" if folder in again else folder: run.setting
                 for folder, run in seen.items()

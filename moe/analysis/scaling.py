@@ -328,19 +328,24 @@ def budgets(flops: Sequence[float] | pd.Series) -> int:
     return len(by_budget(pd.DataFrame({"FLOPs": list(flops)})))
 
 
+FOUND = ("best", "loss", "size", "inside", "low", "high")  # columns of the best size of a budget
+
+
 def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each budget at which a seed trained three sizes or more, for each number of experts.
 
     Only seeds that trained all sizes of a budget count: the mean of a size that lacks a seed is off by what this seed
     does to all sizes. A size that would leave less than half of the seeds does not count. points: columns seed,
-    experts, FLOPs, loss and active parameters. In the rows, `best` is the size of the lowest mean loss and `loss` is
-    that mean. `size` is where a parabola in the log of the size has its minimum (the second approach of Hoffmann et
-    al., 2203.15556), and `inside` says whether it has one between the smallest and the largest size. `low` and `high`
-    are the ends of a 95 % t interval over the minima of single seeds, or NaN if a seed has none there.
+    experts, FLOPs, loss and active parameters. In the rows, `left out` is how many sizes do not count, `best` is the
+    size of the lowest mean loss and `loss` is that mean. `size` is where a parabola in the log of the size has its
+    minimum (the second approach of Hoffmann et al., 2203.15556), and `inside` says whether it has one between the
+    smallest and the largest size. `low` and `high` are the ends of a 95 % t interval over the minima of single seeds,
+    or NaN if a seed has none there.
     """
     rows = []
     for number, of_number in points.groupby(EXPERTS):
         for budget, members in by_budget(of_number):
+            trained = members[SIZE].nunique()
             by_seed = _complete(members.pivot_table("loss", "seed", SIZE))
             if by_seed.empty:
                 continue
@@ -350,10 +355,11 @@ def iso_flop_minima(points: pd.DataFrame) -> pd.DataFrame:
             of_seeds = np.array([_vertex(each[SIZE], each["loss"], ends) for _, each in members.groupby("seed")])
             low, high = np.exp(interval(np.log(of_seeds))) if np.isfinite(of_seeds).all() else (math.nan, math.nan)
             lowest = _vertex(members[SIZE], members["loss"], ends)
-            sized = {"sizes": len(means), "best": float(means.idxmin()), "loss": float(means.min())}
+            sized = {"sizes": len(means), "left out": trained - len(means)}
+            sized |= {"best": float(means.idxmin()), "loss": float(means.min())}
             found = {"size": lowest, "inside": math.isfinite(lowest), "low": float(low), "high": float(high)}
             rows.append({EXPERTS: number, "FLOPs": budget} | sized | found)
-    return pd.DataFrame(rows, columns=[EXPERTS, "FLOPs", "sizes", "best", "loss", "size", "inside", "low", "high"])
+    return pd.DataFrame(rows, columns=[EXPERTS, "FLOPs", "sizes", "left out", *FOUND])
 
 
 def _complete(by_seed: pd.DataFrame) -> pd.DataFrame:
@@ -361,10 +367,11 @@ def _complete(by_seed: pd.DataFrame) -> pd.DataFrame:
 
     by_seed: a row for each seed, and a column for each size.
     """
+    by_seed = by_seed[by_seed.notna().sum(axis=1) >= LEAST_BUDGETS].dropna(axis=1, how="all")
     number = by_seed.notna().sum().sort_values(ascending=False, kind="stable")
     for sizes in range(len(number), LEAST_BUDGETS - 1, -1):
         complete = by_seed[sorted(number.index[:sizes])].dropna()
-        if 2 * len(complete) >= number.iloc[0]:
+        if len(complete) and 2 * len(complete) >= len(by_seed):
             return complete
     return by_seed[:0]
 

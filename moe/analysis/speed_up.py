@@ -33,6 +33,7 @@ STILL_TRAINED = """\
 runs of the reference went on at this compute, and one that ends there has another loss, so nothing shows that compute \
 is {what}"""
 TOO_SMALL = "the curve begins at more than this compute, so nothing shows that the setting costs more"
+OTHERWISE = "the losses of the runs of the reference that ended at this compute say otherwise, so there is no verdict"
 LEFT_OUT = "left out, as not both sides have them here: seeds {seeds}"
 TOO_FEW = "left out, as the reference has fewer than three budgets of them: seeds {seeds}"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
@@ -103,8 +104,8 @@ def speed_up(
     say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
     A seed with runs of fewer than three budgets is left out of the curve, because it would carry a part of it alone.
     evaluations: those of the baseline's runs (`equal_cost.training_points`). They take the place of the runs where
-    fewer than two of the seeds that both have, or a single one, have runs of three budgets. A budget of the arm has no
-    speed-up where that is so of the evaluations too.
+    fewer than half of the seeds that both have, or fewer than two of several, have runs of three budgets. A budget of
+    the arm has no speed-up where that is so of the evaluations too.
     of: the number of speed-ups that are shown together; their intervals hold together too. known: curves through
     earlier baselines, by their points; this call adds its own.
     """
@@ -115,7 +116,7 @@ def speed_up(
             common = _common_seeds(reference, members, budget)
             number = reference[reference["seed"].isin(common)].groupby("seed")["FLOPs"].agg(budgets)
             enough = [seed for seed in common if number[seed] >= LEAST_BUDGETS]
-            if len(enough) < min(2, len(common)) or not enough:
+            if not enough or len(enough) < min(2, len(common)) or 2 * len(enough) < len(common):
                 continue
             alone = sorted({*reference["seed"], *members["seed"]} - {*common})
             doubts = [(LEFT_OUT, alone), (TOO_FEW, [seed for seed in common if seed not in enough])]
@@ -125,8 +126,9 @@ def speed_up(
             if same not in known:
                 known[same] = _curve(points, common, resamples)
             loss = _means(members, common, resamples)
-            ended = baseline.loc[baseline["seed"].isin(common), "FLOPs"] if reference is evaluations else None
-            each = _speed_up(known[same], budget, loss, ended=ended, of=of)
+            runs = by_budget(baseline[baseline["seed"].isin(common)])
+            ended = [(place, float(_means(each, common, 0)[0])) for place, each in runs]
+            each = _speed_up(known[same], budget, loss, ended, of_training=reference is evaluations, of=of)
             left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
             found.append(each._replace(doubts=[*left_out, *each.doubts]))
             break
@@ -166,13 +168,22 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
 
 
 def _speed_up(
-    curve: Curve, budget: float, loss: Float[np.ndarray, " R"], *, ended: pd.Series | None, of: int
+    curve: Curve,
+    budget: float,
+    loss: Float[np.ndarray, " R"],
+    ended: list[tuple[float, float]],
+    *,
+    of_training: bool,
+    of: int,
 ) -> SpeedUp:
-    """Return the speed-up at a budget. ended: the budgets of the runs, if the curve goes through their evaluations."""
+    """Return the speed-up at a budget. ended: the budgets of the baseline's runs of these seeds, and their mean losses.
+
+    A curve through evaluations need not fall, so no verdict contradicts the losses of runs that ended at the budget.
+    """
     least, most = curve.law.ranges["FLOPs"]
-    checked = least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
-    if ended is not None:
-        checked = bool(ended.between(budget * (1 - CLOSE), budget * (1 + CLOSE)).any())
+    here = [mean for place, mean in ended if budget * (1 - CLOSE) <= place <= budget * (1 + CLOSE)]
+    before = [mean for place, mean in ended if place <= budget * (1 + CLOSE)]
+    checked = bool(here) if of_training else least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
     doubts = list(curve.law.doubts)
@@ -181,15 +192,19 @@ def _speed_up(
     else:
         doubts += curve.law.outside(FLOPs=needed)
     if times.low > 0 and not checked:
-        doubts.append(NOT_CHECKED if ended is None or budget > most else STILL_TRAINED.format(what="saved"))
+        doubts.append(STILL_TRAINED.format(what="saved") if of_training and budget < most else NOT_CHECKED)
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
-    before = most if ended is None else ended[ended <= budget * (1 + CLOSE)].max()  # NaN: none has ended
-    shown = needed <= before * (1 + CLOSE) and not too_small
+    shown = reached and not too_small and (not of_training or any(mean < loss[0] for mean in before))
     if times.high < 0 and not shown:
         still = STILL_TRAINED.format(what="wasted")
         doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
+    if (times.low > 0 and checked and any(mean < loss[0] for mean in here)) or (
+        times.high < 0 and shown and any(mean > loss[0] for mean in here)
+    ):
+        doubts.append(OTHERWISE)
+        checked = shown = False
     estimate = Estimate(*map(_exp, times))
-    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, ended is not None, checked, bool(shown))
+    return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, of_training, checked, bool(shown))
 
 
 def _exp(log: float) -> float:

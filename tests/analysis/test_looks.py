@@ -668,41 +668,35 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
 
 def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.DataFrame) -> None:
     """A later command changed the direction of a claim and kept its words, and the newest one changed it back."""
-    higher = replace(CLAIM, text="a beats b", metric="val/perplexity")
+    higher = replace(CLAIM, text="a beats b", metric="val/perplexity", levels=[0.5], than=[0.0])
     of_seed = dict(enumerate([higher, higher, replace(higher, kind="lower"), replace(higher, kind="lower"), higher]))
-    inputs = collect_inputs(
-        runs.assign(
-            claims=[json.dumps([asdict(of_seed[seed])]) for seed in runs["seed"]],
-            started=[f"2026-02-0{seed + 1}T00:00:00+00:00" for seed in runs["seed"]],
-        )
-    )[0]
-    old, new = (each for _, each in sorted((each.row, each) for each in inputs.judgments))
-    plans = [
-        PlannedStudy(f"2026-01-0{2 * day}", "", [asdict(of_seed[seed])], [], None, [])
-        for day, seed in enumerate((0, 2, 4), 1)
-    ]
-    before = {f"{old.text} (before it was changed)": "contradicted"}
-    looks = [
-        Seen(f"2026-01-0{day}", {"/0": ""}, 2, 2, decided=decided)
-        for day, decided in ((1, {}), (3, {"a beats b": "supported"}), (5, {"a beats b": "undecided"} | before))
-    ]
-    newest = looks[1]._replace(time="2026-01-07", decided={"a beats b": "supported", **before})
-    both = inputs._replace(study=replace(inputs.study, plans=plans, earlier=[*looks, newest]))
-    assert [verdict_at(look, old, both) for look in both.study.earlier] == [
-        "",
-        "supported",
-        "contradicted",
-        "supported",
-    ]
-    assert [verdict_at(look, new, both) for look in both.study.earlier] == ["", "", "undecided", "contradicted"]
-    waiting = both._replace(judgments=[old._replace(verdict="undecided"), new._replace(verdict="undecided")])
-    [(_, answer)] = answers(waiting, [Part("?", ("a beats b",))])
-    assert "but earlier looks found it supported and contradicted, which all stay valid" in answer
-    alone = waiting._replace(study=replace(both.study, earlier=[looks[1]]))
-    [(_, answer)] = answers(alone, [Part("?", ("a beats b",))])
+    rng = np.random.default_rng(0)
+    rise = np.where(runs["noise"] == 0.5, 9.0, 0.0) + rng.normal(0, 0.001, size=len(runs))
+    runs = runs.assign(
+        **{"val/perplexity": 100 + rise},
+        claims=[json.dumps([asdict(of_seed[seed])]) for seed in runs["seed"]],
+        started=[f"2026-02-0{seed + 1}T00:00:00+00:00" for seed in runs["seed"]],
+    )
+    first = _with_look(collect_inputs(runs[runs["seed"] < 2])[0])
+    assert decisions(first)["a beats b"] == "supported"
+    every = _with_look(collect_inputs(runs)[0])
+    verdicts = {each.title: each.verdict for each in every.judgments}
+    assert sorted(verdicts.values()) == ["contradicted", "supported"]
+    again = collect_inputs(runs)[0]
+    looks = again.study.earlier
+    assert len(looks) == 2
+    of_look = [{each.title: verdict_at(look, each, again) for each in again.judgments} for look in looks]
+    [lower] = [title for title, verdict in verdicts.items() if verdict == "contradicted"]
+    [claim] = [title for title, verdict in verdicts.items() if verdict == "supported"]
+    assert of_look == [{claim: "supported", lower: ""}, verdicts]
+    assert list(warnings_of_decisions(again)) == []
+    old = [look._replace(decided={"a beats b": "supported"}) for look in looks]
+    assert {verdict_at(look, each, again) for look in old for each in again.judgments} == {""}, "no fingerprints"
+    assert verdict_at(old[0], first.judgments[0], first) == "supported", "one claim has these words"
+    open_ = again._replace(judgments=[each._replace(verdict="undecided") for each in again.judgments])
+    [(_, answer)] = answers(open_, [Part("?", ("a beats b",))])
     assert answer.count("but an earlier look found it supported, which stays valid") == 1
-    [warning] = (" ".join(text.split()) for text in warnings_of_decisions(alone))
-    assert f"“{old.title}” was supported" in warning
+    assert answer.count("but an earlier look found it contradicted, which stays valid") == 1
 
 
 def test_a_verdict_on_a_metric_that_was_asked_for_is_said_once_if_a_later_look_has_another(runs: pd.DataFrame) -> None:

@@ -217,6 +217,27 @@ def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
         assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
 
 
+@pytest.mark.parametrize(("shift", "wrong"), [(0.02, SAVES), (-0.005, COSTS_MORE)])
+def test_no_verdict_contradicts_the_runs_that_ended_at_the_same_compute(shift: float, wrong: str) -> None:
+    """Runs in their middle lie higher than those that end there, or lower than the end of the same run."""
+    rng = np.random.default_rng(0)
+    offsets = rng.normal(0, 0.02, 5)
+    early, late = (1e12, 2e12, 4e12, 6e12, 8e12), (10e12, 12e12, 14e12, 16e12)
+    bend = 0.3 if shift > 0 else 0.0
+    points = [
+        {"seed": seed, "FLOPs": each, "loss": loss(each) + offsets[seed] + bend * (8e12 < each < 16e12)}
+        for seed in range(5)
+        for each in (*early, *late)
+    ]
+    evaluations = pd.DataFrame(points)
+    if shift < 0:  # the loss rises at the end
+        evaluations["loss"] += 0.2 * (evaluations["FLOPs"] >= 8e12)
+    ended = evaluations[evaluations["FLOPs"].isin((8e12, 16e12))]
+    arm = ended[ended["FLOPs"] == 8e12].assign(loss=lambda arm: arm["loss"] + shift)
+    [found] = speed_up(ended, arm, evaluations=evaluations, resamples=20)
+    assert found.verdict != wrong
+
+
 def test_a_seed_that_would_carry_a_part_of_the_curve_alone_is_left_out() -> None:
     """Seed 0 alone has three budgets or more, so evaluations take the place of the runs."""
     baseline, arm = made_up(4, np.random.default_rng(0))
@@ -436,18 +457,22 @@ def test_a_missing_run_does_not_move_the_best_size_of_a_budget(size: int) -> Non
     assert found["size"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("seed", [0, 9], ids=["a seed with all sizes", "a new seed"])
-def test_one_run_of_a_further_size_takes_no_seed_from_the_best_size(seed: int) -> None:
+@pytest.mark.parametrize(
+    "further",
+    [[(0, 400)], [(9, 400)], [(seed, 25) for seed in (9, 10, 11, 12, 13)], [(seed, 100) for seed in range(9, 19)]],
+    ids=["a seed with all sizes", "a new seed", "a size of new seeds", "seeds of one size"],
+)
+def test_further_runs_take_no_seed_from_the_best_size(further: list[tuple[int, int]]) -> None:
     rows = [
         {"seed": each, EXPERTS: 4, "FLOPs": 1e9, "active parameters": size}
         | {"loss": 3 + 0.5 * each + (math.log(size / 100) - 0.1 * each) ** 2}
         for each in range(5)
         for size in (50, 100, 200)
     ]
-    further = {"seed": seed, EXPERTS: 4, "FLOPs": 1e9, "active parameters": 400, "loss": 3.0}
-    alone, more = (iso_flop_minima(pd.DataFrame(each)).to_dict("records") for each in (rows, [*rows, further]))
-    assert alone == more
-    assert alone[0]["sizes"] == 3
+    added = [{"seed": seed, EXPERTS: 4, "FLOPs": 1e9, "active parameters": size, "loss": 3.0} for seed, size in further]
+    [alone], [more] = (iso_flop_minima(pd.DataFrame(each)).to_dict("records") for each in (rows, [*rows, *added]))
+    assert more == alone | {"left out": int(further[0][1] != 100)}
+    assert alone["sizes"] == 3
 
 
 def test_the_minimum_of_a_budget_is_that_of_its_parabola_if_it_lies_between_the_sizes() -> None:

@@ -66,9 +66,10 @@ VERDICTS = """\
 A level is told apart from the reference if its interval leaves out 1. That it saves compute is said only if runs of the
 reference ended at its compute, or, unless the curve goes through evaluations during training, at less and at more. That
 it costs more is said only if the curve has a point at its compute or at less, and the runs of the reference reach the
-loss; of a curve through evaluations, only if runs that reach it ended at the level's compute or at less. Budgets that
-differ by at most 2 % are one. There is no verdict if the routers of one side alone may see later tokens: their losses
-are not comparable."""
+loss; of a curve through evaluations, only if runs with a lower loss ended at the level's compute or at less. Nothing is
+said that the losses of runs of the reference that ended at the level's compute contradict. Budgets that differ by at
+most 2 % are one. There is no verdict if the routers of one side alone may see later tokens: their losses are not
+comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
@@ -79,11 +80,11 @@ correction). It does not say how wrong the curve is between two budgets, and bey
 look: other looks at these runs do not widen it. A value above 1 saves compute. {verdicts} None of this is a claim, and
 it is not among the tests of the report."""
 FROM_CURVES = """\
-Where the reference has fewer than three budgets of one size and of two seeds that both sides have, the curve goes
-through the evaluations of its runs. A run in the middle of its training is no run of that budget: its learning rate has
-not fallen yet, which makes its loss too high, but in very short runs the longer schedule can also learn faster. So a
-number that is read there is off by more than its interval says. Runs of three or more budgets, such as
-`steps=100,200,400`, tell more."""
+Where the reference has three budgets of one size for fewer than two seeds, or for fewer than half of those that both
+sides have, the curve goes through the evaluations of its runs. A run in the middle of its training is no run of that
+budget: its learning rate has not fallen yet, which makes its loss too high, but in very short runs the longer schedule
+can also learn faster. So a number that is read there is off by more than its interval says. Runs of three or more
+budgets, such as `steps=100,200,400`, tell more."""
 NO_TABLE = "No two settings that differ in {cost} can be compared at equal {cost}{reasons}."
 NOWHERE = "no budget of the reference reaches it"
 NO_CURVE = "no curve can be fitted through the runs of the reference"

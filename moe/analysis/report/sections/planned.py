@@ -12,7 +12,7 @@ from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import BEFORE, Judgment, judgments
+from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.report.sections.commands import claims_of
 from moe.analysis.sentences import enumerated, noun
 from moe.checks import printable
@@ -91,8 +91,20 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
 
 
 def decisions(inputs: ReportInputs) -> dict[str, str]:
-    """Return the decided claims or comparisons of the report with their verdicts."""
-    return {each.title: each.verdict for each in _judged(inputs) if each.decided}
+    """Return the decided claims or comparisons of the report with their verdicts.
+
+    Claims are there twice: by their words, and by their words with the fingerprint of what they claim.
+    """
+    decided = [each for each in _judged(inputs) if each.decided]
+    by_words = {each.title: each.verdict for each in decided}
+    return by_words | {_with_fingerprint(each, inputs): each.verdict for each in decided if each.planned}
+
+
+def _with_fingerprint(judged: Judgment, inputs: ReportInputs) -> str:
+    """Return the words of a claim with its fingerprint: a later command may change a claim and keep its words."""
+    known = claims_of(inputs)
+    number = judged.row if judged.row is not None and judged.row < len(known) else None
+    return f"{judged.text} [{'' if number is None else short(digest_of(asdict(known[number][0])))}]"
 
 
 def _judged(inputs: ReportInputs) -> list[Judgment]:
@@ -100,7 +112,7 @@ def _judged(inputs: ReportInputs) -> list[Judgment]:
     asked = [
         each._replace(text=f"{noun(metric)}: {each.text}")
         for metric in inputs.options.metrics
-        if metric in inputs.tested
+        if metric in inputs.tested and metric not in {each.metric for each in inputs.judgments if not each.planned}
         for each in judgments(pd.DataFrame(), inputs.contrasts, metric)
     ]
     return [*inputs.judgments, *asked]
@@ -126,16 +138,12 @@ def _decision(judged: Judgment) -> str:
 def verdict_at(look: Seen, judged: Judgment, inputs: ReportInputs) -> str:
     """Return what an earlier look decided about a claim or comparison; "" if nothing.
 
-    Two claims can have the same words, because a later command changed a claim. The newest plan before a look tells
-    which of them had these words alone there.
+    A look without fingerprints of claims, of earlier code, tells nothing about two claims in the same words.
     """
-    if sum(each.text == judged.text for each in inputs.judgments) < 2:
-        return look.decided.get(judged.title, "")
-    claim = digest_of(asdict(claims_of(inputs)[judged.row or 0][0]))
-    plans = [[*map(digest_of, plan.claims)] for plan in inputs.study.plans if plan.time <= look.time]
-    if claim in (plans[-1] if plans else ()):
-        return look.decided.get(judged.text, "")
-    return look.decided.get(f"{judged.text}{BEFORE}", "") if any(claim in plan for plan in plans) else ""
+    if judged.planned and any(key.startswith(f"{judged.text} [") for key in look.decided):
+        return look.decided.get(_with_fingerprint(judged, inputs), "")
+    alone = sum(each.text == judged.text for each in inputs.judgments) < 2
+    return look.decided.get(judged.title, "") if alone else ""
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:

@@ -155,12 +155,12 @@ def _minima_table(minima: pd.DataFrame) -> pd.DataFrame:
         {
             "experts": f"{row.experts:g}",
             "training FLOPs": f"{row.FLOPs:.3g}",
-            "sizes": row.sizes,
+            "sizes": f"{row.sizes}" + (f" ({more} left out)" if more else ""),
             "size of the lowest mean loss": f"{row.best:,.0f}",
             "that loss": f"{row.loss:.4g}",
             "minimum of the parabola": _size(row.size, row.low, row.high) if row.inside else NO_MINIMUM,
         }
-        for row in minima.itertuples()
+        for row, more in zip(minima.itertuples(), minima["left out"], strict=True)
     ]
     return pd.DataFrame(rows)
 
