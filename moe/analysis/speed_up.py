@@ -197,6 +197,7 @@ def _speed_up(
     shown = reached and not too_small and (not of_training or any(mean < loss[0] for mean in before))
     if times.high < 0 and not shown:
         still = STILL_TRAINED.format(what="wasted")
+        still = OTHERWISE if any(mean > loss[0] for mean in here) else still
         doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
     if (times.low > 0 and checked and any(mean < loss[0] for mean in here)) or (
         times.high < 0 and shown and any(mean > loss[0] for mean in here)

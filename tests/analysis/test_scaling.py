@@ -23,6 +23,7 @@ from moe.analysis.speed_up import (
     NOT_APART,
     NOT_CHECKED,
     NOT_REACHED,
+    OTHERWISE,
     SAVES,
     STILL_TRAINED,
     TOO_SMALL,
@@ -236,6 +237,7 @@ def test_no_verdict_contradicts_the_runs_that_ended_at_the_same_compute(shift: f
     arm = ended[ended["FLOPs"] == 8e12].assign(loss=lambda arm: arm["loss"] + shift)
     [found] = speed_up(ended, arm, evaluations=evaluations, resamples=20)
     assert found.verdict != wrong
+    assert (found.doubts[-1] == OTHERWISE) == (not found.times.low <= 1 <= found.times.high)
 
 
 def test_a_seed_that_would_carry_a_part_of_the_curve_alone_is_left_out() -> None:
