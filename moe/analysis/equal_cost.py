@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
+from moe.analysis.scaling import CLOSE as SAME_BUDGET
 from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
 from moe.analysis.statistics import comparisons, name_cell
@@ -37,7 +38,6 @@ they are older than the record of training FLOPs, and their evaluation does not 
 another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = """\
 : a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
-CLOSEST = math.log(1.02)  # of two budgets, the logs of whose FLOPs differ by more
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run
 
@@ -314,7 +314,7 @@ def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     places = list[float]()
     for row in budgets.itertuples():
         flops = getattr(row, FLOPS)
-        if row.last or all(abs(math.log(flops / each)) > CLOSEST for each in places):
+        if row.last or all(abs(math.log(flops / each)) > math.log1p(SAME_BUDGET) for each in places):
             kept.append((row.end, row.step))
             places.append(flops)
     names = pd.MultiIndex.from_frame(table[["end", "step"]])

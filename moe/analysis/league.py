@@ -39,7 +39,8 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SI
     level: see `League`; with 0 there are no intervals, and nothing is told apart. None if fewer than three routers have
     a rank, if these have no seed in common, or if the reference has no rank.
     """
-    values, complete = losses_by_seed(runs, metric), _complete(runs, metric)
+    values = losses_by_seed(runs, metric)
+    complete = _complete(values, runs)
     if len(complete.columns) < LEAST or complete.empty or reference not in complete:
         return None
     rank = ranks(complete, level)
@@ -55,16 +56,15 @@ def league_of(runs: pd.DataFrame, metric: str, reference: Any, level: float = SI
     return League(table.loc[order], complete, level)
 
 
-def _complete(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _complete(values: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the losses by seed of the routers that can have a rank, for the seeds that all of them have."""
-    values = losses_by_seed(runs, metric)
     later = set(runs.loc[runs["causal"] == False, ROUTER])  # noqa: E712
     return values[[name for name in values if name not in later]].dropna()
 
 
 def compared_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return those of some finished runs that a league compares."""
-    complete = _complete(runs, metric)
+    complete = _complete(losses_by_seed(runs, metric), runs)
     return runs[runs[ROUTER].isin(complete.columns) & runs["seed"].isin(complete.index)]
 
 
