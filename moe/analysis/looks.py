@@ -138,7 +138,8 @@ class Study:
     the run. earlier: the looks before this one, in the order of time, also those without a report. plans: what was
     planned for these runs, the last one being that of the newest command. changed: earlier plans with other claims for
     some of the same runs, with the number of these runs. unwritten: why this look could not be written down, or "".
-    starts: seed -> when its first run started. here: whether the runs have a folder here, not only a shipped table.
+    starts: seed -> when its first run started. ends_known: whether each folder with plans tells which runs had ended.
+    here: whether the runs have a folder here, not only a shipped table.
     name: that of the grid of the runs, or of their experiment. tested: whether a test of this report has a p. metrics,
     references: what this report asks: the tested metrics, and factor -> the level that others are compared with, as
     text. tests: how many tests it makes, as a `Look` has them. timed: whether one of them is about a speed.
@@ -151,6 +152,7 @@ class Study:
     changed: Sequence[tuple[PlannedStudy, int]] = ()
     unwritten: str = ""
     starts: Mapping[int, datetime] = field(default_factory=dict)
+    ends_known: bool = True
     here: bool = True
     name: str = ""
     tested: bool = False

@@ -15,25 +15,23 @@ from moe.analysis.statistics import name_cell
 from moe.checks import first_line
 from moe.files import shared_mode
 from moe.results.conditions import varied_factors
-from moe.results.table import read_run, table_of
 from moe.runs.planned import (
-    ENDED_FILE,
+    RESULT,
     Ended,
     Look,
     LooksRecord,
     PlannedStudy,
     PlansRecord,
     digest_of,
-    digest_of_run,
     digests_in,
     ended_in,
     looks_in,
     plans_in,
+    result_of,
 )
-from moe.runs.record import RecordError, RunRecord, SweepRecord
+from moe.runs.record import RecordError, SweepRecord
 
 LONGEST_WAIT = 60  # seconds until another report has written its look down, which takes a moment
-RESULT = ("val/loss", "val/perplexity")  # the first of these tells two trainings of a run apart
 
 
 def study_of(runs: pd.DataFrame) -> Study:
@@ -48,14 +46,10 @@ def study_of(runs: pd.DataFrame) -> Study:
     plans = sorted(
         (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
     )
-    digests, places = _digests(_sweeps(runs)) if plans else ({}, {})
-    dated = [plan._replace(runs=[digests.get(run, run) for run in plan.runs]) for plan in plans]
-    named = _named_by(dated, runs) if plans else runs
-    told = _ended(_sweeps(runs), dated, places)
-    first_planned = _first_planned(named, dated, told)
-    everything = known if named is runs else _known(named) | known
+    ended = _ended(_sweeps(runs), plans)
+    first_planned = _first_planned(runs, plans, ended)
     looks = _of_one_report(looks, known)
-    looks += _without_report(named, everything, dated, first_planned, places, told, looks)
+    looks += _without_report(known, plans, ended, first_planned, looks)
     return Study(
         name=study,
         planned=first_planned,
@@ -64,6 +58,7 @@ def study_of(runs: pd.DataFrame) -> Study:
         plans=plans,
         changed=_changed(plans, _sweeps(runs)) if plans else [],
         starts=_starts(runs) if plans else {},
+        ends_known=all(ended_in(folder) is not None for folder in _sweeps(runs) if plans_in(folder)),
         here=any(folder.is_dir() for folder in _sweeps(runs)),
     )
 
@@ -108,9 +103,10 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
     runs = runs[runs["seed"].notna()]
     factors = sorted(factor for factor in varied_factors(runs) if factor != "seed")
     ended = runs["status"].isin(ENDED)
-    loss = next((runs[name] for name in RESULT if name in runs), ended)
+    results = runs.reindex(columns=list(RESULT)).astype(object)
+    results = results.where(results.notna(), None).to_dict("records")
     started = runs.get("started", ended).map(lambda time: time if isinstance(time, str) else "")
-    columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, loss.map(repr), started)
+    columns = (runs["folder"], runs[factors].to_numpy(), runs["seed"], ended, map(result_of, results), started)
     return {
         place_of(folder): Known(name_cell(dict(zip(factors, levels, strict=True))), int(seed), bool(end), *rest)
         for folder, levels, seed, end, *rest in zip(*columns, strict=True)
@@ -118,7 +114,7 @@ def _known(runs: pd.DataFrame) -> dict[str, Known]:
 
 
 def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
-    """Return what a look saw. known: the runs; a look that names no runs saw all of its seeds.
+    """Return what a look saw. known: what is known of the runs.
 
     A run that was trained again, with another result, is another run. So is one that was trained again with the same
     result, if the look tested a speed.
@@ -126,18 +122,12 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     runs = {}
     for setting, names in look.runs.items():
         for name in names:
-            folder = place_of(sweep / name)
-            same = folder not in known or look.results.get(name) in (None, *_results(known[folder]))
-            runs[folder if same else f"{folder} ({look.results[name]})"] = setting
-    if not look.runs:
-        runs = {folder: run.setting for folder, run in known.items() if run.seed in look.seeds}
-        runs |= {f"seed {seed}": "unknown" for seed in {*look.seeds} - {run.seed for run in known.values()}}
+            runs[_place(place_of(sweep / name), look.results.get(name), known)] = setting
     runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
-    seeds = look.mean_seeds or len(look.seeds)
     return Seen(
         look.time,
         runs,
-        seeds,
+        look.mean_seeds,
         look.planned,
         look.margins,
         look.metrics,
@@ -169,42 +159,18 @@ def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
     return {folder: setting for folder, setting in look.runs.items() if folder not in known}
 
 
-def _named_by(plans: Sequence[PlannedStudy], runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs; if the report leaves some out that these plans name, all runs of the sweep folders that they do.
-
-    A run that cannot be read is passed over.
-    """
-    present, digests = group_of(runs), {digest for plan in plans for digest in plan.runs}
-    folders = {place_of(path.parent) for sweep in _sweeps(runs) for path in sweep.glob(f"*/{RunRecord.FILE}")}
-    named = [folder for folder in folders - present if _digest(folder) in digests]
-    return table_of([read_run(Path(folder)) for folder in sorted([*(folders & present), *named])]) if named else runs
-
-
-def _digest(folder: str) -> str | None:
-    """Return the fingerprint of the settings of a run; None if its record cannot be read."""
-    try:
-        return digest_of_run(RunRecord.read(Path(folder) / RunRecord.FILE).identity)
-    except RecordError:
-        return None
-
-
-def _digests(sweeps: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the fingerprint of each run in the sweep folders, by itself and by its earlier form; and its folder."""
-    found = {place_of(sweep / name): each for sweep in sweeps for name, each in digests_in(sweep).items()}
-    digests = dict(found.values())
-    return digests | {new: new for new in digests.values()}, {new: place for place, (_, new) in found.items()}
-
-
-def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[str, str]) -> list[Ended]:
+def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy]) -> list[Ended]:
     """Return the runs of these plans that have ended, also those that are gone since, in the order of time.
 
-    Their folders have the whole path. places: the folders of the runs that are there, by their fingerprints. Runs of a
-    plan with no setting that is there are left out: they are another study, such as a pilot that was deleted.
+    Their folders have the whole path: that of the run with the same settings that is there, else that of the past.
+    Runs of a plan with no setting that is there are left out: they are another study, such as a pilot that was deleted.
     """
+    of_sweep = {sweep: ended for sweep in sweeps if (ended := ended_in(sweep))}
+    places = {run: place_of(sweep / name) for sweep in of_sweep for name, run in digests_in(sweep).items()}
     found = sorted(
         each._replace(folder=places.get(each.run, place_of(sweep / each.folder)))
-        for sweep in sweeps
-        for each in ended_in(sweep) or []
+        for sweep, ended in of_sweep.items()
+        for each in ended
     )
     settings = {each.setting for each in found if each.run in places}
     same = {each.run for each in found if each.setting in settings}
@@ -215,7 +181,7 @@ def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[st
 def _first_planned(runs: pd.DataFrame, plans: Sequence[PlannedStudy], ended: Sequence[Ended]) -> int | None:
     """Return the number of seeds after which the study decides, as its first plan said it; None if it said none.
 
-    That is the first plan of which a run has ended, or the record of the first run that is there, if it began earlier.
+    That is the first plan of which a run has ended, or the record of the first of these runs, if it began earlier.
     An ended run is that of the newest plan before its end that names it.
     """
     named = [[plan for plan in plans if plan.time <= each.time and each.run in plan.runs] for each in ended]
@@ -228,65 +194,58 @@ def _first_planned(runs: pd.DataFrame, plans: Sequence[PlannedStudy], ended: Seq
 
 
 def _without_report(
-    runs: pd.DataFrame,
     known: Mapping[str, Known],
     plans: Sequence[PlannedStudy],
+    ended: Sequence[Ended],
     first_planned: int | None,
-    places: Mapping[str, str],
-    told: Sequence[Ended],
     reports: Sequence[Seen],
 ) -> list[Seen]:
     """Return a look for each command that added runs when others had results that could be compared.
 
-    The terminal shows results at the end of a command, and files of runs are open to all. Runs of the seeds that
-    earlier commands planned count as awaited if they had not ended. first_planned: the number of seeds after which the
-    study decides, if somebody said it. places: the folders of the runs in the sweep folders, by their fingerprints.
-    told: the runs that have ended, also those that are gone since. In a folder of earlier code, which does not tell it,
-    a run that an earlier command planned and that is not there may have ended, so the look may have seen it. reports:
-    the looks with a report. One that saw all of this before the command is the same look. A run that is there and began
-    in a later command is another run than the one that the look saw.
+    The terminal shows results at the end of a command, and files of runs are open to all. known: what is known of the
+    runs of the report. ended: the runs that have ended, also those that are gone. A look saw the last result of each
+    before the command. first_planned: the number of seeds after which the study decides. If nobody said it, runs of the
+    seeds that the commands before planned count as awaited. reports: the looks with a report. One that saw the same
+    results before the command is the same look.
     """
-    if not plans:
-        return []
-    ended = runs[runs["status"].isin(ENDED) & runs["seconds"].notna()]
-    ends = pd.to_datetime(ended["started"], utc=True, format="ISO8601")
-    ends += pd.to_timedelta(ended["seconds"].astype(float), unit="s")
-    names = {each.setting: known[each.folder].setting for each in told if each.folder in known}
-    of_file = {each.folder: each for each in reversed(told)}  # the first end counts
-    gone = {place: Known(names.get(each.setting, each.setting), each.seed, True) for place, each in of_file.items()}
-    known = gone | dict(known)
-    earlier_code = any((sweep / PlansRecord.FILE).exists() > (sweep / ENDED_FILE).exists() for sweep in _sweeps(runs))
+    names = {each.setting: known[each.folder].setting for each in ended if each.folder in known}
     planned, seeds, found = set[str](), set[int](), list[Seen]()
     for plan in plans:
-        by_record = group_of(ended[ends <= datetime.fromisoformat(plan.time)]) - of_file.keys()
-        before = by_record.union(place for place, each in of_file.items() if each.time <= plan.time)
-        seen = {folder: known[folder] for folder in before}
-        if {*plan.runs} - planned and is_testable(seen.values()):
-            awaited = {folder for folder, run in known.items() if run.seed in seeds}
-            number = len({known[folder].setting for folder in awaited.union(seen)})
-            expected = first_planned or len(awaited.union(seen)) / number
-            lost = planned - places.keys() - {each.run for each in told} if earlier_code else set()
-            following = next((each.time for each in plans if each.time > plan.time), "")
-            again = {folder for folder, run in known.items() if following and run.started >= following}
-            runs_seen = {
-                f"{folder} (before it was trained again)" if folder in again else folder: run.setting
-                for folder, run in seen.items()
-            } | dict.fromkeys(lost, "unknown")
-            times = [*ends[ends <= datetime.fromisoformat(plan.time)].map(datetime.isoformat), *(e.time for e in told)]
-            last = max((time for time in times if time <= plan.time), default="")
-            if not any(_has_seen(look, seen.keys(), len(runs_seen), last, plan.time) for look in reports):
-                found.append(Seen(plan.time, runs_seen, len(seen) / number, expected))
+        last = {each.folder: each for each in ended if each.time <= plan.time}
+        settings = {folder: names.get(each.setting, each.setting) for folder, each in last.items()}
+        seen = [Known(settings[folder], each.seed, True) for folder, each in last.items()]
+        if {*plan.runs} - planned and is_testable(seen):
+            since = max(each.time for each in last.values())
+            if not any(_has_seen(look, last.keys(), since, plan.time) for look in reports):
+                awaited = settings | {folder: run.setting for folder, run in known.items() if run.seed in seeds}
+                expected = first_planned or _mean_seeds(awaited)
+                runs = {_place(folder, last[folder].result, known): setting for folder, setting in settings.items()}
+                found.append(Seen(plan.time, runs, _mean_seeds(settings), expected))
         planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
     return found
 
 
-def _has_seen(look: Seen, folders: Set[str], number: int, since: str, until: str) -> bool:
-    """Return whether a look with a report, between two times, saw these runs, and as many in all.
+def _mean_seeds(settings: Mapping[str, str]) -> float:
+    """Return how many runs a setting has on average. settings: that of each run, by its folder."""
+    return len(settings) / len({*settings.values()})
 
-    A run that was trained again since has its result after its folder in the look, as `_seen` has it.
+
+def _place(folder: str, result: str | None, known: Mapping[str, Known]) -> str:
+    """Return the name of a run that a look saw: its folder; with the result, if the run that is there has another.
+
+    result: None if the look does not tell it.
+    """
+    same = folder not in known or result in (None, *_results(known[folder]))
+    return folder if same else f"{folder} ({result})"
+
+
+def _has_seen(look: Seen, folders: Set[str], since: str, until: str) -> bool:
+    """Return whether a look with a report, between two times, saw the runs of these folders.
+
+    A run that was trained again since has its result after its folder in the look, see `_place`.
     """
     names = {*look.runs}.union(run.rpartition(" (")[0] for run in look.runs)
-    return since <= look.time <= until and folders <= names and number <= len(look.runs)
+    return since <= look.time <= until and folders <= names
 
 
 def _starts(runs: pd.DataFrame) -> dict[int, datetime]:
@@ -319,6 +278,7 @@ def record_look(
         finished_seeds(runs),
         float(present.seeds),
         float(present.planned),
+        runs={},  # see below: their folders, from each sweep folder
         margins={name: str(size) for name, size in (margins or {}).items()},
         metrics=sorted(study.metrics),
         references=dict(sorted(study.references.items())),
@@ -388,8 +348,7 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
     """Return earlier plans that changed claims of the newest of `here`, for runs that compute the same.
 
     here: the plans of this study. The earlier ones are here, in a folder beside, or in one of another `out=DIR` beside.
-    A damaged file there is passed over, because this report is not about its runs. Fingerprints of an earlier form are
-    read with the records of the runs beside them.
+    A damaged file there is passed over, because this report is not about its runs.
     """
     places = [(sweep.parent, "*") for sweep in sweeps] + [(sweep.parent.parent, "*/*") for sweep in sweeps]
     folders = {path.parent for place, depth in places for path in place.glob(f"{depth}/{PlansRecord.FILE}")}
@@ -402,9 +361,8 @@ def _changed(here: list[PlannedStudy], sweeps: list[Path]) -> list[tuple[Planned
             continue
         for earlier in plans:
             if digest_of(earlier.claims) != digest_of(here[-1].claims) and alike(earlier, here[-1]):
-                known = dict(pair for each in {*sweeps, folder} for pair in digests_in(each).values())
-                later = {known.get(run, run) for plan in present if earlier.time <= plan.time for run in plan.runs}
-                found.append((earlier, len(later & {known.get(run, run) for run in earlier.runs})))
+                later = {run for plan in present if earlier.time <= plan.time for run in plan.runs}
+                found.append((earlier, len(later.intersection(earlier.runs))))
     return [(plan, same) for plan, same in found if same]
 
 

@@ -22,6 +22,7 @@ from moe.runs.planned import (
     looks_in,
     plans_in,
 )
+from moe.runs.record import MetricsRecord
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,11 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
 
 
-def record_end(cell: Cell) -> None:
-    """Add a run that has ended to the file of its sweep folder, if it has one. If that fails, log it instead."""
+def record_end(cell: Cell, *, diverged: bool) -> None:
+    """Add a run that is finished or diverged to the file of its sweep folder. If that fails, log it instead."""
     try:
-        add_ended(cell.identity(), cell.config.seed, cell.folder)
+        metrics = {} if diverged else MetricsRecord.read(cell.folder / MetricsRecord.FILE).scalars()
+        add_ended(cell.identity(), cell.config.seed, cell.folder, metrics)
     except (OSError, ValueError) as error:
         path = shown(cell.folder.parent / ENDED_FILE)
         log.error("%s: a report will not know that %s has ended: %s", path, cell.folder.name, first_line(error))

@@ -218,7 +218,7 @@ def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, 
     if ranks.is_first():
         record = run_record(cell, status, facts, error=error)
         if status == "finished" or record.diverged:
-            record_end(cell)
+            record_end(cell, diverged=record.diverged)
         record.write(cell.folder / RunRecord.FILE)
 
 

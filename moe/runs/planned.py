@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from moe.runs.record import Record, RecordError, RunRecord
 
 MOST_SEEDS = 10**9  # of a setting, that a record may name; more is a damaged number
 LARGEST_FAMILY = 10**6  # tests that a look may have made of a family or metric, likewise
+RESULT = ("val/loss", "val/perplexity")  # the first of these that a run has tells it from another training
 ENDED_FILE = "ended.jsonl"  # in a sweep folder: the runs that have ended, one `Ended` in each line
 
 
@@ -46,7 +47,7 @@ class Ended(NamedTuple):
     """A run that will not go on, because it is finished or diverged. It stays known if its folder is gone.
 
     time: when it ended, as in `PlannedStudy`. run, setting: fingerprints of its settings, with and without the seed.
-    folder: the name of its folder.
+    folder: the name of its folder. result: see `result_of`.
     """
 
     time: str
@@ -54,6 +55,7 @@ class Ended(NamedTuple):
     setting: str
     seed: int
     folder: str
+    result: str
 
 
 class Look(NamedTuple):
@@ -61,11 +63,10 @@ class Look(NamedTuple):
 
     seeds: those of the finished runs. mean_seeds: how many seeds a setting had in all looks up to this one, on average.
     planned: the number of seeds after which the study decides. runs: setting, such as "lb=0.01, noise=0.1" -> the
-    folders of its runs that had ended, from the sweep folder. A look that was written before looks named their runs has
-    0 and none of these; it saw all runs of its seeds. margins: metric -> the margin that a reader gave, as text.
-    results: folder of a run -> its final loss, as text; if the look tested a speed, followed by the time at which the
-    run started, because a run that is trained again has the same loss and another speed. metrics: those that were
-    tested. references: factor -> the level that the others were compared with, as text. decided: the words of each
+    folders of its runs that had ended, from the sweep folder. margins: metric -> the margin that a reader gave, as
+    text. results: folder of a run -> its result, see `result_of`; if the look tested a speed, followed by the time at
+    which the run started, because a run that is trained again has the same loss and another speed. metrics: those that
+    were tested. references: factor -> the level that the others were compared with, as text. decided: the words of each
     claim, without and with its fingerprint, or the levels of each comparison of the first metric if there are no claims
     -> its verdict, if it was decided. share: of the level, that the look had for its new tests. tests: name of a family
     of claims, or metric of the analysis of variance -> how many tests the look made of it.
@@ -73,9 +74,9 @@ class Look(NamedTuple):
 
     time: str
     seeds: list[int]
-    mean_seeds: float = 0.0
-    planned: float = 0.0
-    runs: dict[str, list[str]] = {}
+    mean_seeds: float
+    planned: float
+    runs: dict[str, list[str]]
     margins: dict[str, str] = {}
     metrics: list[str] = []
     references: dict[str, str] = {}
@@ -96,7 +97,7 @@ class PlansRecord(Record):
 
     def __post_init__(self) -> None:
         for number, plan in enumerate(self.plans):
-            _check_time(f"plans[{number}].time", plan.time)
+            _check_time(f"plans[{number}].time", plan.time, with_zone=True)
             _check_numbers(f"plans[{number}].seeds", plan.seeds)
             _check_numbers(f"plans[{number}].planned_seeds", [plan.planned_seeds or 0], most=MOST_SEEDS)
 
@@ -109,14 +110,6 @@ class LooksRecord(Record):
     ADVICE: ClassVar[str] = "move this file away; it says how often results were looked at"
 
     looks: dict[str, list[Look]]
-
-    @classmethod
-    def in_present_layout(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return looks without what each claim saw, which is now told by the runs."""
-        looks = content.get("looks")
-        if not isinstance(looks, dict):
-            return content
-        return content | {"looks": {name: _without_claims(of_experiment) for name, of_experiment in looks.items()}}
 
     def __post_init__(self) -> None:
         for experiment, looks in self.looks.items():
@@ -146,7 +139,7 @@ def looks_in(folder: Path) -> dict[str, list[Look]]:
 def begin_ended(folder: Path) -> None:
     """Create the file of the runs that have ended, in a sweep folder without a plan. Raises OSError.
 
-    A folder of earlier code has plans and no such file, and never gets one: it would lack the runs that ended before.
+    A folder that has plans lost its file, and gets no new one: that would lack the runs that ended before.
     """
     path = folder / ENDED_FILE
     if not path.exists() and not (folder / PlansRecord.FILE).exists():
@@ -155,21 +148,26 @@ def begin_ended(folder: Path) -> None:
             path.chmod(shared_mode(folder))
 
 
-def add_ended(identity: dict[str, Any], seed: int, folder: Path) -> None:
+def add_ended(identity: dict[str, Any], seed: int, folder: Path, metrics: Mapping[str, Any]) -> None:
     """Append a run that has ended to the file of its sweep folder, if that has one. Raises OSError and LinkError.
 
-    A line is written at once, so that runs which end at the same time need no lock. It begins anew after a torn one.
-    identity: see `RunRecord`. folder:
-    that of the run.
+    A line is written at once, so that runs which end at the same time need no lock. After a torn line, it begins a new
+    one. identity: see `RunRecord`. folder: that of the run. metrics: its final metrics; none if it diverged.
     """
     path = folder.parent / ENDED_FILE
     if path.exists():
         setting = digest_of_run({key: value for key, value in identity.items() if key != "seed"})
-        ended = Ended(datetime.now(UTC).isoformat(), digest_of_run(identity), setting, seed, folder.name)
+        time, result = datetime.now(UTC).isoformat(), result_of(metrics)
+        ended = Ended(time, digest_of_run(identity), setting, seed, folder.name, result)
         known = read_text(path)
         torn = bool(known) and not known.endswith("\n")
         with open_unlinked(path, "a") as file:
             file.write("\n" * torn + json.dumps(ended._asdict()) + "\n")
+
+
+def result_of(metrics: Mapping[str, Any]) -> str:
+    """Return what tells two trainings of a run apart: its final validation loss, as text; "nan" if it has none."""
+    return repr(float(next((metrics[name] for name in RESULT if metrics.get(name) is not None), math.nan)))
 
 
 def ended_in(folder: Path) -> list[Ended] | None:
@@ -190,7 +188,7 @@ def ended_in(folder: Path) -> list[Ended] | None:
                 continue
             try:
                 ended = parse(Ended, content)
-                _check_time("time", ended.time)
+                _check_time("time", ended.time, with_zone=True)
                 _check_folders("folder", [ended.folder])
             except ValueError as error:
                 raise ValueError(f"line {number}: {first_line(error)}") from None
@@ -202,22 +200,14 @@ def ended_in(folder: Path) -> list[Ended] | None:
     return found
 
 
-def _without_claims(looks: Any) -> Any:
-    """Return looks without their claims. What is no look stays as it is."""
-    if not isinstance(looks, list):
-        return looks
-    return [
-        {key: value for key, value in look.items() if key != "claims"} if isinstance(look, dict) else look
-        for look in looks
-    ]
-
-
-def _check_time(place: str, time: str) -> None:
-    """Raise ValueError unless a text is a time."""
+def _check_time(place: str, time: str, *, with_zone: bool = False) -> None:
+    """Raise ValueError unless a text is a time. with_zone: it has to tell its zone."""
     try:
-        datetime.fromisoformat(time)
+        zone = datetime.fromisoformat(time).tzinfo
     except ValueError:
-        raise ValueError(f"{place} has {time!r:.40}: must be a time such as 2026-11-27T09:30:00+00:00") from None
+        zone, with_zone = None, True
+    if with_zone and zone is None:
+        raise ValueError(f"{place} has {time!r:.40}: must be a time such as 2026-11-27T09:30:00+00:00")
 
 
 def _check_numbers(place: str, numbers: Iterable[int | float], most: int | float = math.inf) -> None:
@@ -253,12 +243,8 @@ def digest_of_run(identity: dict[str, Any]) -> str:
     return digest_of(fingerprint(without_defaults(identity)))
 
 
-def digests_in(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return two fingerprints of each run in a sweep folder, by the name of its folder.
-
-    The first is that of the time when keys with their defaults counted. Plans of that time have it, and the records of
-    their runs tell which run each of them is. A record that cannot be read tells nothing.
-    """
+def digests_in(folder: Path) -> dict[str, str]:
+    """Return the fingerprint of each run in a sweep folder, by the name of its folder; none of an unreadable record."""
     found = {}
     for path in folder.glob(f"*/{RunRecord.FILE}"):
         try:
@@ -267,7 +253,7 @@ def digests_in(folder: Path) -> dict[str, tuple[str, str]]:
             continue
         identity = record.get("identity") if isinstance(record, dict) else None
         if isinstance(identity, dict):
-            found[path.parent.name] = (digest_of(fingerprint(identity)), digest_of_run(identity))
+            found[path.parent.name] = digest_of_run(identity)
     return found
 
 

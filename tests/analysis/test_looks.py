@@ -6,9 +6,11 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -60,7 +62,6 @@ from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
-from moe.config.keys import fingerprint
 from moe.config.question import Part
 from moe.runs.planned import (
     ENDED_FILE,
@@ -69,11 +70,9 @@ from moe.runs.planned import (
     LooksRecord,
     PlannedStudy,
     PlansRecord,
-    digest_of,
-    digest_of_run,
     looks_in,
 )
-from moe.runs.record import FORMAT, RecordError, RunRecord, SweepRecord
+from moe.runs.record import FORMAT, RecordError, SweepRecord
 
 CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 
@@ -955,20 +954,6 @@ def test_a_folder_is_the_same_study_whatever_link_leads_to_it(link: str, runs: p
     assert not [*(tmp_path / "other").glob("*.json")]
 
 
-def test_a_run_is_read_once_if_the_report_has_it(
-    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plan names runs that the report leaves out. Only these have a fingerprint that must be computed."""
-    plan = PlannedStudy("2026-02-01T00:00:00+00:00", "noise_lb_seed", [], [0, 1, 2], None, ["none of these"])
-    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    read: list[str] = []
-    monkeypatch.setattr("moe.analysis.recorded._digest", lambda folder: read.append(folder))
-    some = runs["seed"] < 3
-    study_of(runs[some])
-    assert {*read} == {*group_of(runs[~some])}
-    assert len(read) == (~some).sum()
-
-
 def test_a_folder_that_cannot_be_written_to_is_said(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", ".looks.json.1.tmp")
@@ -1099,81 +1084,25 @@ def test_a_run_without_a_partner_is_no_look_at_a_claim(runs: pd.DataFrame) -> No
     assert again["tests"].tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("of_second", "ended"), [("12:00", [0, 1, 2]), ("09:00", [])])
-def test_seeds_that_had_ended_when_others_were_added_are_a_look(
-    of_second: str, ended: list[int], runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seeds 0 to 2 run from 10:00 to 11:00. A second command that adds seeds earlier cannot know their results."""
-    old = runs["seed"] < 3
-    runs = runs.assign(
-        folder=runs["folder"] + runs.index.astype(str),
-        started=old.map({True: "2026-02-01T10:00:00+00:00", False: "2026-02-01T13:00:00+00:00"}),
-        seconds=3600.0,
-    )
-    plans = [
-        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, [f"of seed {s}" for s in seeds])
-        for time, seeds in (("08:00", [0, 1, 2]), (of_second, [0, 1, 2, 3, 4]), ("20:00", [3, 4]))
-    ]
-    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    there = {f"of seed {seed}": (f"earlier of seed {seed}", f"of seed {seed}") for seed in range(5)}
-    monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda folder: there)
-    study = study_of(runs)
-    assert [{study.runs[run].seed for run in look.runs} for look in study.earlier] == ([{*ended}] if ended else [])
-    tests = [group_of(runs), *(compared(claim, members).runs for claim, members in planned_claims(runs))]
-    assert {study.share(test) for test in tests} == {FURTHER if ended else 1.0}
-    assert study_of(runs.assign(planned_seeds=5)).looks.share() == pytest.approx(1 - spent(0.6) if ended else 1)
-    old_form = [plan._replace(runs=[f"earlier {run}" for run in plan.runs]) for plan in plans]
-    PlansRecord(plans=[*old_form[:2], plans[2]]).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    assert study_of(runs).earlier == study.earlier, "fingerprints of both forms are those of the same runs"
-    del there["of seed 2"]  # its runs were moved away after they had ended
-    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    rest = runs[runs["seed"] < 2]
-    assert study_of(rest).share(group_of(rest)) == (FURTHER if ended else 1.0), "without them the look gives nothing"
-    there["of seed 2"] = ("earlier of seed 2", "of seed 2")
-    report = Look("2026-02-01T11:30:00+00:00", [0, 1, 2])
-    LooksRecord(looks={"noise_lb_seed": [report]}).write(tmp_path / "sweeps" / "noise" / "looks.json")
-    assert {study_of(runs).share(test) for test in tests} == {FURTHER}, "a report about these seeds is the same look"
-
-
-def test_runs_that_a_report_leaves_out_count_in_the_look_at_the_end_of_a_command(
-    runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seeds 0 to 2 had ended when seeds 3 and 4 were added. Whatever part of them a report has, it is a second look."""
-    old = runs["seed"] < 3
-    started = old.map({True: "2026-02-01T10:00:00+00:00", False: "2026-02-01T13:00:00+00:00"})
-    runs = runs.assign(started=started, seconds=3600.0)
-    monkeypatch.setattr("moe.analysis.recorded.read_run", lambda folder: {"folder": str(folder)})
-    monkeypatch.setattr(
-        "moe.analysis.recorded.table_of", lambda rows: runs[runs["folder"].isin([row["folder"] for row in rows])]
-    )
-    of_all = digest_of_run(RunRecord.read(Path(runs["folder"].iloc[0]) / RunRecord.FILE).identity)
-    plans = [
-        PlannedStudy(f"2026-02-01T{time}:00+00:00", "noise_lb_seed", [], seeds, None, names)
-        for time, seeds, names in (("08:00", [0, 1, 2], [of_all]), ("12:00", [0, 1, 2, 3, 4], [of_all, "of seed 3"]))
-    ]
-    PlansRecord(plans=plans).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    monkeypatch.setattr("moe.analysis.recorded._digests", lambda sweeps: ({of_all: of_all}, {of_all: "there"}))
-    for part in (runs["seed"] < 5, runs["seed"] < 2, runs["seed"] > 2, old & (runs["noise"] < 0.5)):
-        assert study_of(runs[part]).share(group_of(runs[part])) == FURTHER
-    assert study_of(runs[old]).share(group_of(runs[old])) == 1, "just the runs that had ended"
-    runs["planned_seeds"] = old.map({True: None, False: 5})
-    assert study_of(runs[~old]).planned is None, "the first command planned no number"
-    assert study_of(runs[~old]).share(group_of(runs[~old])) == FURTHER
-
-
 Command = tuple[Sets, int | None, int]  # the runs that had not begun, planned_seeds, and how many of the runs ended
 
 
 def study_after(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, there: Sets, *commands: Command, report: Look | None = None
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: Sets,
+    *commands: Command,
+    report: Look | None = None,
+    results: Mapping[int, float] = MappingProxyType({}),
 ) -> Study:
     """Return the study of runs that are there, after one command a day, of each of which the first runs ended.
 
     A run that is there was trained by the last command that names it. The folders of all others were deleted. report:
-    one that was written.
+    one that was written. results: the loss of all runs of a day; 1 by default.
     """
     names = {f"{name} {seed}": (name, seed) for name, seeds in there.items() for seed in seeds}
     plans, started, planned_seeds = list[PlannedStudy](), dict[str, str](), dict[str, int | None]()
+    days = dict[str, int]()
     folder.mkdir()
     with (folder / ENDED_FILE).open("w") as file:
         for day, (sets, planned, number) in enumerate(commands, 1):
@@ -1182,16 +1111,18 @@ def study_after(
             plans.append(PlannedStudy(f"2026-01-{day:02}T10:00:00+00:00", "x", [], seeds, planned, runs))
             started |= dict.fromkeys(runs, plans[-1].time)
             planned_seeds |= dict.fromkeys(runs, planned)
+            days |= dict.fromkeys(runs, day)
             for run in runs[:number]:
                 setting, _, seed = run.partition(" ")
-                ended = Ended(f"2026-01-{day:02}T11:00:00.5+00:00", run, setting, int(seed), run)
+                result = repr(results.get(day, 1.0))
+                ended = Ended(f"2026-01-{day:02}T11:00:00.5+00:00", run, setting, int(seed), run, result)
                 file.write(json.dumps(ended._asdict()) + "\n")
     PlansRecord(plans=plans).write(folder / "plans.json")
     if report:
         LooksRecord(looks={"x": [report]}).write(folder / "looks.json")
     for name in names:
         (folder / name).mkdir()
-    monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda _: {name: (name, name) for name in names})
+    monkeypatch.setattr("moe.analysis.recorded.digests_in", lambda _: {name: name for name in names})
     rows = [
         {
             "x": x,
@@ -1199,6 +1130,7 @@ def study_after(
             "folder": str(folder / name),
             "started": started[name],
             "planned_seeds": planned_seeds[name],
+            "val/loss": results.get(days[name], 1.0),
         }
         for name, (x, seed) in names.items()
     ]
@@ -1251,41 +1183,53 @@ def test_runs_that_had_ended_before_more_were_added_are_a_look_also_if_they_were
         level = study_after(tmp_path / f"level {share}", monkeypatch, there, (three, None, 9), (new, None, 6))
         own = frozenset(folder for folder, run in level.runs.items() if run.seed < 4 and "x=2" not in run.setting)
         assert level.share(own) == share, "the look gives nothing if it saw a level that is gone"
+    for part in (both(1, 2, 3, 4, 5), both(1, 2), both(4, 5), {"x=0": [1, 2, 3]}):
+        left_out = study_after(tmp_path / f"part {part}", monkeypatch, part, (old, None, 6), (more, None, 10))
+        assert left_out.looks.share() == FURTHER, "whatever part of the runs a report has"
 
 
-@pytest.mark.parametrize("earlier_code", [False, True])
 @pytest.mark.parametrize("run", ["is gone", "was trained again", "has another result"])
 def test_a_run_of_a_report_that_is_gone_or_trained_again_makes_no_further_look_of_the_next_command(
-    run: str, earlier_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report saw three seeds, and a command added two. That command saw what the report had seen, and no more."""
     old, more, one = both(1, 2, 3), both(4, 5), {"x=1": [3]}
     commands: list[Command] = [(old, None, 6), (more, None, 4), *([] if run == "is gone" else [(one, None, 1)])]
     there = {"x=0": [1, 2, 3, 4, 5], "x=1": [1, 2, 4, 5] if run == "is gone" else [1, 2, 3, 4, 5]}
     names = {name: [f"{name} {seed}" for seed in seeds] for name, seeds in old.items()}
-    results = {"x=1 3": "another" if run == "has another result" else repr(True)}
+    results = {"x=1 3": "another" if run == "has another result" else "1.0"}
     report = Look("2026-01-01T12:00:00+00:00", [1, 2, 3], 3.0, 3.0, names, results=results)
-    if earlier_code:
-        monkeypatch.setattr("moe.analysis.recorded.ENDED_FILE", "none")
-        monkeypatch.setattr("moe.analysis.recorded.ended_in", lambda _: None)
     later = study_after(tmp_path / "sweep", monkeypatch, there, *commands, report=report)
     assert [look.time for look in later.earlier] == [report.time]
     assert later.looks.share() == FURTHER
     late = report._replace(time="2026-01-01T10:30:00+00:00")
     again = study_after(tmp_path / "early", monkeypatch, there, *commands, report=late)
-    new = run != "is gone" and not earlier_code  # which does not tell when that run had ended at first
-    assert len(again.distinct) == (3 if new else 2), "that run ended after the report"
+    assert len(again.distinct) == (3 if run == "has another result" else 2), "that run ended after the report"
 
 
 def test_runs_that_were_trained_again_after_a_second_command_are_not_those_that_it_saw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report leaves out the seed that the second command added, so it has just the runs that had ended before."""
+    """A report leaves out the seed that the second command added. It is the same look only with the same results."""
     three, four = both(1, 2, 3), {"x=0": [4], "x=1": [4]}
     first = study_after(tmp_path / "first", monkeypatch, three, (three, None, 6), (four, None, 2))
     assert first.looks.share() == 1, "the look at the start of the second command is this one"
-    again = study_after(tmp_path / "again", monkeypatch, three, (three, None, 6), (four, None, 2), (three, None, 6))
-    assert again.looks.share() == FURTHER
+    commands: list[Command] = [(three, None, 6), (four, None, 2), (three, None, 6)]
+    again = study_after(tmp_path / "again", monkeypatch, three, *commands)
+    assert again.looks.share() == 1, "the same results"
+    other = study_after(tmp_path / "other", monkeypatch, three, *commands, results={3: 2.0})
+    assert other.looks.share() == FURTHER
+    assert {*other.earlier[0].runs} == {f"{folder} (1.0)" for folder in other.runs}
+
+
+def test_a_copy_without_the_list_of_ended_runs_is_said(runs: pd.DataFrame, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "noise"
+    plan = PlannedStudy("2026-02-01T00:00:00+00:00", "noise_lb_seed", [], [0, 1, 2], None, ["a"])
+    PlansRecord(plans=[plan]).write(sweep / "plans.json")
+    [warning] = warnings_of_looks(study_of(runs))
+    assert warning.startswith("**There is no `ended.jsonl` beside `plans.json`.** So this report does not know")
+    (sweep / ENDED_FILE).touch()
+    assert list(warnings_of_looks(study_of(runs))) == []
 
 
 def test_a_study_of_other_settings_that_was_deleted_costs_nothing(
@@ -1295,20 +1239,6 @@ def test_a_study_of_other_settings_that_was_deleted_costs_nothing(
     three = both(1, 2, 3)
     later = study_after(tmp_path / "sweep", monkeypatch, three, (pilot, 2, 4), (three, 3, 6))
     assert (later.planned, later.earlier) == (3, [])
-
-
-def test_a_folder_of_earlier_code_does_not_tell_which_runs_had_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So each run that was planned and is not there may have ended."""
-    monkeypatch.setattr("moe.analysis.recorded.ENDED_FILE", "none")
-    monkeypatch.setattr("moe.analysis.recorded.ended_in", lambda _: None)
-    old, new = both(1, 2, 3), both(4, 5)
-    later = study_after(
-        tmp_path / "sweep", monkeypatch, both(1, 2, 3, 4, 5), (old | {"x=2": [9]}, None, 6), (new, None, 4)
-    )
-    [look] = later.earlier
-    assert [run for run, setting in look.runs.items() if setting == "unknown"] == ["x=2 9"]
 
 
 def test_each_earlier_look_with_another_verdict_is_named_with_its_own_seeds(runs: pd.DataFrame) -> None:
@@ -1398,25 +1328,10 @@ def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -
     assert block_as_markdown(Cards([second])).count(f". {second.advice}") == 1
 
 
-def test_a_look_from_before_tests_had_names_counts(runs: pd.DataFrame, tmp_path: Path) -> None:
-    """It has the words of each claim and a number of seeds. The first claim was added after two seeds had run."""
-    path = tmp_path / "sweeps" / "noise" / "looks.json"
-    (claim, _), (other, _), *_ = planned_claims(runs)
-    late = runs["seed"] < 2
-    runs.loc[late, "claims"] = [json.dumps(json.loads(claims)[1:]) for claims in runs.loc[late, "claims"]]
-    seeds = {claim.text: 2, other.text: 4, "removed since": 4}
-    look = {"time": "2026-01-01T00:00:00+00:00", "seeds": [0, 1, 2, 3], "claims": seeds}
-    path.write_text(json.dumps({"format": 7, "looks": {"noise_lb_seed": [look]}}))
-    for first, share in ((runs[runs["seed"] < 4], 1.0), (runs, FURTHER)):  # the same runs again, and more
-        assert {study_of(first).share(compared(*each).runs) for each in planned_claims(first)} == {share}
-    assert record_look(runs, study_of(runs)) == ""
-    looks = LooksRecord.read(path).looks["noise_lb_seed"]
-    assert [(each.seeds, bool(each.runs)) for each in looks] == [([0, 1, 2, 3], False), ([0, 1, 2, 3, 4], True)]
-
-
 def look_with(field: str) -> str:
-    """Return the text of a record of one look with a field."""
-    return f'{{"looks": {{"a": [{{"time": "2026-01-01", "seeds": [1, 2], {field}}}]}}}}'
+    """Return the text of a record of one look, of which a field is replaced."""
+    look = {"time": "2026-01-01", "seeds": [1, 2], "mean_seeds": 2, "planned": 2, "runs": {}}
+    return f'{{"looks": {{"a": [{json.dumps(look)[:-1]}, {field}}}]}}}}'
 
 
 @pytest.mark.parametrize(
@@ -1426,13 +1341,29 @@ def look_with(field: str) -> str:
         ("looks.json", '{"format": 1, "looks": {}}', "written by another version"),
         (
             "looks.json",
-            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "runs": {"c": 3}}]}}',
+            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "mean_seeds": 2, "planned": 2, "runs": {"c": 3}}]}}',
             "must be a list",
         ),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [1, 2], "runs": ["c"]}]}}', "must be an object"),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": 2, "claims": {"c": 2}}]}}', "must be a list"),
-        ("looks.json", '{"looks": {"a": [{"time": "", "claims": {"c": 2}}]}}', "seeds is missing"),
-        ("looks.json", '{"looks": {"a": [{"time": "", "seeds": [-1], "claims": {}}]}}', "seeds has -1"),
+        (
+            "looks.json",
+            '{"looks": {"a": [{"time": "", "seeds": [1, 2], "mean_seeds": 2, "planned": 2, "runs": ["c"]}]}}',
+            "must be an object",
+        ),
+        (
+            "looks.json",
+            '{"looks": {"a": [{"time": "", "seeds": 2, "mean_seeds": 2, "planned": 2, "runs": {}}]}}',
+            "must be a list",
+        ),
+        (
+            "looks.json",
+            '{"looks": {"a": [{"time": "", "mean_seeds": 2, "planned": 2, "runs": {}}]}}',
+            "seeds is missing",
+        ),
+        (
+            "looks.json",
+            '{"looks": {"a": [{"time": "", "seeds": [-1], "mean_seeds": 2, "planned": 2, "runs": {}}]}}',
+            "seeds has -1",
+        ),
         ("looks.json", look_with('"planned": Infinity'), "planned has inf: must be from 0 to 1000000000"),
         ("looks.json", look_with('"planned": 1e300'), "planned has 1e+300: must be from 0 to 1000000000"),
         ("looks.json", look_with('"mean_seeds": Infinity'), "mean_seeds has inf: must be from 0 to"),
@@ -1442,13 +1373,19 @@ def look_with(field: str) -> str:
         ("looks.json", look_with('"runs": {"c": ["a\\u0000b"]}'), r"runs has 'a\x00b': must be names of folders"),
         ("plans.json", "[]", "must be an object"),
         (
+            "plans.json",
+            f'{{"format": {FORMAT}, "plans": [{{"time": "2026-01-01T10:00:00", "experiment": "x", "claims": [], '
+            '"seeds": [1], "planned_seeds": null, "runs": []}]}',
+            "plans[0].time has '2026-01-01T10:00:00': must be a time such as",
+        ),
+        (
             "ended.jsonl",
-            '{"time": "now", "run": "a", "setting": "b", "seed": 1, "folder": "c"}\n',
+            '{"time": "now", "run": "a", "setting": "b", "seed": 1, "folder": "c", "result": "1.0"}\n',
             "line 1: time has 'now': must be a time",
         ),
         (
             "ended.jsonl",
-            '{"time": "2026-01-01", "run": "a", "setting": "b", "seed": "1", "folder": "c"}\n',
+            '{"time": "2026-01-01T00:00Z", "run": "a", "setting": "b", "seed": "1", "folder": "c", "result": "1.0"}\n',
             "line 1: seed is '1'",
         ),
         ("ended.jsonl", "[]\n", "line 1: the content is []: must be an object"),
@@ -1485,7 +1422,7 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     [(name, fact)] = planned_facts(study)
     assert name == "Planned"
     assert plan.digest not in fact, "a text shows eight characters"
-    written = "1 claim, seeds {}, written down {}, before the first step, fingerprint {}"
+    written = "1 claim, seeds {}, planned_seeds=5, written down {}, before the first step, fingerprint {}"
     of_first = written.format("0, 1", plan.time, plan.digest[:8])
     assert fact == f"{of_first}; planned number of seeds: none"
     later = plan._replace(time="2026-01-03T00:00:00+00:00", seeds=[2], runs=["d"])
@@ -1499,23 +1436,9 @@ def test_claims_that_were_changed_for_the_same_runs_are_shown(runs: pd.DataFrame
     assert study_of(runs).changed == []  # the claims of that later plan were changed, not these
     [(_, fact)] = planned_facts(replace(study, plans=[plan, later]))
     assert f"{of_first}; the newest of 2 plans: {written.format('2', later.time, later.digest[:8])}; " in fact
+    [(_, fact)] = planned_facts(replace(study, plans=[plan, later._replace(planned_seeds=3)], planned=5))
+    assert fact.endswith("; planned number of seeds: 5 (that of the first plan of which a run has ended)")
     assert plan.digest == plan._replace(time="later").digest != other.digest
-
-
-def test_digests_of_an_earlier_form_are_read_with_the_records_of_their_runs(runs: pd.DataFrame, tmp_path: Path) -> None:
-    """They covered keys with their defaults too. A record that cannot be read tells nothing, and stops no report."""
-    identity = {"noise": 0.5, "lb_first": 0.0}
-    beside = tmp_path / "sweeps" / "before"
-    for name, text in (("a", json.dumps({"identity": identity})), ("b", "{"), ("c", "[]"), ("d", '{"identity": [1]}')):
-        (beside / name).mkdir(parents=True)
-        (beside / name / "run.json").write_text(text)
-    old, new = digest_of(fingerprint(identity)), digest_of_run(identity)
-    assert new == digest_of_run({"noise": 0.5}) != old
-    plan = PlannedStudy("2026-01-02T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)], [0, 1], 5, [new])
-    other = plan._replace(time="2026-01-01T00:00:00+00:00", claims=[asdict(CLAIM) | {"kind": "lower"}], runs=[old])
-    PlansRecord(plans=[plan]).write(tmp_path / "sweeps" / "noise" / "plans.json")
-    PlansRecord(plans=[other]).write(beside / "plans.json")
-    assert study_of(runs).changed == [(other, 1)]
 
 
 def test_plans_about_another_factor_or_metric_are_no_changed_claims(runs: pd.DataFrame, tmp_path: Path) -> None:
@@ -1540,6 +1463,7 @@ def test_claims_that_were_changed_when_seeds_were_added_are_shown(runs: pd.DataF
     old = PlannedStudy("2026-01-01T00:00:00+00:00", "noise_lb_seed", [asdict(CLAIM)] * 8, [0, 1], None, ["a", "b"])
     new = old._replace(time="2026-01-02T00:00:00+00:00", claims=[asdict(CLAIM)], seeds=[0, 1, 2], runs=["c"])
     PlansRecord(plans=[old, new]).write(tmp_path / "sweeps" / "noise" / "plans.json")
+    (tmp_path / "sweeps" / "noise" / ENDED_FILE).touch()
     study = study_of(runs)
     assert study.changed == []
     [told] = warnings_of_looks(study)

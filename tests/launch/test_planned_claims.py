@@ -16,6 +16,7 @@ from moe.launch.claims import LEFT_OUT
 from moe.launch.command_line import read_cells
 from moe.launch.plans import kept_claims, not_comparable, record_plan
 from moe.launch.run import run, write_run_record
+from moe.runs.events import read_events
 from moe.runs.planned import ENDED_FILE, add_ended, begin_ended, digest_of_run, ended_in, plans_in
 from moe.runs.record import RecordError
 
@@ -185,6 +186,8 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
     ended = ended_in(sweep) or []
     assert [each.run for each in ended] == plan.runs
     assert [each.seed for each in ended] == [cell.config.seed for cell in cells]
+    [*_, evaluated] = (event for event in read_events(cells[0].folder / "events.jsonl") if event["kind"] == "eval")
+    assert [each.result for each in ended] == [repr(evaluated["val/loss"]), *["nan"] * 3]
     settings = [each.setting for each in ended]
     assert (settings[0] == settings[1]) == (cells[0].config.noise == cells[1].config.noise)
     assert len({*settings}) == 2
@@ -206,11 +209,11 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
 def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     begin_ended(tmp_path)
     for seed in (1, 2):
-        add_ended({"seed": seed}, seed, tmp_path / str(seed))
+        add_ended({"seed": seed}, seed, tmp_path / str(seed), {"val/loss": 1.0})
     path = tmp_path / ENDED_FILE
     path.write_text(path.read_text()[:-40])
     assert [each.seed for each in ended_in(tmp_path) or []] == [1]
-    add_ended({"seed": 3}, 3, tmp_path / "3")
+    add_ended({"seed": 3}, 3, tmp_path / "3", {})
     assert [each.seed for each in ended_in(tmp_path) or []] == [1, 3]
 
 
@@ -225,7 +228,7 @@ def test_a_plan_that_comes_back_is_written_down_again(tmp_path: Path) -> None:
 def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> None:
     begin_ended(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        [*pool.map(lambda seed: add_ended({"noise": 0.5, "seed": seed}, seed, tmp_path / str(seed)), range(200))]
+        [*pool.map(lambda seed: add_ended({"noise": 0.5, "seed": seed}, seed, tmp_path / str(seed), {}), range(200))]
     ended = ended_in(tmp_path) or []
     assert sorted(each.seed for each in ended) == [*range(200)]
     assert len({each.setting for each in ended}) == 1
@@ -234,7 +237,7 @@ def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> 
 def test_commands_that_begin_at_the_same_time_share_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one looked before the first one had created it."""
     begin_ended(tmp_path)
-    add_ended({"seed": 1}, 1, tmp_path / "a")
+    add_ended({"seed": 1}, 1, tmp_path / "a", {})
     with monkeypatch.context() as patched:
         patched.setattr(Path, "exists", lambda self: False)
         begin_ended(tmp_path)

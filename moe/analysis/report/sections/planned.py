@@ -39,6 +39,9 @@ NO_RECORD = """\
 unknown: no record of a plan or of an earlier look was found beside the runs, so this report takes its look for the
 first one. If the runs are a copy, copy `plans.json`, `looks.json` and `ended.jsonl` too"""
 NO_PLAN = "unknown: no record of a plan was found beside the runs"
+ENDS_UNKNOWN = """\
+**There is no `ended.jsonl` beside `plans.json`.** So this report does not know which runs had ended before a later
+command, and its tests may have too large a share of the 5 %. If the runs are a copy, copy this file too."""
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "the {seeds}, which decide because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the number of the first look decides. "
@@ -155,6 +158,8 @@ def planned_facts(study: Study) -> list[tuple[str, str]]:
         records = NO_PLAN if study.earlier else NO_RECORD
         return [("Planned", records)] if study.here and study.testable else []
     until = f"planned number of seeds: {study.planned or 'none'}"
+    if len({plan.planned_seeds for plan in study.plans}) > 1:
+        until += " (that of the first plan of which a run has ended)"
     first, *later = (_plan_in_words(plan, study.starts) for plan in study.plans)
     newest = f"; the newest of {len(study.plans)} plans: {later[-1]}" if later else ""
     return [("Planned", literal(f"{first}{newest}; {until}"))]
@@ -170,7 +175,8 @@ def _plan_in_words(plan: PlannedStudy, starts: Mapping[int, datetime]) -> str:
     which = f"the runs of seed{'s' * (len(new) > 1)} {_numbers(new)}" if new else f"{len(plan.runs)} of its runs"
     before = "before the first step" + (f" of {which}" if new != plan.seeds else "")
     written = f"written down {plan.time}, {before}, fingerprint {short(plan.digest)}"
-    return f"{_claims(len(plan.claims))}, seeds {_numbers(plan.seeds)}, {written}"
+    decides = f", planned_seeds={plan.planned_seeds}" if plan.planned_seeds else ""
+    return f"{_claims(len(plan.claims))}, seeds {_numbers(plan.seeds)}{decides}, {written}"
 
 
 def _numbers(numbers: Sequence[int]) -> str:
@@ -200,6 +206,8 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
     looks = study.looks
     if not study.testable:
         return
+    if not study.ends_known:
+        yield ENDS_UNKNOWN
     if study.unwritten:
         yield NOT_WRITTEN.format(why=literal(study.unwritten))
     now, before = looks.seeds[looks.place], looks.seeds[: looks.place]
