@@ -6,7 +6,7 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.sections.headline import effect, later_tokens
 from moe.analysis.report.sections.league import order_of_routers
-from moe.analysis.report.sections.planned import verdict_at
+from moe.analysis.report.sections.planned import name_in_looks
 from moe.analysis.report.sections.scaling import laws_in_words
 from moe.analysis.sentences import UNDECIDED, UNTESTED, enumerated
 from moe.checks import plain
@@ -64,7 +64,8 @@ def _open(judged: Judgment, inputs: ReportInputs) -> str:
 
 def _earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
     """Return what the looks that decided a claim said of it; "" if none did."""
-    found = dict.fromkeys(filter(None, (verdict_at(look, judged, inputs) for look in inputs.study.earlier)))
+    name = name_in_looks(judged, inputs)
+    found = dict.fromkeys(look.decided[name] for look in inputs.study.earlier if name in look.decided)
     if len(found) > 1:
         return f"but earlier looks found it {enumerated([*found])}, which all stay valid"
     return f"but an earlier look found it {next(iter(found))}, which stays valid" if found else ""

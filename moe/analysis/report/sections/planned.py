@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pandas as pd
 
-from moe.analysis.looks import FURTHER, Question, Seen, Study
+from moe.analysis.looks import FURTHER, Question, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
@@ -94,20 +94,19 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
 
 
 def decisions(inputs: ReportInputs) -> dict[str, str]:
-    """Return the decided claims or comparisons of the report with their verdicts.
+    """Return the verdicts of the decided claims and comparisons of the report, by the names that looks give them."""
+    return {name_in_looks(each, inputs): each.verdict for each in _judged(inputs) if each.decided}
 
-    Claims are there twice: by their words, and by their words with the fingerprint of what they claim.
+
+def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
+    """Return the name under which a look records a verdict: the words; of a claim also the fingerprint.
+
+    A later command may change a claim and keep its words.
     """
-    decided = [each for each in _judged(inputs) if each.decided]
-    by_words = {each.title: each.verdict for each in decided}
-    return by_words | {_with_fingerprint(each, inputs): each.verdict for each in decided if each.planned}
-
-
-def _with_fingerprint(judged: Judgment, inputs: ReportInputs) -> str:
-    """Return the words of a claim with its fingerprint: a later command may change a claim and keep its words."""
-    known = claims_of(inputs)
-    number = judged.row if judged.row is not None and judged.row < len(known) else None
-    return f"{judged.text} [{'' if number is None else short(digest_of(asdict(known[number][0])))}]"
+    known = claims_of(inputs) if judged.planned else []
+    if judged.row is None or judged.row >= len(known):
+        return judged.title
+    return f"{judged.text} [{short(digest_of(asdict(known[judged.row][0])))}]"
 
 
 def _judged(inputs: ReportInputs) -> list[Judgment]:
@@ -123,30 +122,15 @@ def _judged(inputs: ReportInputs) -> list[Judgment]:
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
-    said, judged = [], _judged(inputs)
+    said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
     for look in inputs.study.earlier:
-        earlier = {each.title: (each, verdict_at(look, each, inputs)) for each in judged}
-        lost = {text: verdict for text, (now, verdict) in earlier.items() if verdict and _decision(now) != verdict}
+        earlier = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
+        lost = {now.title: verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
         if lost and (lost, look.runs) not in said:
             said.append((lost, look.runs))
             found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
             seeds = len(look.runs) / len({*look.runs.values()})
             yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(found))
-
-
-def _decision(judged: Judgment) -> str:
-    return judged.verdict if judged.decided else ""
-
-
-def verdict_at(look: Seen, judged: Judgment, inputs: ReportInputs) -> str:
-    """Return what an earlier look decided about a claim or comparison; "" if nothing.
-
-    A look without fingerprints of claims, of earlier code, tells nothing about two claims in the same words.
-    """
-    if judged.planned and any(key.startswith(f"{judged.text} [") for key in look.decided):
-        return look.decided.get(_with_fingerprint(judged, inputs), "")
-    alone = sum(each.text == judged.text for each in inputs.judgments) < 2
-    return look.decided.get(judged.title, "") if alone else ""
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
