@@ -39,17 +39,19 @@ def study_of(runs: pd.DataFrame) -> Study:
     experiment = str(runs["experiment"].iloc[0])
     known = _known(runs)
     of_sweep = "varied" in runs and runs["varied"].notna().any()  # otherwise the folder of each run was given
-    study = experiment if of_sweep else _grid_of(runs) or experiment
+    grid = "" if of_sweep else _grid_of(runs)
+    study = grid or experiment
     names = {study, study.partition(": ")[0]}  # the second is that of a report about folders of runs
     looks = _looks_about(runs, known, study, None if not of_sweep else names)
     plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
     plans = sorted(
-        (plan for plan in plans if plan.experiment == experiment or not of_sweep), key=lambda plan: plan.time
+        (plan for plan in plans if plan.experiment == study or not (of_sweep or grid)), key=lambda plan: plan.time
     )
-    ended = _ended(_sweeps(runs), plans)
+    places = {run: place_of(sweep / name) for sweep in _sweeps(runs) for name, run in digests_in(sweep).items()}
+    ended = _ended(_sweeps(runs), plans, places)
     first_planned = _first_planned(runs, plans, ended)
     looks = _of_one_report(looks, known)
-    looks += _without_report(known, plans, ended, first_planned, looks)
+    looks += _without_report(known, plans, ended, places, first_planned, looks)
     return Study(
         name=study,
         planned=first_planned,
@@ -159,18 +161,17 @@ def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
     return {folder: setting for folder, setting in look.runs.items() if folder not in known}
 
 
-def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy]) -> list[Ended]:
+def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[str, str]) -> list[Ended]:
     """Return the runs of these plans that have ended, also those that are gone since, in the order of time.
 
     Their folders have the whole path: that of the run with the same settings that is there, else that of the past.
     Runs of a plan with no setting that is there are left out: they are another study, such as a pilot that was deleted.
+    places: the folders of the runs that are there, by their fingerprints.
     """
-    of_sweep = {sweep: ended for sweep in sweeps if (ended := ended_in(sweep))}
-    places = {run: place_of(sweep / name) for sweep in of_sweep for name, run in digests_in(sweep).items()}
     found = sorted(
         each._replace(folder=places.get(each.run, place_of(sweep / each.folder)))
-        for sweep, ended in of_sweep.items()
-        for each in ended
+        for sweep in sweeps
+        for each in ended_in(sweep) or []
     )
     settings = {each.setting for each in found if each.run in places}
     same = {each.run for each in found if each.setting in settings}
@@ -197,31 +198,42 @@ def _without_report(
     known: Mapping[str, Known],
     plans: Sequence[PlannedStudy],
     ended: Sequence[Ended],
+    places: Mapping[str, str],
     first_planned: int | None,
     reports: Sequence[Seen],
 ) -> list[Seen]:
-    """Return a look for each command that added runs when others had results that could be compared.
+    """Return a look for each command that trained runs when others had results that could be compared.
 
-    The terminal shows results at the end of a command, and files of runs are open to all. known: what is known of the
-    runs of the report. ended: the runs that have ended, also those that are gone. A look saw the last result of each
-    before the command. first_planned: the number of seeds after which the study decides. If nobody said it, runs of the
-    seeds that the commands before planned count as awaited. reports: the looks with a report. One that saw the same
-    results before the command is the same look.
+    The terminal shows results at the end of a command, and files of runs are open to all. So the results after the last
+    command are a look too, if the report leaves out a run that no earlier look saw. known: what is known of the runs of
+    the report. ended: the runs that have ended, also those that are gone; a look saw the last result of each. places:
+    the folders of the runs that are there, by their fingerprints. first_planned: the number of seeds after which the
+    study decides. If nobody said it, runs that earlier commands planned, and that are there, count as awaited. reports:
+    the looks with a report. One that saw the same results before the command is the same look.
     """
     names = {each.setting: known[each.folder].setting for each in ended if each.folder in known}
-    planned, seeds, found = set[str](), set[int](), list[Seen]()
-    for plan in plans:
-        last = {each.folder: each for each in ended if each.time <= plan.time}
+    planned, found = set[str](), list[Seen]()
+
+    def add_look(until: str) -> None:
+        last = {each.folder: each for each in ended if each.time <= until}
         settings = {folder: names.get(each.setting, each.setting) for folder, each in last.items()}
-        seen = [Known(settings[folder], each.seed, True) for folder, each in last.items()]
-        if {*plan.runs} - planned and is_testable(seen):
-            since = max(each.time for each in last.values())
-            if not any(_has_seen(look, last.keys(), since, plan.time) for look in reports):
-                awaited = settings | {folder: run.setting for folder, run in known.items() if run.seed in seeds}
-                expected = first_planned or _mean_seeds(awaited)
-                runs = {_place(folder, last[folder].result, known): setting for folder, setting in settings.items()}
-                found.append(Seen(plan.time, runs, _mean_seeds(settings), expected))
-        planned, seeds = planned | {*plan.runs}, seeds | {*plan.seeds}
+        since = max((each.time for each in last.values()), default="")
+        seen = any(_has_seen(look, last.keys(), since, until) for look in reports)
+        if not seen and is_testable(Known(settings[folder], each.seed, True) for folder, each in last.items()):
+            there = (places[run] for run in planned if run in places)
+            awaited = settings | {folder: known[folder].setting for folder in there if folder in known}
+            runs = {_place(folder, last[folder].result, known): setting for folder, setting in settings.items()}
+            found.append(Seen(until, runs, _mean_seeds(settings), first_planned or _mean_seeds(awaited)))
+
+    for plan in plans:
+        before = {each.run for each in ended if each.time <= plan.time}
+        if {*plan.runs} - planned or not before.isdisjoint(plan.runs):
+            add_look(plan.time)
+        planned |= {*plan.runs}
+    last = {each.folder: _place(each.folder, each.result, known) for each in ended}
+    here = {folder for folder, run in known.items() if run.ended}
+    if {*last.values()}.difference(here, *(look.runs for look in (*reports, *found))):
+        add_look(ended[-1].time)
     return found
 
 
@@ -231,12 +243,13 @@ def _mean_seeds(settings: Mapping[str, str]) -> float:
 
 
 def _place(folder: str, result: str | None, known: Mapping[str, Known]) -> str:
-    """Return the name of a run that a look saw: its folder; with the result, if the run that is there has another.
+    """Return the name of a run that a look saw: its folder; with the result, unless that is the run which is there.
 
-    result: None if the look does not tell it.
+    known: what is known of the runs of the report. result: None if the look does not tell it.
     """
-    same = folder not in known or result in (None, *_results(known[folder]))
-    return folder if same else f"{folder} ({result})"
+    if result is None or (folder in known and result in _results(known[folder])):
+        return folder
+    return f"{folder} ({result if folder in known else result.split()[0]})"
 
 
 def _has_seen(look: Seen, folders: Set[str], since: str, until: str) -> bool:

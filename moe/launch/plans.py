@@ -35,13 +35,13 @@ KEPT = "{runs} claims of an earlier command, which differ: each claim is judged 
 def record_plan(cells: list[Cell], experiment: str) -> None:
     """Add the plan of a command to plans.json of its sweep folder, unless all its runs have begun.
 
-    A command that plans what the newest plan of the experiment says adds nothing.
+    A command that plans what the newest plan of the experiment says adds nothing, unless it trains runs again.
     Raises RecordError for a damaged file that a report reads, before a run trains for a report that would be refused.
     """
     folder = cells[0].folder.parent
     earlier = plans_in(folder)
     looks_in(folder)
-    ended_in(folder)
+    ended = {each.run for each in ended_in(folder) or []}
     new = [cell for cell in cells if stored_record(cell) is None]
     if not new:
         return
@@ -55,7 +55,7 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
     )
     begin_ended(folder)
     of_experiment = [each.digest for each in earlier if each.experiment == experiment]
-    if plan.digest not in of_experiment[-1:]:
+    if plan.digest not in of_experiment[-1:] or not ended.isdisjoint(plan.runs):
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
 
 

@@ -494,6 +494,22 @@ def test_new_seeds_that_are_given_by_their_folders_have_the_looks_of_their_grid(
     assert study_of(by_grid).looks.share() == FURTHER**2
 
 
+def test_runs_of_a_grid_that_are_given_by_their_folders_have_the_plans_of_that_grid(tmp_path: Path) -> None:
+    """Another grid in the same folder was planned before, with fewer seeds."""
+    sweep, names = tmp_path / "default", [f"{x} {seed}" for x in (0, 1) for seed in (1, 2, 3)]
+    cells = {name: {"noise": 0.0, "seed": 1} for name in names}
+    grids = [Grid("default: lb", ["lb"], {}, ["another"]), Grid("default: noise", ["noise"], {}, names)]
+    SweepRecord(grids=grids, cells=cells | {"another": {"seed": 1}}).write(sweep / SweepRecord.FILE)
+    plans = [
+        PlannedStudy(f"2026-01-0{day}T00:00:00+00:00", name, [], [1], seeds, [])
+        for day, (name, seeds) in enumerate((("default: lb", 2), ("default: noise", 3)), 1)
+    ]
+    PlansRecord(plans=plans).write(sweep / "plans.json")
+    rows = [{"folder": str(sweep / name), "noise": name[0], "seed": int(name[-1])} for name in names]
+    by_folder = pd.DataFrame(rows).assign(experiment="default", status="finished", started="2026-01-03")
+    assert [plan.experiment for plan in study_of(by_folder).plans] == ["default: noise"]
+
+
 def test_runs_whose_folders_are_named_one_by_one_have_the_looks_of_their_sweep(runs: pd.DataFrame) -> None:
     """Their experiment then has another name, because no sweep tells which grid they are of."""
     record_look(runs[runs["seed"] < 3], study_of(runs[runs["seed"] < 3]))
@@ -1093,11 +1109,13 @@ def study_after(
     *commands: Command,
     report: Look | None = None,
     results: Mapping[int, float] = MappingProxyType({}),
+    missing: Mapping[str, list[int]] = MappingProxyType({}),
 ) -> Study:
     """Return the study of runs that are there, after one command a day, of each of which the first runs ended.
 
     A run that is there was trained by the last command that names it. The folders of all others were deleted. report:
-    one that was written. results: the loss of all runs of a day; 1 by default.
+    one that was written. results: the loss of all runs of a day; 1 by default. missing: runs of the sweep that no
+    command began.
     """
     names = {f"{name} {seed}": (name, seed) for name, seeds in there.items() for seed in seeds}
     plans, started, planned_seeds = list[PlannedStudy](), dict[str, str](), dict[str, int | None]()
@@ -1133,7 +1151,12 @@ def study_after(
         }
         for name, (x, seed) in names.items()
     ]
-    return study_of(pd.DataFrame(rows).assign(experiment="x", varied='["x"]', status="finished", seconds=1.0))
+    table = pd.DataFrame(rows).assign(status="finished")
+    if missing:
+        cells = [(name, seed) for name, seeds in missing.items() for seed in seeds]
+        lacking = [{"x": name, "seed": seed, "folder": str(folder / f"{name} {seed}")} for name, seed in cells]
+        table = pd.concat([table, pd.DataFrame(lacking).assign(status="missing")])
+    return study_of(table.assign(experiment="x", varied='["x"]', seconds=1.0))
 
 
 @pytest.mark.parametrize(
@@ -1146,7 +1169,7 @@ def test_a_number_of_seeds_that_was_planned_binds_once_a_run_has_ended(
     three = both(1, 2, 3)
     again = study_after(tmp_path / "sweep", monkeypatch, three, (three, 8, number), (three, 3, 6))
     assert again.planned == binds
-    assert again.earlier == [], "these runs have the same results"
+    assert len(again.distinct) == 1, "these runs have the same results"
     assert again.looks.share() == (spent(3 / 8) if binds == 8 else 1)
 
 
@@ -1184,7 +1207,8 @@ def test_runs_that_had_ended_before_more_were_added_are_a_look_also_if_they_were
         assert level.share(own) == share, "the look gives nothing if it saw a level that is gone"
     for part in (both(1, 2, 3, 4, 5), both(1, 2), both(4, 5), {"x=0": [1, 2, 3]}):
         left_out = study_after(tmp_path / f"part {part}", monkeypatch, part, (old, None, 6), (more, None, 10))
-        assert left_out.looks.share() == FURTHER, "whatever part of the runs a report has"
+        shown = FURTHER**2 if part in (both(1, 2), {"x=0": [1, 2, 3]}) else FURTHER
+        assert left_out.looks.share() == pytest.approx(shown), "all results were seen, also those that are left out"
 
 
 @pytest.mark.parametrize("run", ["is gone", "was trained again", "has another result"])
@@ -1199,7 +1223,7 @@ def test_a_run_of_a_report_that_is_gone_or_trained_again_makes_no_further_look_o
     results = {"x=1 3": "another" if run == "has another result" else "1.0"}
     report = Look("2026-01-01T12:00:00+00:00", [1, 2, 3], 3.0, 3.0, names, results=results)
     later = study_after(tmp_path / "sweep", monkeypatch, there, *commands, report=report)
-    assert [look.time for look in later.earlier] == [report.time]
+    assert [look.time for look in later.distinct[:-1]] == [report.time]
     assert later.looks.share() == FURTHER
     late = report._replace(time="2026-01-01T10:30:00+00:00")
     again = study_after(tmp_path / "early", monkeypatch, there, *commands, report=late)
@@ -1217,8 +1241,64 @@ def test_runs_that_were_trained_again_after_a_second_command_are_not_those_that_
     again = study_after(tmp_path / "again", monkeypatch, three, *commands)
     assert again.looks.share() == 1, "the same results"
     other = study_after(tmp_path / "other", monkeypatch, three, *commands, results={3: 2.0})
-    assert other.looks.share() == FURTHER
+    assert other.looks.share() == pytest.approx(FURTHER**2), "one look before seed 4, and one before the last command"
     assert {*other.earlier[0].runs} == {f"{folder} (1.0)" for folder in other.runs}
+
+
+def test_each_training_with_other_results_is_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders are deleted, and the same command trains the runs again, with other code. No report was written."""
+    three = both(1, 2, 3)
+    for number in (1, 2, 3):
+        commands: list[Command] = [(three, None, 6)] * number
+        same = study_after(tmp_path / f"same {number}", monkeypatch, three, *commands)
+        assert same.looks.share() == 1
+        results = {day: float(day) for day in range(1, number + 1)}
+        other = study_after(tmp_path / f"other {number}", monkeypatch, three, *commands, results=results)
+        assert other.looks.share() == pytest.approx(FURTHER ** (number - 1))
+        results[number + 1] = 9.0
+        four = both(4, 5, 6)
+        gone = study_after(tmp_path / f"gone {number}", monkeypatch, four, *commands, (four, None, 6), results=results)
+        assert gone.looks.share() == pytest.approx(FURTHER**number), "also if the runs are gone"
+
+
+def test_levels_that_are_added_later_do_not_give_earlier_looks_their_level_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three seeds, then two more, then a level, then another one. The runs of the first two levels stay."""
+    old, more = both(1, 2, 3), both(4, 5)
+    commands: list[Command] = [(old, None, 6), (more, None, 4)]
+    there, shares = both(1, 2, 3, 4, 5), list[float]()
+    for level in (None, "x=2", "x=3"):
+        if level:
+            commands.append(({level: [1, 2, 3, 4, 5]}, None, 5))
+            there |= {level: [1, 2, 3, 4, 5]}
+        later = study_after(tmp_path / f"{level}", monkeypatch, there, *commands)
+        shares.append(
+            later.share(frozenset(each for each, run in later.runs.items() if run.setting in ("x=x=0", "x=x=1")))
+        )
+    assert shares == pytest.approx([0.2, 0.2 + 0.04, 0.2 + 0.04 + 0.008]), "the shares of all looks at these runs"
+
+
+def test_a_command_that_was_stopped_before_a_run_began_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = both(1, 2, 3), {"x=2": [1, 2, 3]}
+    later = study_after(tmp_path / "sweep", monkeypatch, old, (old, None, 6), (new, None, 0), missing=new)
+    assert later.looks.share(0) == 1
+
+
+def test_a_first_report_about_chosen_runs_is_the_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal showed the results of all eight seeds. Whoever leaves out one of them may have chosen it."""
+    eight = both(*range(1, 9))
+    every = study_after(tmp_path / "every", monkeypatch, eight, (eight, None, 16))
+    assert (every.looks.share(), every.earlier) == (1, [])
+    for part in (both(*range(1, 8)), both(5, 6, 7), eight | {"x=1": [*range(1, 8)]}):
+        chosen = study_after(tmp_path / f"{part}", monkeypatch, part, (eight, None, 16))
+        assert chosen.looks.share() == FURTHER
+        [look] = chosen.earlier
+        assert len(look.runs) == 16
+    planned = study_after(tmp_path / "planned", monkeypatch, both(*range(1, 8)), (eight, 8, 16))
+    assert planned.looks.share() == FURTHER
 
 
 def test_a_copy_without_the_list_of_ended_runs_is_said(runs: pd.DataFrame, tmp_path: Path) -> None:

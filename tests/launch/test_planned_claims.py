@@ -223,6 +223,9 @@ def test_a_plan_that_comes_back_is_written_down_again(tmp_path: Path) -> None:
     for planned in (8, 8, 3, 8):
         record_plan([cell._replace(config=replace(cell.config, planned_seeds=planned)) for cell in cells], "a")
     assert [plan.planned_seeds for plan in plans_in(tmp_path)] == [8, 3, 8]
+    add_ended(cells[0].identity(), 1, cells[0].folder, {"val/loss": 1.0})
+    record_plan([cell._replace(config=replace(cell.config, planned_seeds=8)) for cell in cells], "a")
+    assert [plan.planned_seeds for plan in plans_in(tmp_path)] == [8, 3, 8, 8], "a run is trained again"
 
 
 def test_runs_that_end_at_the_same_time_are_all_written_down(tmp_path: Path) -> None:
