@@ -496,7 +496,7 @@ def test_new_seeds_that_are_given_by_their_folders_have_the_looks_of_their_grid(
 
 def test_runs_of_a_grid_that_are_given_by_their_folders_have_the_plans_of_that_grid(tmp_path: Path) -> None:
     """Another grid in the same folder was planned before, with fewer seeds."""
-    sweep, names = tmp_path / "default", [f"{x} {seed}" for x in (0, 1) for seed in (1, 2, 3)]
+    sweep, names = tmp_path, [f"{x} {seed}" for x in (0, 1) for seed in (1, 2, 3)]
     cells = {name: {"noise": 0.0, "seed": 1} for name in names}
     grids = [Grid("default: lb", ["lb"], {}, ["another"]), Grid("default: noise", ["noise"], {}, names)]
     SweepRecord(grids=grids, cells=cells | {"another": {"seed": 1}}).write(sweep / SweepRecord.FILE)
