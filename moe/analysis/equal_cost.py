@@ -18,6 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from moe.analysis.scaling import CLOSE as SAME_BUDGET
 from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
+from moe.analysis.speed_up import are_enough
 from moe.analysis.statistics import comparisons, name_cell
 from moe.results.comparable import LATER_TOKENS, TEXT, TOKENIZER, incomparable, other_causality
 from moe.results.conditions import conditions
@@ -293,8 +294,13 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
 
 
 def points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the last point of the curve of each run: columns seed, FLOPs and loss."""
+    """Return the last point of the curve of each run: columns seed, FLOPs and loss.
+
+    Runs of one length are one budget: the mean of their FLOPs, which vary with the seed where the number of experts
+    does.
+    """
     found = _known_points(runs, curves)
+    found = found.assign(**{FLOPS: found.groupby(["end", "step"])[FLOPS].transform("mean")})
     return found.loc[found["step"] == found["end"], ["seed", FLOPS, "loss"]].reset_index(drop=True)
 
 
@@ -302,13 +308,16 @@ def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return points of the runs' curves that lie apart: columns seed, FLOPs and loss.
 
     Evaluations of runs of one length after the same step are one budget: the mean of their FLOPs. The ends of runs come
-    first, because the loss of a run that is still trained is another one. Then come the evaluations of the length that
-    most seeds have, from its end down, and of other lengths, as far as they differ by more than 2 % from those kept.
+    first, because the loss of a run that is still trained is another one, unless few of the seeds have such runs. Then
+    come the evaluations of the length that most seeds have, from its end down, and of other lengths, as far as they
+    differ by more than 2 % from those kept.
     """
     found = _known_points(runs, curves)
     of_step = found.groupby(["end", "step"])
     found = found.assign(**{FLOPS: of_step[FLOPS].transform("mean")})
-    table = found.assign(seeds=found.groupby("end")["seed"].transform("nunique"), last=found["step"] == found["end"])
+    table = found.assign(seeds=found.groupby("end")["seed"].transform("nunique"))
+    enough = table["seeds"].map(lambda number: are_enough(number, table["seed"].nunique()))
+    table = table.assign(last=(table["step"] == table["end"]) & enough)
     budgets = table.drop_duplicates(["end", "step"]).sort_values(["last", "seeds", "end", "step"], ascending=False)
     kept = list[tuple[int, int]]()
     places = list[float]()

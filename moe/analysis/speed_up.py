@@ -5,6 +5,7 @@ loss at the baseline's budget has a speed-up of exactly 1, in each resample too.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,14 @@ class SpeedUp(NamedTuple):
         return COSTS_MORE if self.times.high < 1 and self.reached else NOT_APART
 
 
+class Ended(NamedTuple):
+    """Runs of the baseline that ended at one budget: their mean loss, and that of the arm, over the same seeds."""
+
+    budget: float
+    loss: float
+    of_arm: float
+
+
 class Curve(NamedTuple):
     """A law fitted to the baseline, and its budgets as the law sees them: rows of (R, B), the first is all seeds.
 
@@ -102,10 +111,10 @@ def speed_up(
     The tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
     compared by the seeds that both have there, or that the baseline has anywhere if they share none there. The doubts
     say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
-    A seed with runs of fewer than three budgets is left out of the curve, because it would carry a part of it alone.
-    evaluations: those of the baseline's runs (`equal_cost.training_points`). They take the place of the runs where
-    fewer than half of the seeds that both have, or fewer than two of several, have runs of three budgets. A budget of
-    the arm has no speed-up where that is so of the evaluations too.
+    A few seeds carry no part of the curve alone: a budget of the baseline with too few of the seeds that both have is
+    left out (`are_enough`), and so is a seed with runs of fewer than three budgets. evaluations: those of the
+    baseline's runs (`equal_cost.training_points`). They take the place of the runs where too few seeds have runs of
+    three budgets. A budget of the arm has no speed-up where that is so of the evaluations too.
     of: the number of speed-ups that are shown together; their intervals hold together too. known: curves through
     earlier baselines, by their points; this call adds its own.
     """
@@ -114,20 +123,24 @@ def speed_up(
     for budget, members in by_budget(arm):
         for reference in (baseline,) if evaluations is None else (baseline, evaluations):
             common = _common_seeds(reference, members, budget)
-            number = reference[reference["seed"].isin(common)].groupby("seed")["FLOPs"].agg(budgets)
-            enough = [seed for seed in common if number[seed] >= LEAST_BUDGETS]
-            if not enough or len(enough) < min(2, len(common)) or 2 * len(enough) < len(common):
+            points = _of_many_seeds(reference, common)
+            number = points.groupby("seed")["FLOPs"].agg(budgets)
+            enough = [seed for seed in common if number.get(seed, 0) >= LEAST_BUDGETS]
+            if not are_enough(len(enough), len(common)):
                 continue
             alone = sorted({*reference["seed"], *members["seed"]} - {*common})
             doubts = [(LEFT_OUT, alone), (TOO_FEW, [seed for seed in common if seed not in enough])]
             common = enough
-            points = reference.loc[reference["seed"].isin(common), ["seed", "FLOPs", "loss"]]
+            points = points.loc[points["seed"].isin(common), ["seed", "FLOPs", "loss"]]
             same = points.to_numpy(dtype=float).tobytes()
             if same not in known:
                 known[same] = _curve(points, common, resamples)
             loss = _means(members, common, resamples)
-            runs = by_budget(baseline[baseline["seed"].isin(common)])
-            ended = [(place, float(_means(each, common, 0)[0])) for place, each in runs]
+            ended = [
+                Ended(place, _mean(each, seeds), _mean(members, seeds))
+                for place, each in by_budget(_of_many_seeds(baseline, common))
+                if (seeds := [seed for seed in common if seed in set(each["seed"])])
+            ]
             each = _speed_up(known[same], budget, loss, ended, of_training=reference is evaluations, of=of)
             left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
             found.append(each._replace(doubts=[*left_out, *each.doubts]))
@@ -135,12 +148,30 @@ def speed_up(
     return found
 
 
+def are_enough(seeds: int, of: int) -> bool:
+    """Return whether some of the seeds stand for all: at least half of them, and at least two of several."""
+    return 2 * seeds >= of and seeds >= min(2, of) > 0
+
+
+def _of_many_seeds(table: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
+    """Return the points of these seeds at budgets that enough of them have."""
+    kept = [
+        members
+        for _, members in by_budget(table[table["seed"].isin(seeds)])
+        if are_enough(members["seed"].nunique(), len(seeds))
+    ]
+    return pd.concat(kept) if kept else table[:0]
+
+
 def _common_seeds(baseline: pd.DataFrame, members: pd.DataFrame, budget: float) -> list[int]:
-    """Return the seeds that both sides have at this budget of the arm, or at any of the baseline if there are none."""
+    """Return the seeds that both sides have at this budget of the arm, or at any of the baseline if there are too few.
+
+    A budget that few of the shared seeds have takes no seed from the comparison.
+    """
     shared = baseline[baseline["seed"].isin(members["seed"])]
     near = [
         set(each["seed"])
-        for _, each in by_budget(shared)
+        for _, each in by_budget(_of_many_seeds(shared, sorted(set(shared["seed"]))))
         if each["FLOPs"].min() * (1 - CLOSE) <= budget <= each["FLOPs"].max() * (1 + CLOSE)
     ]
     return sorted(set().union(*near) or set(shared["seed"]))
@@ -161,6 +192,10 @@ def _means(members: pd.DataFrame, seeds: list[int], resamples: int) -> Float[np.
         return weights @ np.nan_to_num(of_seed) / weights.sum(axis=1)
 
 
+def _mean(members: pd.DataFrame, seeds: list[int]) -> float:
+    return float(_means(members, seeds, 0)[0])
+
+
 def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.ndarray, " B"]) -> float:
     """Return the value at a place, between the nearest places on a line, and that of the last one beyond them."""
     order = np.argsort(places)
@@ -171,18 +206,20 @@ def _speed_up(
     curve: Curve,
     budget: float,
     loss: Float[np.ndarray, " R"],
-    ended: list[tuple[float, float]],
+    ended: list[Ended],
     *,
     of_training: bool,
     of: int,
 ) -> SpeedUp:
-    """Return the speed-up at a budget. ended: the budgets of the baseline's runs of these seeds, and their mean losses.
+    """Return the speed-up at a budget.
 
-    A curve through evaluations need not fall, so no verdict contradicts the losses of runs that ended at the budget.
+    A curve through evaluations need not fall. So no verdict contradicts the losses of runs that ended at the budget,
+    and it shows that the arm costs more only if runs ended at the budget or before with the arm's loss, up to what 2 %
+    of the compute change.
     """
     least, most = curve.law.ranges["FLOPs"]
-    here = [mean for place, mean in ended if budget * (1 - CLOSE) <= place <= budget * (1 + CLOSE)]
-    before = [mean for place, mean in ended if place <= budget * (1 + CLOSE)]
+    here = [each for each in ended if budget * (1 - CLOSE) <= each.budget <= budget * (1 + CLOSE)]
+    before = [each for each in ended if each.budget <= budget * (1 + CLOSE)]
     checked = bool(here) if of_training else least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
@@ -194,18 +231,22 @@ def _speed_up(
     if times.low > 0 and not checked:
         doubts.append(STILL_TRAINED.format(what="saved") if of_training and budget < most else NOT_CHECKED)
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
-    shown = reached and not too_small and (not of_training or any(mean < loss[0] for mean in before))
-    if times.high < 0 and not shown:
-        still = STILL_TRAINED.format(what="wasted")
-        still = OTHERWISE if any(mean > loss[0] for mean in here) else still
-        doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
-    if (times.low > 0 and checked and any(mean < loss[0] for mean in here)) or (
-        times.high < 0 and shown and any(mean > loss[0] for mean in here)
-    ):
+    shown = reached and not too_small and (not of_training or any(map(partial(_reaches, curve.law), before)))
+    better, worse = (any(sign * (each.loss - each.of_arm) > 0 for each in here) for sign in (-1, 1))
+    if (times.low > 0 and checked and better) or (times.high < 0 and reached and not too_small and worse):
         doubts.append(OTHERWISE)
         checked = shown = False
+    elif times.high < 0 and not shown:
+        still = STILL_TRAINED.format(what="wasted") if budget < most else NOT_REACHED
+        doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
     estimate = Estimate(*map(_exp, times))
     return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, of_training, checked, bool(shown))
+
+
+def _reaches(law: Fit, ended: Ended) -> bool:
+    """Return whether ended runs have the arm's loss, or one that the law changes into it with 2 % more compute."""
+    own, of_arm = (float(_needed(law, np.array([loss]))[0]) for loss in (ended.loss, ended.of_arm))
+    return ended.loss < ended.of_arm or of_arm <= own * (1 + CLOSE)
 
 
 def _exp(log: float) -> float:

@@ -422,11 +422,28 @@ def test_a_setting_that_is_the_reference_has_no_speed_up(lengths: tuple[int, ...
         assert found.times == pytest.approx((1, 1, 1), abs=0.002)
 
 
+def test_runs_of_one_length_are_one_budget_if_their_flops_vary_with_the_seed() -> None:
+    """A router such as `matryoshka` draws the number of experts. One seed has a short run, which takes no place."""
+    lengths = [(100 * length, seed) for length in (1, 2) for seed in range(4) if length == 2 or seed == 0]
+    runs = pd.DataFrame([{"folder": f"{length} {seed}", "seed": seed} for length, seed in lengths])
+    rows = [
+        {"folder": f"{length} {seed}", "step": step, FLOPS: step * (1 + 0.1 * seed), "loss": 100 / step}
+        for length, seed in lengths
+        for step in (50, 100, 200)
+        if step <= length
+    ]
+    curves = pd.DataFrame(rows)
+    ended = points(runs, curves).round(6)
+    assert ended.groupby(FLOPS)["seed"].agg(list).to_dict() == {100.0: [0], 230.0: [0, 1, 2, 3]}
+    apart = training_points(runs, curves).round(6)
+    assert apart.groupby(FLOPS)["seed"].agg(list).to_dict()[115.0] == [0, 1, 2, 3]
+
+
 def test_a_loss_that_no_budget_reaches_is_quoted_in_words() -> None:
     row = dict.fromkeys(SPEED_COLUMNS, "") | {"factor": "router", "level": "b", "reference": "a"}
     row |= {"verdict": NOT_APART, "times the compute": NOWHERE}
     flops = pd.DataFrame(columns=["factor", "level", "reference", "within", "cell"])
-    short = CostInShort(flops, pd.DataFrame([row]), reason="", left_out="", comparable=True)
+    short = CostInShort(flops, pd.DataFrame([row]), reason="", left_out="", comparable=True, of_training=False)
     assert short.quotes == {"router b vs a": (NOT_APART, NOWHERE)}
 
 

@@ -233,6 +233,34 @@ def test_no_verdict_contradicts_the_runs_that_ended_at_the_same_compute(
     assert (other.verdict, other.doubts[-1]) == (NOT_APART, OTHERWISE)
 
 
+@pytest.mark.parametrize("shift", [-2e-4, 2e-4])
+def test_a_setting_with_the_loss_of_each_step_costs_more_if_a_step_costs_more(shift: float) -> None:
+    """The runs of the reference ended before this compute with a loss that is the same up to 2 % of the compute."""
+    reference, _ = made_up(3, np.random.default_rng(0))
+    ended = reference[reference["FLOPs"] == 16e12]
+    arm = ended.assign(FLOPs=1.5 * ended["FLOPs"], loss=ended["loss"] + shift + [1e-5, -1e-5, 0])
+    [found] = speed_up(ended, arm, evaluations=reference)
+    assert found.times.value == pytest.approx(1 / 1.5, abs=0.01)
+    assert (found.verdict, found.doubts) == (COSTS_MORE, [])
+
+
+@pytest.mark.parametrize("few", [[0], [0, 1]])
+def test_a_budget_of_the_reference_that_few_seeds_have_changes_nothing(few: list[int]) -> None:
+    """These seeds do better than the others. Another length has runs of all seeds."""
+    reference, _ = made_up(5, np.random.default_rng(0))
+    arm = reference[reference["FLOPs"] == 4e12].assign(loss=lambda arm: arm["loss"] + 0.1)
+    of_all = reference[reference["FLOPs"] != 4e12]
+    more = pd.concat([of_all, reference[(reference["FLOPs"] == 4e12) & reference["seed"].isin(few)]])
+    [with_few], [without] = (speed_up(each, arm, resamples=5) for each in (more, of_all))
+    assert with_few.times == pytest.approx(without.times)
+    assert (with_few.verdict, with_few.doubts) == (without.verdict, without.doubts)
+    ended = reference[reference["FLOPs"] == 16e12]
+    lucky = pd.concat([ended, arm[arm["seed"].isin(few)].assign(loss=1.0)])
+    [found] = speed_up(lucky, arm, evaluations=reference)
+    assert found.times == pytest.approx(speed_up(ended, arm, evaluations=reference)[0].times)
+    assert found.verdict == NOT_APART
+
+
 def test_a_seed_that_would_carry_a_part_of_the_curve_alone_is_left_out() -> None:
     """Seed 0 alone has three budgets or more, so evaluations take the place of the runs."""
     baseline, arm = made_up(4, np.random.default_rng(0))

@@ -57,11 +57,13 @@ SPEED_TABLE = """\
 **Effective speed-up.** `times the compute` is how many times as much training compute (FLOPs) the reference needs for
 the loss that the level has after `training FLOPs`: 0.8 means that a fifth of the level's compute is wasted. The
 intervals say what other seeds could change: if the curve is right, all intervals of this table contain the true values
-in 95 % of cases. `loss` is that validation loss. The compute is read from a curve through the loss of the reference
-during its training, which has the mean loss of each evaluation. {verdicts} `doubts` tells where the curve is used
-beyond the reference's runs. A loss in the middle of training is another one than that of a run that ends there: mostly
-higher, and lower in very short runs. So a number that is read there is off by more than its interval says. None of this
-was claimed before the runs."""
+in 95 % of cases. `loss` is that validation loss. {verdicts} `doubts` tells where the curve is used beyond the
+reference's runs. {curve} None of this was claimed before the runs."""
+OF_RUNS = "The compute is read from a curve through the losses of the reference's runs."
+OF_TRAINING = """\
+The compute is read from a curve through the loss of the reference during its training, which has the mean loss of each
+evaluation. A loss in the middle of training is another one than that of a run that ends there: mostly higher, and lower
+in very short runs. So a number that is read there is off by more than its interval says."""
 
 
 class CostInShort(NamedTuple):
@@ -70,6 +72,7 @@ class CostInShort(NamedTuple):
     reason: why there is no speed-up, if there is none.
     left_out: which runs are left out because their training FLOPs are not known, as a sentence; empty if none is.
     comparable: whether the training FLOPs of both sides of a comparison are known.
+    of_training: whether a speed-up is read from a curve through evaluations during training.
     """
 
     flops: pd.DataFrame
@@ -77,6 +80,7 @@ class CostInShort(NamedTuple):
     reason: str
     left_out: str
     comparable: bool
+    of_training: bool
 
     @property
     def quotes(self) -> dict[str, tuple[str, str]]:
@@ -118,6 +122,7 @@ def cost_in_short(inputs: ReportInputs) -> CostInShort | None:
         SCALES_ALONE if scales else reasons or NO_CURVE,
         left_out,
         not left_out or any(paired_sides(inputs.runs, inputs.factors, reference_levels(inputs), FLOPS)),
+        any(each.of_training for comparison in compared for each in comparison.found),
     )
 
 
@@ -128,7 +133,7 @@ def in_short(found: CostInShort) -> Iterator[ReportBlock]:
     told = [*_about_speed_ups(found), *_about_flops(found.flops)] if found.comparable else []
     yield BulletList([*told, *left_out])
     if len(found.speed_ups):
-        yield Paragraph(SPEED_TABLE.format(verdicts=VERDICTS))
+        yield Paragraph(SPEED_TABLE.format(verdicts=VERDICTS, curve=OF_TRAINING if found.of_training else OF_RUNS))
         yield TableBlock(found.speed_ups)
     if (found.flops["n"] > 0).any():
         yield Paragraph(FLOPS_TABLE)
