@@ -46,9 +46,10 @@ def inputs_of(
     question: Any = QUESTION,
     experiment: str = "made_up",
     claims: Sequence[ClaimConfig] = (BALANCED, WORSE, ABSENT),
+    levels: Sequence[float] = (0.0, 0.5),
     **facts: Any,
 ) -> ReportInputs:
-    for seed, noise in product((1, 2, 3), (0.0, 0.5)):
+    for seed, noise in product((1, 2, 3), levels):
         folder = place / experiment / f"{seed},{noise}"
         folder.mkdir(parents=True)
         config = {"seed": seed, "noise": noise, "claims": [*map(asdict, claims)], "question": question}
@@ -128,8 +129,9 @@ def test_claims_about_quality_are_not_judged_if_no_model_is_better_than_a_unigra
     assert little.contrasts.loc[quality, ["p", "p Holm", "p Welch", "p sign-flip"]].isna().all(axis=None)
     assert little.contrasts.loc[~quality, ["p", "p Holm"]].notna().all(axis=None)
     assert little.contrasts["difference"].notna().all(), "numbers stay"
-    assert little.variance[["p", "p GG", "p Holm"]].isna().all(axis=None)
-    assert enough.variance["p GG"].notna().any()
+    for unigram, told in ((200.0, True), (101.0, False)):
+        of_three = inputs_of(tmp_path / f"{unigram} three", levels=(0.0, 0.2, 0.5), unigram_perplexity=unigram)
+        assert of_three.variance[["p", "p GG", "p Holm"]].notna().any(axis=None) == told
     assert enough.contrasts["p"].notna().all()
     named = [block.text for block in blocks if isinstance(block, Paragraph) and "Best setting" in block.text]
     assert named == [f"**Best setting here:** not named, because {TOO_LITTLE}."]

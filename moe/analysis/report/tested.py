@@ -44,6 +44,7 @@ OF_PAIRS = ("folder", "seed", "status", "causal", "place")  # what tells the pai
 UNPLANNED = len(FAMILIES) - 1  # the place of the family of comparisons that nobody planned
 P_OF = {"claims": "p", "contrasts": "p", "variance": "p GG"}  # field of the inputs -> the column of its p
 EARLIER = "earlier"  # in place of the field of a test that only earlier reports made
+SAME_TEST = "{factor} has two levels and no other factor varies, so their comparison is the same test"
 MOST_TESTS = 10**9  # by which 5 % are divided, at a look to which next to nothing of a level is left
 
 
@@ -290,6 +291,8 @@ def _variance(inputs: ReportInputs, runs: pd.DataFrame) -> tuple[pd.DataFrame, l
         try:
             if reason := not_poolable(metric, runs) or ("" if len(runs) else "a search also trained all runs"):
                 raise ValueError(reason)
+            if [runs[factor].nunique(dropna=False) for factor in inputs.factors] == [2]:
+                raise ValueError(SAME_TEST.format(factor=inputs.factors[0]))
             table = anova(runs, metric, inputs.factors)
             used = runs["seed"].isin(complete_seeds(runs, metric, inputs.factors))
             tables.append(table.assign(own=[group_of(runs[used])] * len(table)))

@@ -299,7 +299,8 @@ def look_in_words(inputs: ReportInputs) -> str:
     study, looks = inputs.study, inputs.study.looks
     if inputs.search or inputs.observed or not study.testable:
         return ""
-    facts = {"number": looks.place + 1, "runs": printable(study.name or "these runs")}
+    of = f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else ""
+    facts = {"number": f"{looks.place + 1}{of}", "runs": printable(study.name or "these runs")}
     if study.unwritten:
         return NOT_WRITTEN_IN_SHORT.format(**facts, why=printable(study.unwritten))
     at = f" (at the {_decisive_seeds(study)})" if seeds_left(study) else ""
