@@ -43,6 +43,7 @@ from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.commands import command_for_more
+from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import (
     decisions,
     error_of_more,
@@ -669,16 +670,33 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
     assert [verdict for name, verdict in decisions(first).items() if name.startswith(f"{claim} [")] == ["supported"]
     assert list(warnings_of_decisions(first)) == []
     second = _with_look(collect_inputs(runs)[0])
+    shown = [*answer(second)]
     [warning] = (" ".join(text.split()) for text in warnings_of_decisions(second))
     assert f"with 3 seeds on average, “{claim}” was supported" in warning
     assert "That verdict stays valid" in warning
     part = Part("Does the balance weight help?", (claim,))
-    [(_, answer)] = answers(second, [part])
-    assert "but an earlier look found it supported, which stays valid" in answer
-    [(_, answer)] = answers(first, [part])
-    assert "earlier look" not in answer
+    [(_, told)] = answers(second, [part])
+    assert "but an earlier look found it supported, which stays valid" in told
+    [(_, told)] = answers(first, [part])
+    assert "earlier look" not in told
+    [card] = [each for block in shown if isinstance(block, Cards) for each in block.cards if each.text == claim]
+    assert card.effect.endswith("; but an earlier look found it supported, which stays valid")
     again = collect_inputs(runs[runs["seed"] < 3])[0]
     assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
+
+
+def test_the_answer_names_the_verdict_of_an_earlier_look_on_a_comparison(runs: pd.DataFrame) -> None:
+    """With three seeds the perplexity is lower in each of them, and with two more it is not."""
+    rng = np.random.default_rng(0)
+    runs = runs[(runs["lb"] == 0.0) & (runs["noise"] != 0.1)].assign(claims="[]")
+    lower = np.where((runs["noise"] == 0.5) & (runs["seed"] < 3), 80.0, 100.0) + rng.normal(0, 0.01, size=len(runs))
+    runs = runs.assign(**{"val/perplexity": lower})
+    first = _with_look(collect_inputs(runs[runs["seed"] < 3])[0])
+    assert "better" in decisions(first).values()
+    second = collect_inputs(runs)[0]
+    assert headline(second).endswith("; but an earlier look found it better, which stays valid.")
+    assert "; but an earlier look found it better, which stays valid" in "".join(map(block_as_markdown, answer(second)))
+    assert "earlier look" not in headline(first)
 
 
 def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.DataFrame) -> None:

@@ -28,6 +28,7 @@ from moe.analysis.report.sections.commands import command_for_more, seeds_to_com
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.headline import WORDS, headline, later_tokens
 from moe.analysis.report.sections.planned import (
+    earlier_verdict,
     error_of_more,
     price_of_more,
     seeds_left,
@@ -125,16 +126,21 @@ def _numbers(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _cards(inputs: ReportInputs) -> list[Card]:
-    """Return the cards; one says so that advises more seeds than planned, or compares losses of other causality."""
+    """Return the cards. One says if it advises more seeds than planned, or if an earlier look decided what it does not.
+
+    One that compares losses of other causality says that too.
+    """
     shown = cards(
         inputs.judgments,
         lambda each: command_for_more(inputs, each.more, each.row, n=each.n),
         lambda each: error_of_more(inputs.study, each.needed),
     )
-    doubts = [later_tokens(each.metric, each.compared, inputs) for each in inputs.judgments]
+    notes = [
+        (earlier_verdict(each, inputs), later_tokens(each.metric, each.compared, inputs)) for each in inputs.judgments
+    ]
     return [
-        card._replace(effect=f"{card.effect}; {doubt}") if doubt else card
-        for card, doubt in zip(shown, doubts, strict=True)
+        card._replace(effect="; ".join(filter(None, (card.effect, *of_card))))
+        for card, of_card in zip(shown, notes, strict=True)
     ]
 
 

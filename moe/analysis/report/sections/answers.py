@@ -6,7 +6,7 @@ from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment
 from moe.analysis.report.sections.headline import effect, later_tokens
 from moe.analysis.report.sections.league import order_of_routers
-from moe.analysis.report.sections.planned import name_in_looks
+from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.scaling import laws_in_words
 from moe.analysis.sentences import UNDECIDED, UNTESTED, enumerated
 from moe.checks import plain
@@ -59,16 +59,7 @@ def _open(judged: Judgment, inputs: ReportInputs) -> str:
         return judged.reason.rstrip(".")
     estimate = ", ".join(filter(None, (judged.compared, judged.amount, judged.percent)))
     why = judged.reason if judged.verdict == UNTESTED else ""
-    return _clauses(estimate, _earlier_verdict(judged, inputs), *_notes(judged, inputs), judged.advice, why)
-
-
-def _earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
-    """Return what the looks that decided a claim said of it; "" if none did."""
-    name = name_in_looks(judged, inputs)
-    found = dict.fromkeys(look.decided[name] for look in inputs.study.earlier if name in look.decided)
-    if len(found) > 1:
-        return f"but earlier looks found it {enumerated([*found])}, which all stay valid"
-    return f"but an earlier look found it {next(iter(found))}, which stays valid" if found else ""
+    return _clauses(estimate, earlier_verdict(judged, inputs), *_notes(judged, inputs), judged.advice, why)
 
 
 def _notes(judged: Judgment, inputs: ReportInputs) -> tuple[str, str]:

@@ -109,6 +109,17 @@ def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
     return f"{judged.text} [{short(digest_of(asdict(known[judged.row][0])))}]"
 
 
+def earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
+    """Return what the looks that decided a claim or comparison said of it, if this one does not; "" if none did."""
+    name = name_in_looks(judged, inputs)
+    found = dict.fromkeys(look.decided[name] for look in inputs.study.earlier if name in look.decided)
+    if judged.decided or not found:
+        return ""
+    if len(found) > 1:
+        return f"but earlier looks found it {enumerated([*found])}, which all stay valid"
+    return f"but an earlier look found it {next(iter(found))}, which stays valid"
+
+
 def _judged(inputs: ReportInputs) -> list[Judgment]:
     """Return the judgments of the report, and those on comparisons of the metrics that the reader asked for."""
     asked = [
