@@ -16,6 +16,7 @@ from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.report.sections.commands import claims_of
 from moe.analysis.sentences import enumerated, noun
 from moe.checks import printable
+from moe.config.claim import ClaimConfig
 from moe.config.words import as_word
 from moe.runs.planned import PlannedStudy, digest_of, short
 
@@ -101,12 +102,14 @@ def decisions(inputs: ReportInputs) -> dict[str, str]:
 def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
     """Return the name under which a look records a verdict: the words; of a claim also the fingerprint.
 
-    A later command may change a claim and keep its words.
+    A later command may change a claim and keep its words. A field that has its default does not change the fingerprint,
+    so that later code can add fields.
     """
-    known = claims_of(inputs) if judged.planned else []
+    known, defaults = claims_of(inputs) if judged.planned else [], asdict(ClaimConfig())
     if judged.row is None or judged.row >= len(known):
         return judged.title
-    return f"{judged.text} [{short(digest_of(asdict(known[judged.row][0])))}]"
+    claim = {key: value for key, value in asdict(known[judged.row][0]).items() if value != defaults[key]}
+    return f"{judged.text} [{short(digest_of(claim))}]"
 
 
 def earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
