@@ -47,7 +47,8 @@ def study_of(runs: pd.DataFrame) -> Study:
     plans = sorted(
         (plan for plan in plans if plan.experiment == study or not (of_sweep or grid)), key=lambda plan: plan.time
     )
-    places = {run: place_of(sweep / name) for sweep in _sweeps(runs) for name, run in digests_in(sweep).items()}
+    sweeps = _sweeps(runs) if plans else []  # to read the records of all runs takes time
+    places = {run: place_of(sweep / name) for sweep in sweeps for name, run in digests_in(sweep).items()}
     ended = _ended(_sweeps(runs), plans, places)
     first_planned = _first_planned(runs, plans, ended)
     looks = _of_one_report(looks, known)
