@@ -249,7 +249,7 @@ def digests_in(folder: Path) -> dict[str, str]:
     for path in folder.glob(f"*/{RunRecord.FILE}"):
         try:
             record = json.loads(read_text(path))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         identity = record.get("identity") if isinstance(record, dict) else None
         if isinstance(identity, dict):

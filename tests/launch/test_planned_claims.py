@@ -17,7 +17,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.plans import kept_claims, not_comparable, record_plan
 from moe.launch.run import run, write_run_record
 from moe.runs.events import read_events
-from moe.runs.planned import ENDED_FILE, add_ended, begin_ended, digest_of_run, ended_in, plans_in
+from moe.runs.planned import ENDED_FILE, add_ended, begin_ended, digest_of_run, digests_in, ended_in, plans_in
 from moe.runs.record import RecordError
 
 CLAIM = {
@@ -215,6 +215,17 @@ def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path: Path
     assert [each.seed for each in ended_in(tmp_path) or []] == [1]
     add_ended({"seed": 3}, 3, tmp_path / "3", {})
     assert [each.seed for each in ended_in(tmp_path) or []] == [1, 3]
+
+
+def test_a_record_that_cannot_be_read_tells_no_fingerprint(tmp_path: Path) -> None:
+    identity = {"noise": 0.5}
+    texts = [json.dumps({"identity": identity}), "{", "[]", '{"identity": [1]}', "[" * 10**5]
+    for name, text in zip("abcde", texts, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    (tmp_path / "f" / "run.json").mkdir(parents=True)
+    assert digests_in(tmp_path) == {"a": digest_of_run(identity)}
+    assert digest_of_run(identity | {"lb_first": 0.0}) == digest_of_run(identity), "a default does not change it"
 
 
 def test_a_plan_that_comes_back_is_written_down_again(tmp_path: Path) -> None:
