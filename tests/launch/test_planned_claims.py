@@ -1,5 +1,6 @@
 """Tests of what a command plans: a claim that no run can judge is refused, and it is known which runs have ended."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
