@@ -294,27 +294,19 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
 
 
 def points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the last point of the curve of each run: columns seed, FLOPs and loss.
-
-    Runs of one length are one budget: the mean of their FLOPs, which vary with the seed where the number of experts
-    does.
-    """
+    """Return the last point of the curve of each run: columns seed, FLOPs and loss."""
     found = _known_points(runs, curves)
-    found = found.assign(**{FLOPS: found.groupby(["end", "step"])[FLOPS].transform("mean")})
     return found.loc[found["step"] == found["end"], ["seed", FLOPS, "loss"]].reset_index(drop=True)
 
 
 def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return points of the runs' curves that lie apart: columns seed, FLOPs and loss.
 
-    Evaluations of runs of one length after the same step are one budget: the mean of their FLOPs. The ends of runs come
-    first, because the loss of a run that is still trained is another one, unless few of the seeds have such runs. Then
-    come the evaluations of the length that most seeds have, from its end down, and of other lengths, as far as they
-    differ by more than 2 % from those kept.
+    The ends of runs come first, because the loss of a run that is still trained is another one, unless few of the seeds
+    have such runs. Then come the evaluations of the length that most seeds have, from its end down, and of other
+    lengths, as far as they differ by more than 2 % from those kept.
     """
     found = _known_points(runs, curves)
-    of_step = found.groupby(["end", "step"])
-    found = found.assign(**{FLOPS: of_step[FLOPS].transform("mean")})
     table = found.assign(seeds=found.groupby("end")["seed"].transform("nunique"))
     enough = table["seeds"].map(lambda number: are_enough(number, table["seed"].nunique()))
     table = table.assign(last=(table["step"] == table["end"]) & enough)
@@ -331,7 +323,12 @@ def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _known_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the points of the runs' curves whose FLOPs are known, with the seed and the last step of the run."""
+    """Return the points of the runs' curves whose FLOPs are known, with the seed and the last step of the run.
+
+    Runs of one length have one budget after the same step: the mean of their FLOPs, which vary with the seed where the
+    number of experts does.
+    """
     seeds = runs.drop_duplicates("folder").set_index("folder")["seed"]
     found = curves[curves["folder"].isin(seeds.index)].dropna(subset=[FLOPS])
-    return found.assign(seed=found["folder"].map(seeds), end=found.groupby("folder")["step"].transform("max"))
+    found = found.assign(seed=found["folder"].map(seeds), end=found.groupby("folder")["step"].transform("max"))
+    return found.assign(**{FLOPS: found.groupby(["end", "step"])[FLOPS].transform("mean")})

@@ -43,13 +43,16 @@ def study_of(runs: pd.DataFrame) -> Study:
     study = grid or experiment
     names = {study, study.partition(": ")[0]}  # the second is that of a report about folders of runs
     looks = _looks_about(runs, known, study, None if not of_sweep else names)
-    plans = [plan for folder in _sweeps(runs) for plan in plans_in(folder)]
+    sweeps = _sweeps(runs)
+    of_folder = {sweep: plans_in(sweep) for sweep in sweeps}
+    ended_of = {sweep: ended_in(sweep) for sweep in sweeps}
+    plans = [plan for planned in of_folder.values() for plan in planned]
     plans = sorted(
         (plan for plan in plans if plan.experiment == study or not (of_sweep or grid)), key=lambda plan: plan.time
     )
-    sweeps = _sweeps(runs) if plans else []  # to read the records of all runs takes time
-    places = {run: place_of(sweep / name) for sweep in sweeps for name, run in digests_in(sweep).items()}
-    ended = _ended(_sweeps(runs), plans, places)
+    with_records = sweeps if plans else []  # to read the records of all runs takes time
+    places = {run: place_of(sweep / name) for sweep in with_records for name, run in digests_in(sweep).items()}
+    ended = _ended(ended_of, plans, places)
     first_planned = _first_planned(runs, plans, ended)
     looks = _of_one_report(looks, known)
     looks += _without_report(known, plans, ended, places, first_planned, looks)
@@ -59,10 +62,10 @@ def study_of(runs: pd.DataFrame) -> Study:
         runs=known,
         earlier=sorted(looks, key=lambda look: look.time),
         plans=plans,
-        changed=_changed(plans, _sweeps(runs)) if plans else [],
+        changed=_changed(plans, sweeps) if plans else [],
         starts=_starts(runs) if plans else {},
-        ends_known=all(ended_in(folder) is not None for folder in _sweeps(runs) if plans_in(folder)),
-        here=any(folder.is_dir() for folder in _sweeps(runs)),
+        ends_known=all(ended_of[sweep] is not None for sweep in sweeps if of_folder[sweep]),
+        here=any(sweep.is_dir() for sweep in sweeps),
     )
 
 
@@ -162,17 +165,20 @@ def _gone(look: Seen, known: Mapping[str, Known]) -> dict[str, str]:
     return {folder: setting for folder, setting in look.runs.items() if folder not in known}
 
 
-def _ended(sweeps: list[Path], plans: Sequence[PlannedStudy], places: Mapping[str, str]) -> list[Ended]:
+def _ended(
+    ended_of: Mapping[Path, list[Ended] | None], plans: Sequence[PlannedStudy], places: Mapping[str, str]
+) -> list[Ended]:
     """Return the runs of these plans that have ended, also those that are gone since, in the order of time.
 
     Their folders have the whole path: that of the run with the same settings that is there, else that of the past.
     Runs of a plan with no setting that is there are left out: they are another study, such as a pilot that was deleted.
-    places: the folders of the runs that are there, by their fingerprints.
+    ended_of: the runs that have ended, by their sweep folders. places: the folders of the runs that are there, by their
+    fingerprints.
     """
     found = sorted(
         each._replace(folder=places.get(each.run, place_of(sweep / each.folder)))
-        for sweep in sweeps
-        for each in ended_in(sweep) or []
+        for sweep, of_sweep in ended_of.items()
+        for each in of_sweep or []
     )
     settings = {each.setting for each in found if each.run in places}
     same = {each.run for each in found if each.setting in settings}

@@ -5,7 +5,6 @@ loss at the baseline's budget has a speed-up of exactly 1, in each resample too.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +71,7 @@ class SpeedUp(NamedTuple):
         return COSTS_MORE if self.times.high < 1 and self.reached else NOT_APART
 
 
-class Ended(NamedTuple):
+class EndedRuns(NamedTuple):
     """Runs of the baseline that ended at one budget: their mean loss, and that of the arm, over the same seeds."""
 
     budget: float
@@ -137,9 +136,8 @@ def speed_up(
                 known[same] = _curve(points, common, resamples)
             loss = _means(members, common, resamples)
             ended = [
-                Ended(place, _mean(each, seeds), _mean(members, seeds))
+                EndedRuns(place, *(_mean(side, sorted(set(each["seed"]))) for side in (each, members)))
                 for place, each in by_budget(_of_many_seeds(baseline, common))
-                if (seeds := [seed for seed in common if seed in set(each["seed"])])
             ]
             each = _speed_up(known[same], budget, loss, ended, of_training=reference is evaluations, of=of)
             left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
@@ -206,7 +204,7 @@ def _speed_up(
     curve: Curve,
     budget: float,
     loss: Float[np.ndarray, " R"],
-    ended: list[Ended],
+    ended: list[EndedRuns],
     *,
     of_training: bool,
     of: int,
@@ -231,22 +229,23 @@ def _speed_up(
     if times.low > 0 and not checked:
         doubts.append(STILL_TRAINED.format(what="saved") if of_training and budget < most else NOT_CHECKED)
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
-    shown = reached and not too_small and (not of_training or any(map(partial(_reaches, curve.law), before)))
-    better, worse = (any(sign * (each.loss - each.of_arm) > 0 for each in here) for sign in (-1, 1))
+    shown = reached and not too_small and (not of_training or any(_reaches(curve.law, each) for each in before))
+    better = any(each.loss < each.of_arm for each in here)
+    worse = any(each.loss > each.of_arm for each in here)
     if (times.low > 0 and checked and better) or (times.high < 0 and reached and not too_small and worse):
         doubts.append(OTHERWISE)
         checked = shown = False
     elif times.high < 0 and not shown:
-        still = STILL_TRAINED.format(what="wasted") if budget < most else NOT_REACHED
-        doubts.append(TOO_SMALL if too_small else still if reached else NOT_REACHED)
+        still = STILL_TRAINED.format(what="wasted") if reached and budget < most else NOT_REACHED
+        doubts.append(TOO_SMALL if too_small else still)
     estimate = Estimate(*map(_exp, times))
     return SpeedUp(budget, float(loss[0]), needed, estimate, doubts, of_training, checked, bool(shown))
 
 
-def _reaches(law: Fit, ended: Ended) -> bool:
-    """Return whether ended runs have the arm's loss, or one that the law changes into it with 2 % more compute."""
+def _reaches(law: Fit, ended: EndedRuns) -> bool:
+    """Return whether ended runs have the arm's loss or a lower one, up to what 2 % more compute change by the law."""
     own, of_arm = (float(_needed(law, np.array([loss]))[0]) for loss in (ended.loss, ended.of_arm))
-    return ended.loss < ended.of_arm or of_arm <= own * (1 + CLOSE)
+    return of_arm <= own * (1 + CLOSE)
 
 
 def _exp(log: float) -> float:

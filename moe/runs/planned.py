@@ -202,11 +202,10 @@ def ended_in(folder: Path) -> list[Ended] | None:
 
 def _check_time(place: str, time: str, *, with_zone: bool = False) -> None:
     """Raise ValueError unless a text is a time. with_zone: it has to tell its zone."""
-    try:
-        zone = datetime.fromisoformat(time).tzinfo
-    except ValueError:
-        zone, with_zone = None, True
-    if with_zone and zone is None:
+    known = None
+    with suppress(ValueError):
+        known = datetime.fromisoformat(time)
+    if known is None or (with_zone and known.tzinfo is None):
         raise ValueError(f"{place} has {time!r:.40}: must be a time such as 2026-11-27T09:30:00+00:00")
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pandas as pd
 
-from moe.analysis.looks import FURTHER, Question, Study
+from moe.analysis.looks import FURTHER, Looks, Question, Study
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
@@ -114,9 +114,11 @@ def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
 
 def earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
     """Return what the looks that decided a claim or comparison said of it, if this one does not; "" if none did."""
+    if judged.decided or not inputs.study.earlier:
+        return ""
     name = name_in_looks(judged, inputs)
     found = dict.fromkeys(look.decided[name] for look in inputs.study.earlier if name in look.decided)
-    if judged.decided or not found:
+    if not found:
         return ""
     if len(found) > 1:
         return f"but earlier looks found it {enumerated([*found])}, which all stay valid"
@@ -213,7 +215,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         return
     facts = {
         "number": looks.place + 1,
-        "of": f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else "",
+        "of": _of_all(looks),
         "now": f"{now:.3g}",
         "planned": f"{looks.planned:.3g}",
         "seeds": _decisive_seeds(study),
@@ -234,6 +236,11 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         yield NOTHING_NEW.format(**facts)
     else:
         yield WITHIN.format(**facts)
+
+
+def _of_all(looks: Looks) -> str:
+    """Return how many looks there are, after the number of the present one; "" if it is the last of them."""
+    return f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else ""
 
 
 def _seen_before(study: Study) -> tuple[str, str]:
@@ -313,8 +320,7 @@ def look_in_words(inputs: ReportInputs) -> str:
     study, looks = inputs.study, inputs.study.looks
     if inputs.search or inputs.observed or not study.testable:
         return ""
-    of = f" of {len(looks.seeds)}" if looks.place + 1 < len(looks.seeds) else ""
-    facts = {"number": f"{looks.place + 1}{of}", "runs": printable(study.name or "these runs")}
+    facts = {"number": f"{looks.place + 1}{_of_all(looks)}", "runs": printable(study.name or "these runs")}
     if study.unwritten:
         return NOT_WRITTEN_IN_SHORT.format(**facts, why=printable(study.unwritten))
     at = f" (at the {_decisive_seeds(study)})" if seeds_left(study) else ""
