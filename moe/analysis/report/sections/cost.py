@@ -66,10 +66,10 @@ VERDICTS = """\
 A level is told apart from the reference if its interval leaves out 1. That it saves compute is said only if runs of the
 reference ended at its compute, or, unless the curve goes through evaluations during training, at less and at more. That
 it costs more is said only if the curve has a point at its compute or at less, and the runs of the reference reach the
-loss; of a curve through evaluations, only if runs with a lower loss ended at the level's compute or at less. Nothing is
-said that the losses of runs of the reference that ended at the level's compute contradict. Budgets that differ by at
-most 2 % are one. There is no verdict if the routers of one side alone may see later tokens: their losses are not
-comparable."""
+loss. If the curve goes through evaluations, runs must have ended at the level's compute or at less with its loss or a
+lower one, up to what 2 % of the compute change. Nothing is said that the losses of runs of the reference that ended at
+the level's compute contradict. Budgets that differ by at most 2 % are one. There is no verdict if the routers of one
+side alone may see later tokens: their losses are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
