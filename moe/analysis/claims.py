@@ -125,7 +125,9 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     """Return a row for each claim: supported, contradicted or undecided by these runs, or not tested, and why.
 
     `runs` is a table of `moe.results.table.load_runs`. `difference` is `mean` minus `reference mean` over n paired
-    seeds, with its 95 % t interval. A claim can make several comparisons. The columns `compared`, `level`, `reference`,
+    seeds, with its 95 % t interval. Of an interaction, the two means are those of the difference at the second and at
+    the first level of the other factor, and `level` and `reference` are these two. A claim can make several
+    comparisons. The columns `compared`, `level`, `reference`,
     `mean`, `reference mean`, `difference`, its interval and `reason` show the one on which `p` depends. `choice` says
     which ones there are, and `p` covers all:
 
@@ -166,7 +168,7 @@ def decided(
     before = table["verdict"] + " before the correction for other tests and looks, not after it"
     later = tests if tests_later is None else tests_later
     spreads, predicted = table.pop("spread"), table.pop("predicted")
-    changes = table["kind"].map({"interaction": 2}).fillna(1)  # a change of a change is twice as large at most
+    changes = table["kind"].map({"interaction": 2}).fillna(1)  # two differences differ by twice as much at most
     spans = table["metric"].map(span).astype(float) * changes
     units = table["metric"].map(noun)
     known = zip(table.pop("doubt"), table["n"], spreads, _corrected_for(predicted, tests), units, spans, strict=True)
@@ -187,16 +189,14 @@ def decided(
 def evidence_sentence(judged: pd.Series) -> str:
     """Return a row of `judge` in words: levels, metric and its means, the difference, its p, and the reason.
 
-    Of an interaction the means are those of the change at each of the two levels, which stand beside them.
+    Of an interaction the two means are differences, and the level of the other factor stands beside each.
     """
     j = judged
     if j["n"] == 0:
         return str(j["reason"])
     text = f"{j['compared']}: {noun(j['metric'])} "
     if j["kind"] == "interaction":
-        factor = j["compared"].partition(" ")[0]
-        text += f"{j['mean']:+.4g} at {factor} {j['level']} "
-        text += f"vs {j['reference mean']:+.4g} at {factor} {j['reference']}"
+        text += f"{j['mean']:+.4g} at {j['level']} vs {j['reference mean']:+.4g} at {j['reference']}"
     else:
         text += f"{j['mean']:.4g} vs {j['reference mean']:.4g}"
     if j["reference mean"] and j["kind"] != "interaction":
@@ -264,14 +264,18 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
     estimates = "as claimed" if favor.min() > 0 else "against" if lost < 0 else "mixed"
     labels = [[_label(claim, runs, each) for each in side] for side in (named, rivals)]
     a, b = _deciding(p_for, p_against, favor, supported=verdict == "supported", best=best)
-    shown_sides = {"level": labels[0][a], "reference": labels[1][b]}
-    text = f"{claim.factor} {' vs '.join(shown_sides.values())}{_where(claim)}"
+    shown_sides = (labels[0][a], labels[1][b])
+    text = f"{claim.factor} {' vs '.join(shown_sides)}{_where(claim)}"
+    if claim.kind == "interaction":
+        first, second = claim.within[claim.moderator]
+        shown_sides = (f"{claim.moderator}={level(second)}", f"{claim.moderator}={level(first)}")
     shown = pairs[a][b]
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
     predicted = _predicted(shown if estimates != "mixed" else shown._replace(mean=NAN))._replace(
         named=len(named), rivals=len(rivals), freedom=shown.freedom, best=best
     )
-    return row | shown_sides | {"predicted": predicted, "own": found.runs}
+    shown_ends = dict(zip(("level", "reference"), shown_sides, strict=True))
+    return row | shown_ends | {"predicted": predicted, "own": found.runs}
 
 
 def _deciding(

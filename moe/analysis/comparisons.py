@@ -15,8 +15,8 @@ from moe.results.comparable import incomparable, is_timed, not_poolable
 from moe.results.conditions import by_seed, conditions, levels, two_levels, varied_factors
 from moe.results.table import level
 
-BASE = "base/value"  # the metric before a change, of whose mean a margin may be a share; "/" as in a metric
-SECOND = "second/folder"  # of the run after a change
+BASE = "base/value"  # the metric at the first level of an interaction; "/" as in a metric
+SECOND = "second/folder"  # of the run at the second level
 COST_COLUMNS = {"flops": FLOPS, "seconds": SECONDS}  # by the value of a claim's key `at`
 
 
@@ -96,7 +96,7 @@ def mean_compared_with(claim: ClaimConfig, runs: pd.DataFrame) -> float:
 def _pairs(claim: ClaimConfig, runs: pd.DataFrame, named: list[Any], rivals: list[Any]) -> list[list[Comparison]]:
     """Compare each of the levels `named` with each of `rivals`."""
     if claim.kind == "interaction":
-        claim, runs = as_change(claim), _changes(claim, runs)
+        claim, runs = as_change(claim), _with_both_levels(claim, runs)
     else:
         runs = _with_mean_of_domains(claim, runs)
     others = _others(claim, runs)
@@ -170,26 +170,26 @@ def _at_first_level(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
     return runs if factor == DOMAIN else runs[runs[factor] == level(claim.within[factor][0])]
 
 
-def _changes(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs at the first of the two levels of an interaction.
+def _with_both_levels(claim: ClaimConfig, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs at the first of the two levels of an interaction, with the metric at both.
 
-    In place of the metric they have its change from there to the run at the second level that has all else in common.
-    The metric itself is in the column `BASE`, of whose mean the claim's margin may be a share.
+    Its own column has the metric of the run at the second level that has all else in common. The one at the first level
+    is in the column `BASE`.
     """
     first, factor = _at_first_level(claim, runs), claim.moderator
-    first = first.assign(**{BASE: first[claim.metric]})
+    first = first.rename(columns={claim.metric: BASE})
     if factor == DOMAIN:
-        return first.assign(**{claim.metric: runs[_metrics(claim)[1]] - first[claim.metric]})
+        return first.assign(**{claim.metric: runs[_metrics(claim)[1]]})
     second = _with_mean_of_domains(claim, runs[runs[factor] == level(claim.within[factor][1])])
     keys = list(dict.fromkeys([claim.factor, "seed", *varied_factors(first), *varied_factors(second)]))
-    second = second[[*keys, claim.metric, "folder"]].rename(columns={"folder": SECOND})
-    pairs = first.merge(second, on=keys, suffixes=("", " at the second level"))
-    return pairs.assign(**{claim.metric: pairs.pop(f"{claim.metric} at the second level") - pairs[claim.metric]})
+    return first.merge(second[[*keys, claim.metric, "folder"]].rename(columns={"folder": SECOND}), on=keys)
 
 
 def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated: Any, reference: Any) -> Comparison:
     """Compare two levels: the mean difference within seeds, over all combinations of the other factors that have both.
 
+    Of an interaction, the two values that are compared are themselves such differences: at the second level of the
+    other factor, and at the first.
     In a mixed model the runs at the other levels count too: where a run is missing, they tell how the seeds differ.
     """
     sides: dict[str, pd.DataFrame] = {}
@@ -202,7 +202,10 @@ def _compare(claim: ClaimConfig, runs: pd.DataFrame, others: list[str], treated:
             if reason := incomparable(claim.metric, *both, timed=timed(claim), names=names):
                 return Comparison(0, doubt=reason)
             a, b = (by_seed(rows, claim.metric) for rows in both)
-            base = by_seed(both[1], BASE) if BASE in runs else b
+            base = b
+            if BASE in runs:
+                first, base = (by_seed(rows, BASE) for rows in both)
+                a, b = a - b, first - base
             sides[name_cell(cell)] = pd.DataFrame({"treated": a, "reference": b, "base": base})
             treated_runs, reference_runs = map(_folders, both)
             folders[name_cell(cell)] = pd.DataFrame({"treated": treated_runs, "reference": reference_runs})

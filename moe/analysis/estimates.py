@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from moe.analysis.power import PAIRED, SIGNIFICANCE, Freedom
-from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, mean_difference, p_of_share
+from moe.analysis.statistics import CONFIDENCE, NOT_CLEAR, p_of_share
 from moe.analysis.within_seeds import Contrast, contrast
 from moe.config.claim import Amount, ClaimConfig, amount_of
 
@@ -61,7 +61,8 @@ class Comparison(NamedTuple):
 class Sides(NamedTuple):
     """The values of two levels: a row for each seed, and a column for each combination of other factors.
 
-    base: the values of whose mean the claimed range may be a share. treated_runs, reference_runs: the folders of the
+    base: the values of whose mean the claimed range may be a share; of an interaction, `treated` and `reference` are
+    differences, and these are values of the metric itself. treated_runs, reference_runs: the folders of the
     runs, in the same places. alone: combinations that have one of the two levels in no seed.
     """
 
@@ -99,10 +100,10 @@ def of_pairs(claim: ClaimConfig, sides: Sides) -> Comparison:
     pairs = treated - reference
     kept, note = _judged(pairs.count(), "pair", pairs, alone)
     if kept.empty:
-        return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
+        return Comparison(0, note=note, doubt=_without_pair(claim, sides))
     pairs = pairs[kept]
     reference, base = (table[kept].where(pairs.notna()) for table in (reference, base))
-    scale = float(np.nanmax(np.abs(reference.to_numpy(dtype=float))))
+    scale = float(np.nanmax(np.abs(base.to_numpy(dtype=float))))
     weights = np.full(len(kept), 1 / len(kept))
 
     @cache
@@ -133,7 +134,7 @@ def in_all_runs(claim: ClaimConfig, sides: Sides, rest: list[pd.Series], rest_ru
     total = int(table.count().sum())
     note = "; ".join(filter(None, (f"mixed model of {total} runs", lacks)))
     if kept.empty:
-        return Comparison(0, note=note, doubt=_without_pair(claim, treated, reference))
+        return Comparison(0, note=note, doubt=_without_pair(claim, sides))
     values = table.to_numpy(dtype=float)
     weights, of_reference = np.zeros(table.shape[1]), np.zeros(table.shape[1])
     weights[: len(kept)], weights[len(kept) : 2 * len(kept)] = 1 / len(kept), -1 / len(kept)
@@ -165,7 +166,7 @@ def _estimated(
     freedom = _freedom(found, n)
     if found.estimator.freedom < n - 1:
         note = "; ".join(filter(None, (note, f"{found.estimator.freedom:.2g} degrees of freedom")))
-    treated = mean_difference(np.array([mean + found.effect]), scale=abs(mean))  # 0, not what rounding leaves of it
+    treated, mean = (0.0 if abs(each) <= 1e-12 * abs(of_base) else each for each in (mean + found.effect, mean))
     comparison = Comparison(n, treated, mean, freedom=freedom, note=note)
     return _tested(claim, comparison, of_base, estimate)
 
@@ -245,9 +246,9 @@ def _used(folders: pd.DataFrame, uses: np.ndarray) -> frozenset[str]:
     return frozenset().union(*(each for each in sets if isinstance(each, frozenset)))
 
 
-def _without_pair(claim: ClaimConfig, treated: pd.DataFrame, reference: pd.DataFrame) -> str:
+def _without_pair(claim: ClaimConfig, sides: Sides) -> str:
     """Return why two levels have no pair of values: no run has the metric, or no seed has it on both sides."""
-    anywhere = treated.notna().any(axis=None) or reference.notna().any(axis=None)
+    anywhere = any(table.notna().any(axis=None) for table in (sides.treated, sides.reference, sides.base))
     return "no seed is left" if anywhere else f"no run of these levels has {claim.metric}"
 
 

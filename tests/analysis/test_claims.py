@@ -388,8 +388,10 @@ def test_an_interaction_is_a_paired_t_test_of_the_differences_of_differences() -
     assert row["p"] == pytest.approx(expected.pvalue)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected.confidence_interval()))
     assert row["compared"] == "noise 0.5 vs 0.0, change from lb=0.0 to 0.01"
-    at = [(cells[0.01, noise] - cells[0.0, noise]).mean() for noise in (0.5, 0.0)]
-    means = f"{row['compared']}: validation perplexity {at[0]:+.4g} at noise 0.5 vs {at[1]:+.4g} at noise 0.0"
+    costs = {lb: (cells[lb, 0.5] - cells[lb, 0.0]).mean() for lb in (0.0, 0.01)}
+    assert (row["mean"], row["reference mean"]) == pytest.approx((costs[0.01], costs[0.0]))
+    assert (row["level"], row["reference"]) == ("lb=0.01", "lb=0.0")
+    means = f"{row['compared']}: validation perplexity {costs[0.01]:+.4g} at lb=0.01 vs {costs[0.0]:+.4g} at lb=0.0"
     assert evidence_sentence(row).startswith(f"{means}, difference {changes.mean():+.3g} [")
 
 
@@ -420,6 +422,15 @@ def test_an_interaction_has_a_direction_or_a_margin(change: float, extra: dict[s
     assert judge_first(runs, claim("interaction", [0.5], [0.0], within={"lb": [0.0, 0.01]}, **extra))["verdict"] == (
         verdict
     )
+
+
+def test_a_difference_of_differences_that_rounding_alone_makes_is_none() -> None:
+    """The differences themselves are small beside the metric, whose rounding counts."""
+    one = runs_with_means({0.0: 100}).assign(lb=0.0)
+    both = pd.concat([one, one.assign(noise=0.5, **{PPL: one[PPL] + 1e-9})])
+    runs = pd.concat([both, both.assign(lb=0.01, **{PPL: both[PPL] + 0.7})], ignore_index=True)
+    row = judge_first(runs, claim("interaction", [0.5], [0.0], within={"lb": [0.0, 0.01]}))
+    assert (row["difference"], row["deterministic"]) == (0, True)
 
 
 def test_a_missing_run_leaves_the_interaction_to_the_other_seeds() -> None:

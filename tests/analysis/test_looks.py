@@ -56,9 +56,9 @@ from moe.analysis.report.sections.planned import (
     warnings_of_looks,
     warnings_of_margins,
 )
-from moe.analysis.report.sections.verdicts import claim_verdicts, how_it_decides
+from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.tested import with_comparisons
-from moe.analysis.sentences import level_text
+from moe.analysis.sentences import level_text, levels_compared
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.cell import Grid
@@ -711,7 +711,7 @@ def test_a_verdict_of_an_earlier_look_belongs_to_the_claim_that_it_saw(runs: pd.
         started=[f"2026-02-0{seed + 1}T00:00:00+00:00" for seed in runs["seed"]],
     )
     first = _with_look(collect_inputs(runs[runs["seed"] < 2])[0])
-    assert [*decisions(first).values()] == ["supported"]
+    assert next(iter(decisions(first).values())) == "supported"
     every = _with_look(collect_inputs(runs)[0])
     verdicts = {each.title: each.verdict for each in every.judgments}
     assert sorted(verdicts.values()) == ["contradicted", "supported"]
@@ -744,6 +744,30 @@ def test_a_verdict_on_a_metric_that_was_asked_for_is_said_once_if_a_later_look_h
     second = second._replace(study=replace(second.study, earlier=[look, look._replace(time="2026-12-31")]))
     text = " ".join(" ".join(warnings_of_decisions(second)).split())
     assert text.count(f"“{name}” was better") == 1, "two looks at the same runs found the same"
+
+
+def test_a_verdict_on_a_second_metric_is_recorded_and_said_if_a_later_look_has_another(runs: pd.DataFrame) -> None:
+    """Nobody asked for the metric, and the claim is open, so that the answer quotes the comparison."""
+    open_ = replace(CLAIM, text="a beats b", metric="val/perplexity", levels=[0.5], than=[0.0])
+    rng = np.random.default_rng(0)
+    rise = np.where((runs["lb"] == 0.01) & (runs["seed"] < 3), 0.2, 0.5) + rng.normal(0, 0.002, size=len(runs))
+    columns = {"val/perplexity": rng.normal(100, 1, size=len(runs)), "routing/load_cv/pooled": rise}
+    runs = runs.assign(**columns, claims=json.dumps([asdict(open_)]))
+    first = collect_inputs(runs[runs["seed"] < 3])[0]
+    assert "comparisons that nobody planned show more than chance: lb 0.01 instead of 0.0" in headline(first)
+    _with_look(first)
+    name = "load CV (layers pooled): lb 0.01 vs 0.0 at noise=0.5"
+    assert decisions(first)[name] == "more balanced"
+    second = collect_inputs(runs)[0]
+    text = " ".join(" ".join(warnings_of_decisions(second)).split())
+    assert f"“{name}” was more balanced" in text
+    page = " ".join(str(block) for block in contrast_verdicts(second))
+    assert "but an earlier look found it more balanced, which stays valid" in page
+    names = [f"load CV (layers pooled): {name}" for name in second.contrasts.apply(levels_compared, axis=1).unique()]
+    earlier = [look._replace(decided=dict.fromkeys(names, "odd")) for look in second.study.earlier]
+    [warning] = warnings_of_decisions(second._replace(study=replace(second.study, earlier=earlier)))
+    assert warning.count("” was odd") == 5
+    assert f" and {len(names) - 5} more were decided" in warning
 
 
 def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:

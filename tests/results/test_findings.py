@@ -651,3 +651,34 @@ def in_reach_and_tested() -> int:
 def seeds_crossed() -> list[int]:
     """Return the numbers of runs, of seeds of the initial weights, and of seeds of the data order."""
     return [len(runs(SEEDS)), runs(SEEDS)["init_seed"].nunique(), runs(SEEDS)["data_seed"].nunique()]
+
+
+# --- Changes of a difference
+
+CHANGES = [
+    (study, each["text"]) for study in STUDIES_OF_FINDINGS for each in claims(study) if each["kind"] == "interaction"
+]
+
+
+@pytest.mark.parametrize(("study", "text"), CHANGES, ids=[text for _, text in CHANGES])
+def test_a_claim_about_a_change_shows_the_difference_that_it_names_at_both_levels(study: str, text: str) -> None:
+    """A cost of a limit is shown, where a claim is about this cost, and not the effect of the other factor."""
+    change = claim(study, text)
+    factor, [level], [reference], metric = (change[key] for key in ("factor", "levels", "than", "metric"))
+    [(other, places)] = change["within"].items()
+
+    def effect(place: object) -> float:
+        rows, values = runs(study), metric
+        if other == "domain":
+            values = f"{metric}/{place}"
+        else:
+            rows = rows[rows[other] == place]
+        sides = [
+            rows[rows[factor].astype(str) == ("none" if side is None else str(side))] for side in (level, reference)
+        ]
+        a, b = (side.set_index("seed")[values] for side in sides)
+        return float((a - b).mean())
+
+    shown = " vs ".join(f"{effect(place):+.4g} at {other}={place}" for place in reversed(places))
+    line = one(each for each in text_of(study).splitlines() if each.startswith(f"- {text} ("))
+    assert f" {shown}, difference {effect(places[1]) - effect(places[0]):+.3g} [" in line

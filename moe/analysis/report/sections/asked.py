@@ -9,6 +9,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards, judgments
 from moe.analysis.report.sections.headline import WORDS
+from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import noun
 from moe.checks import plain
@@ -37,4 +38,5 @@ def _found(inputs: ReportInputs, metric: str) -> str:
     counts = ", ".join(f"{count} {WORDS.get(verdict, verdict)}" for verdict, count in verdicts.items())
     [card] = cards(judged[:1])
     number = "1 comparison" if len(judged) == 1 else f"{len(judged)} comparisons"
-    return f"{number} ({counts}). The surest is {card.text}: {card.effect}."
+    found = f"{number} ({counts}). The surest is {card.text}: {card.effect}"
+    return f"{'; '.join(filter(None, (found, earlier_verdict(judged[0], inputs))))}."

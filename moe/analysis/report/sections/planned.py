@@ -43,6 +43,8 @@ NO_PLAN = "unknown: no record of a plan was found beside the runs"
 ENDS_UNKNOWN = """\
 **There is no `ended.jsonl` beside `plans.json`.** So this report does not know which runs had ended before a later
 command, and its tests may have too large a share of the 5 %. If the runs are a copy, copy this file too."""
+NO_CLAIMS = pd.DataFrame()  # for judgments on comparisons alone
+MOST_LOST = 5  # verdicts of an earlier look that a warning names
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "the {seeds}, which decide because no number was planned"
 NOT_PLANNED = "These runs had no `planned_seeds`, so the number of the first look decides. "
@@ -107,7 +109,7 @@ def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
     """
     known, defaults = claims_of(inputs) if judged.planned else [], asdict(ClaimConfig())
     if judged.row is None or judged.row >= len(known):
-        return judged.title
+        return _title(judged, inputs)
     claim = {key: value for key, value in asdict(known[judged.row][0]).items() if value != defaults[key]}
     return f"{judged.text} [{short(digest_of(claim))}]"
 
@@ -126,27 +128,36 @@ def earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
 
 
 def _judged(inputs: ReportInputs) -> list[Judgment]:
-    """Return the judgments of the report, and those on comparisons of the metrics that the reader asked for."""
-    asked = [
-        each._replace(text=f"{noun(metric)}: {each.text}")
-        for metric in inputs.options.metrics
-        if metric in inputs.tested and metric not in {each.metric for each in inputs.judgments if not each.planned}
-        for each in judgments(pd.DataFrame(), inputs.contrasts, metric)
-    ]
-    return [*inputs.judgments, *asked]
+    """Return the judgments of the report, and those on all comparisons of its other metrics."""
+    others = [metric for metric in inputs.tested if metric not in _compared_first(inputs)]
+    return [*inputs.judgments, *(each for metric in others for each in judgments(NO_CLAIMS, inputs.contrasts, metric))]
+
+
+def _compared_first(inputs: ReportInputs) -> set[str]:
+    """Return the metric whose comparisons are the judgments of a report without claims; with claims, there is none."""
+    return {each.metric for each in inputs.judgments if not each.planned}
+
+
+def _title(judged: Judgment, inputs: ReportInputs) -> str:
+    """Return a claim, or the levels of a comparison, after the metric if that is not the first of the report."""
+    first = judged.planned or judged.metric in _compared_first(inputs)
+    return judged.title if first else f"{noun(judged.metric)}: {judged.title}"
 
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
+    if not any(look.decided for look in inputs.study.earlier):
+        return
     said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
     for look in inputs.study.earlier:
         earlier = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
-        lost = {now.title: verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
+        lost = {_title(now, inputs): verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
         if lost and (lost, look.runs) not in said:
             said.append((lost, look.runs))
-            found = enumerated([f"“{text}” was {verdict}" for text, verdict in lost.items()])
+            found = [f"“{text}” was {verdict}" for text, verdict in lost.items()]
+            found[MOST_LOST:] = [f"{len(found) - MOST_LOST} more were decided"] if found[MOST_LOST:] else []
             seeds = len(look.runs) / len({*look.runs.values()})
-            yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(found))
+            yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(enumerated(found)))
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:

@@ -18,8 +18,10 @@ from moe.analysis.report.blocks import (
     long_list,
 )
 from moe.analysis.report.inputs import OF_CLAIMS, Family, ReportInputs
+from moe.analysis.report.judgments import on_contrast
 from moe.analysis.report.sections.comparisons import even_loads
 from moe.analysis.report.sections.headline import later_tokens
+from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.sentences import (
     DETECTABLE,
     DETERMINISTIC,
@@ -211,5 +213,5 @@ def _verdict(contrast: pd.Series, inputs: ReportInputs) -> str:
     c, compared = contrast, levels_compared(contrast)
     up, down = directions(c["metric"])
     text = contrast_sentence(c, literal(compared), unit=noun(c["metric"]), up=up, down=down)
-    note = later_tokens(c["metric"], compared, inputs)
-    return f"{text}; {note}" if note else text
+    earlier = earlier_verdict(on_contrast(c), inputs) if inputs.study.earlier else ""
+    return "; ".join(filter(None, (text, earlier, later_tokens(c["metric"], compared, inputs))))
