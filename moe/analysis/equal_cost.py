@@ -15,10 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from moe.analysis.scaling import CLOSE as SAME_BUDGET
 from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
-from moe.analysis.speed_up import are_enough
 from moe.analysis.statistics import comparisons, name_cell
 from moe.results.comparable import LATER_TOKENS, TEXT, TOKENIZER, incomparable, other_causality
 from moe.results.conditions import conditions
@@ -294,41 +292,17 @@ def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:
 
 
 def points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the last point of the curve of each run: columns seed, FLOPs and loss."""
-    found = _known_points(runs, curves)
-    return found.loc[found["step"] == found["end"], ["seed", FLOPS, "loss"]].reset_index(drop=True)
+    """Return the last point of the curve of each run, with the columns of `training_points`."""
+    found = training_points(runs, curves)
+    return found[found["step"] == found["end"]].reset_index(drop=True)
 
 
 def training_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return points of the runs' curves that lie apart: columns seed, FLOPs and loss.
+    """Return the points of the runs' curves whose FLOPs are known: columns seed, end, step, FLOPs and loss.
 
-    The ends of runs come first, because the loss of a run that is still trained is another one, unless few of the seeds
-    have such runs. Then come the evaluations of the length that most seeds have, from its end down, and of other
-    lengths, as far as they differ by more than 2 % from those kept.
-    """
-    found = _known_points(runs, curves)
-    table = found.assign(seeds=found.groupby("end")["seed"].transform("nunique"))
-    enough = table["seeds"].map(lambda number: are_enough(number, table["seed"].nunique()))
-    table = table.assign(last=(table["step"] == table["end"]) & enough)
-    budgets = table.drop_duplicates(["end", "step"]).sort_values(["last", "seeds", "end", "step"], ascending=False)
-    kept = list[tuple[int, int]]()
-    places = list[float]()
-    for row in budgets.itertuples():
-        flops = getattr(row, FLOPS)
-        if row.last or all(abs(math.log(flops / each)) > math.log1p(SAME_BUDGET) for each in places):
-            kept.append((row.end, row.step))
-            places.append(flops)
-    names = pd.MultiIndex.from_frame(table[["end", "step"]])
-    return table.loc[names.isin(kept), ["seed", FLOPS, "loss"]].reset_index(drop=True)
-
-
-def _known_points(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the points of the runs' curves whose FLOPs are known, with the seed and the last step of the run.
-
-    Runs of one length have one budget after the same step: the mean of their FLOPs, which vary with the seed where the
-    number of experts does.
+    end: the last step of the run.
     """
     seeds = runs.drop_duplicates("folder").set_index("folder")["seed"]
     found = curves[curves["folder"].isin(seeds.index)].dropna(subset=[FLOPS])
     found = found.assign(seed=found["folder"].map(seeds), end=found.groupby("folder")["step"].transform("max"))
-    return found.assign(**{FLOPS: found.groupby(["end", "step"])[FLOPS].transform("mean")})
+    return found[["seed", "end", "step", FLOPS, "loss"]].reset_index(drop=True)

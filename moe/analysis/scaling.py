@@ -310,11 +310,14 @@ def _jacobian(law: Law, theta: Float[np.ndarray, "R P"], logs: Float[np.ndarray,
     return np.stack([floor, *(terms[:, term] for term in range(len(law.terms))), *slopes], axis=2)
 
 
-def by_budget(table: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
-    """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order."""
-    ordered = table.sort_values("FLOPs", ignore_index=True)
-    groups = ordered.groupby(numbered(ordered[["FLOPs"]])["FLOPs"])
-    return [(float(members["FLOPs"].mean()), members) for _, members in groups]
+def by_budget(table: pd.DataFrame, compute: str = "FLOPs") -> list[tuple[float, pd.DataFrame]]:
+    """Return the runs by budget, the mean of those whose compute differs by at most 2 %, in rising order.
+
+    compute: the name of its column.
+    """
+    ordered = table.sort_values(compute, ignore_index=True)
+    groups = ordered.groupby(numbered(ordered[[compute]])[compute])
+    return [(float(members[compute].mean()), members) for _, members in groups]
 
 
 def numbered(table: pd.DataFrame) -> pd.DataFrame:

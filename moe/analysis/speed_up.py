@@ -72,9 +72,12 @@ class SpeedUp(NamedTuple):
 
 
 class EndedRuns(NamedTuple):
-    """Runs of the baseline that ended at one budget: their mean loss, and that of the arm, over the same seeds."""
+    """Runs of the baseline that ended at one budget: their mean loss, and that of the arm, over the same seeds.
 
-    budget: float
+    times: how many times as much compute they had as the runs of the arm, on average over these seeds.
+    """
+
+    times: float
     loss: float
     of_arm: float
 
@@ -82,7 +85,8 @@ class EndedRuns(NamedTuple):
 class Curve(NamedTuple):
     """A law fitted to the baseline, and its budgets as the law sees them: rows of (R, B), the first is all seeds.
 
-    needed: log of the compute that the law gives the mean loss of each budget. off: that minus the log of the budget.
+    needed: log of the compute that the law gives the mean loss of each budget. off: that minus the log of the mean
+    FLOPs of the same runs.
     """
 
     law: Fit
@@ -107,39 +111,37 @@ def speed_up(
 ) -> list[SpeedUp]:
     """Return the effective speed-up of an arm at each of its budgets, from a curve through the baseline's runs.
 
-    The tables have the columns `seed`, `FLOPs` (training) and `loss`, of runs of one size. A budget of the arm is
-    compared by the seeds that both have there, or that the baseline has anywhere if they share none there. The doubts
-    say which seeds are left out. A resample draws the same seeds for both, so what all runs of a seed share cancels.
+    The tables have the columns `seed`, `end` (the last step of the run), `step`, `FLOPs` (of training) and `loss`, of
+    runs of one size (`equal_cost.points`). A budget of the arm is compared by the seeds that both have there, or that
+    the baseline has anywhere if they share none there. The doubts say which seeds are left out. A resample draws the
+    same seeds for both, so what all runs of a seed share cancels. It has the mean losses and FLOPs of its own runs.
     A few seeds carry no part of the curve alone: a budget of the baseline with too few of the seeds that both have is
     left out (`are_enough`), and so is a seed with runs of fewer than three budgets. evaluations: those of the
-    baseline's runs (`equal_cost.training_points`). They take the place of the runs where too few seeds have runs of
-    three budgets. A budget of the arm has no speed-up where that is so of the evaluations too.
+    baseline's runs (`equal_cost.training_points`). Where too few seeds have runs of three budgets, the curve goes
+    through them too. A budget of the arm has no speed-up where they have fewer than three budgets either.
     of: the number of speed-ups that are shown together; their intervals hold together too. known: curves through
     earlier baselines, by their points; this call adds its own.
     """
     found = []
     known = {} if known is None else known
-    for budget, members in by_budget(arm):
-        for reference in (baseline,) if evaluations is None else (baseline, evaluations):
-            common = _common_seeds(reference, members, budget)
-            points = _of_many_seeds(reference, common)
-            number = points.groupby("seed")["FLOPs"].agg(budgets)
+    for members in groups(arm):
+        for between in (None,) if evaluations is None else (None, evaluations):
+            shared = sorted({*baseline["seed"]} & {*members["seed"]})
+            common = _seeds_at(_points(baseline, between, shared), members) or shared
+            points = _points(baseline, between, common)
+            number = points.groupby("seed")["budget"].agg(budgets)
             enough = [seed for seed in common if number.get(seed, 0) >= LEAST_BUDGETS]
             if not are_enough(len(enough), len(common)):
                 continue
-            alone = sorted({*reference["seed"], *members["seed"]} - {*common})
+            alone = sorted({*baseline["seed"], *members["seed"]} - {*common})
             doubts = [(LEFT_OUT, alone), (TOO_FEW, [seed for seed in common if seed not in enough])]
-            common = enough
-            points = points.loc[points["seed"].isin(common), ["seed", "FLOPs", "loss"]]
-            same = points.to_numpy(dtype=float).tobytes()
+            points = _with_budgets(points[points["seed"].isin(enough)]).sort_values(["budget", "end", "seed"])
+            same = points[["seed", "budget", "FLOPs", "loss"]].to_numpy(dtype=float).tobytes()
             if same not in known:
-                known[same] = _curve(points, common, resamples)
-            loss = _means(members, common, resamples)
-            ended = [
-                EndedRuns(place, *(_mean(side, sorted(set(each["seed"]))) for side in (each, members)))
-                for place, each in by_budget(_of_many_seeds(baseline, common))
-            ]
-            each = _speed_up(known[same], budget, loss, ended, of_training=reference is evaluations, of=of)
+                known[same] = _curve(points, enough, resamples)
+            loss, flops = (_means(members, enough, resamples, name) for name in ("loss", "FLOPs"))
+            ended = [_beside(each, members) for each in groups(points[points["ended"]])]
+            each = _speed_up(known[same], flops, loss, ended, of_training=between is not None, of=of)
             left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
             found.append(each._replace(doubts=[*left_out, *each.doubts]))
             break
@@ -151,47 +153,85 @@ def are_enough(seeds: int, of: int) -> bool:
     return 2 * seeds >= of and seeds >= min(2, of) > 0
 
 
-def _of_many_seeds(table: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
-    """Return the points of these seeds at budgets that enough of them have."""
-    kept = [
-        members
-        for _, members in by_budget(table[table["seed"].isin(seeds)])
-        if are_enough(members["seed"].nunique(), len(seeds))
-    ]
-    return pd.concat(kept) if kept else table[:0]
+def groups(points: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the points of each budget, in rising order. Budgets that differ by at most 2 % are one."""
+    return [members for _, members in by_budget(_with_budgets(points), "budget")]
 
 
-def _common_seeds(baseline: pd.DataFrame, members: pd.DataFrame, budget: float) -> list[int]:
-    """Return the seeds that both sides have at this budget of the arm, or at any of the baseline if there are too few.
+def _with_budgets(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the points with the column `budget`: the mean FLOPs of the runs of one length after the same step.
 
-    A budget that few of the shared seeds have takes no seed from the comparison.
+    They vary with the seed where the number of experts does.
     """
-    shared = baseline[baseline["seed"].isin(members["seed"])]
-    near = [
-        set(each["seed"])
-        for _, each in by_budget(_of_many_seeds(shared, sorted(set(shared["seed"]))))
-        if each["FLOPs"].min() * (1 - CLOSE) <= budget <= each["FLOPs"].max() * (1 + CLOSE)
-    ]
-    return sorted(set().union(*near) or set(shared["seed"]))
+    return points.assign(budget=points.groupby(["end", "step"])["FLOPs"].transform("mean"))
 
 
-def _curve(baseline: pd.DataFrame, seeds: list[int], resamples: int) -> Curve:
-    law = fit(baseline, COMPUTE, resamples=resamples)
-    of_budget = [(budget, _means(members, seeds, resamples)) for budget, members in by_budget(baseline)]
-    needed = np.stack([np.log(_needed(law, loss)) for _, loss in of_budget], axis=1)
-    return Curve(law, needed, needed - np.log([budget for budget, _ in of_budget]))
+def _points(baseline: pd.DataFrame, evaluations: pd.DataFrame | None, seeds: list[int]) -> pd.DataFrame:
+    """Return the points of a curve through the runs of these seeds, at the budgets that enough of them have.
+
+    The ends of the runs come first (`ended`), because the loss of a run that is still trained is another one. Then come
+    the evaluations that most seeds have, of the longest runs and from the last one down, as far as they differ by more
+    than 2 % from the points before them.
+    """
+    found = _of_many_seeds(baseline.assign(ended=True), seeds)
+    if evaluations is None:
+        return found
+    table = _with_budgets(evaluations[evaluations["seed"].isin(seeds)])
+    steps = table.groupby(["end", "step"], as_index=False).agg(budget=("budget", "first"), seeds=("seed", "nunique"))
+    steps = steps.sort_values(["seeds", "end", "step"], ascending=False)
+    places, kept = np.log(found["budget"].unique()), list[tuple[int, int]]()
+    for end, step, place in zip(steps["end"], steps["step"], np.log(steps["budget"]), strict=True):
+        if (np.abs(places - place) > math.log1p(CLOSE)).all():
+            kept.append((end, step))
+            places = np.append(places, place)
+    apart = table[pd.MultiIndex.from_frame(table[["end", "step"]]).isin(kept)]
+    return _of_many_seeds(pd.concat([found, apart.assign(ended=False)]), seeds)
 
 
-def _means(members: pd.DataFrame, seeds: list[int], resamples: int) -> Float[np.ndarray, " R"]:
-    """Return the mean loss over all seeds, and over each resample of them; NaN where it has no seed with a run."""
-    of_seed = members.groupby("seed")["loss"].mean().reindex(seeds).to_numpy()
+def _of_many_seeds(points: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
+    """Return the points of these seeds at budgets that enough of them have, with their budgets."""
+    points = _with_budgets(points[points["seed"].isin(seeds)])
+    kept = [each for each in groups(points) if are_enough(each["seed"].nunique(), len(seeds))]
+    return pd.concat(kept) if kept else points[:0]
+
+
+def _seeds_at(points: pd.DataFrame, members: pd.DataFrame) -> list[int]:
+    """Return the seeds that the reference has at this budget of the arm: where the FLOPs of these seeds are as many.
+
+    A budget that few of the shared seeds have takes no seed from the comparison, as it is no point.
+    """
+    near = [{*each["seed"]} for each in groups(points) if _is_one(_beside(each, members).times)]
+    return sorted(set().union(*near))
+
+
+def _beside(ended: pd.DataFrame, members: pd.DataFrame) -> EndedRuns:
+    """Return runs of the reference beside those of the arm with the same seeds."""
+    seeds = sorted(set(ended["seed"]))
+    (flops, of_arm), (loss, loss_of_arm) = (
+        [float(_means(side, seeds, 0, name)[0]) for side in (ended, members)] for name in ("FLOPs", "loss")
+    )
+    return EndedRuns(flops / of_arm, loss, loss_of_arm)
+
+
+def _is_one(times: float) -> bool:
+    return 1 - CLOSE <= times <= 1 + CLOSE
+
+
+def _curve(points: pd.DataFrame, seeds: list[int], resamples: int) -> Curve:
+    """Fit a law to the budgets, and return how far it is off at each of them, in each resample by its own FLOPs."""
+    law = fit(points[["seed", "loss"]].assign(FLOPs=points["budget"]), COMPUTE, resamples=resamples)
+    of_budget = groups(points)
+    loss, flops = ([_means(each, seeds, resamples, name) for each in of_budget] for name in ("loss", "FLOPs"))
+    needed = np.stack([np.log(_needed(law, each)) for each in loss], axis=1)
+    return Curve(law, needed, needed - np.log(np.stack(flops, axis=1)))
+
+
+def _means(members: pd.DataFrame, seeds: list[int], resamples: int, name: str) -> Float[np.ndarray, " R"]:
+    """Return the mean over all seeds, and over each resample of them; NaN where it has no seed with a run."""
+    of_seed = members.groupby("seed")[name].mean().reindex(seeds).to_numpy(dtype=float)
     weights = resampled_seeds(len(seeds), resamples) * np.isfinite(of_seed)
     with np.errstate(invalid="ignore"):
         return weights @ np.nan_to_num(of_seed) / weights.sum(axis=1)
-
-
-def _mean(members: pd.DataFrame, seeds: list[int]) -> float:
-    return float(_means(members, seeds, 0)[0])
 
 
 def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.ndarray, " B"]) -> float:
@@ -202,7 +242,7 @@ def _between(place: float, places: Float[np.ndarray, " B"], values: Float[np.nda
 
 def _speed_up(
     curve: Curve,
-    budget: float,
+    flops: Float[np.ndarray, " R"],
     loss: Float[np.ndarray, " R"],
     ended: list[EndedRuns],
     *,
@@ -215,12 +255,12 @@ def _speed_up(
     and it shows that the arm costs more only if runs ended at the budget or before with the arm's loss, up to what 2 %
     of the compute change.
     """
-    least, most = curve.law.ranges["FLOPs"]
-    here = [each for each in ended if budget * (1 - CLOSE) <= each.budget <= budget * (1 + CLOSE)]
-    before = [each for each in ended if each.budget <= budget * (1 + CLOSE)]
+    budget, (least, most) = float(flops[0]), curve.law.ranges["FLOPs"]
+    here = [each for each in ended if _is_one(each.times)]
+    before = [each for each in ended if each.times <= 1 + CLOSE]
     checked = bool(here) if of_training else least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
     logs = curve.compute(loss)
-    needed, times = _exp(logs[0]), curve.law.estimate(logs - math.log(budget), of=of)
+    needed, times = _exp(logs[0]), curve.law.estimate(logs - np.log(flops), of=of)
     doubts = list(curve.law.doubts)
     if not math.isfinite(needed):
         doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")

@@ -65,12 +65,12 @@ def coverage(case: Case, seeds: int, studies: int, resamples: int) -> float:
 
 
 def simulated(case: Case, seeds: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the runs of the reference and of the setting, with the columns seed, FLOPs and loss."""
+    """Return the runs of the reference and of the setting, a row for each (`run_at`)."""
     offset = rng.normal(0, OF_SEED, seeds)
 
     def runs(budgets: list[float], faster: float) -> pd.DataFrame:
         rows = [
-            {"seed": seed, "FLOPs": each, "loss": loss(each * faster, case.wave) + offset[seed] + rng.normal(0, OF_RUN)}
+            run_at(seed, each, loss(each * faster, case.wave) + offset[seed] + rng.normal(0, OF_RUN))
             for seed in range(seeds)
             for each in budgets
         ]
@@ -78,6 +78,11 @@ def simulated(case: Case, seeds: int, rng: np.random.Generator) -> tuple[pd.Data
 
     middle = case.budgets // 2
     return runs([MIDDLE * case.apart ** (k - middle) for k in range(case.budgets)], 1.0), runs([MIDDLE], case.saves)
+
+
+def run_at(seed: int, budget: float, loss: float) -> dict[str, int | float]:
+    """Return a run for `speed_up`, whose steps are its FLOPs."""
+    return {"seed": seed, "end": budget, "step": budget, "FLOPs": budget, "loss": loss}
 
 
 def loss(compute: float, wave: float = 0.0) -> float:

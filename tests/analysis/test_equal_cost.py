@@ -51,7 +51,7 @@ from moe.analysis.report.sections.cost import (
 )
 from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, _about_flops, cost_in_short, in_short
 from moe.analysis.sentences import UNTESTED
-from moe.analysis.speed_up import NOT_APART, speed_up
+from moe.analysis.speed_up import NOT_APART, _points, groups, speed_up
 from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.results.comparable import NOT_COMPARABLE, TOKENIZER
@@ -410,14 +410,13 @@ def test_a_setting_that_is_the_reference_has_no_speed_up(lengths: tuple[int, ...
     table, evals = pd.DataFrame(runs), pd.DataFrame(evals)
     curves = training_curves(table, evals)
     reference = table[table["router"] == "a"]
-    apart = training_points(reference, curves)
-    budgets = np.unique(apart[FLOPS])
+    ended, evaluations = points(reference, curves), training_points(reference, curves)
+    budgets = np.unique(_points(ended, evaluations, [0, 1, 2, 3])["budget"])
     assert (np.diff(np.log(budgets)) > math.log(1.02)).all()
     assert len(budgets) > 20
-    ended = points(reference, curves)
     for length in lengths:
         arm = points(reference[reference["steps"] == length], curves)
-        [found] = speed_up(ended, arm, evaluations=apart, resamples=5)
+        [found] = speed_up(ended, arm, evaluations=evaluations, resamples=5)
         assert found.of_training
         assert found.times == pytest.approx((1, 1, 1), abs=0.002)
 
@@ -433,10 +432,11 @@ def test_runs_of_one_length_are_one_budget_if_their_flops_vary_with_the_seed() -
         if step <= length
     ]
     curves = pd.DataFrame(rows)
-    ended = points(runs, curves).round(6)
-    assert ended.groupby(FLOPS)["seed"].agg(list).to_dict() == {100.0: [0], 230.0: [0, 1, 2, 3]}
-    apart = training_points(runs, curves).round(6)
-    assert apart.groupby(FLOPS)["seed"].agg(list).to_dict()[115.0] == [0, 1, 2, 3]
+    ended, evaluations = points(runs, curves), training_points(runs, curves)
+    assert [sorted(each["seed"]) for each in groups(ended)] == [[0], [0, 1, 2, 3]]
+    found = _points(ended, evaluations, [0, 1, 2, 3]).round(6)
+    assert found.groupby("budget")["seed"].nunique().to_dict() == {57.5: 4, 115.0: 4, 230.0: 4}
+    assert found.groupby("budget")["ended"].all().to_dict() == {57.5: False, 115.0: False, 230.0: True}
 
 
 def test_a_loss_that_no_budget_reaches_is_quoted_in_words() -> None:

@@ -29,7 +29,7 @@ from moe.analysis.speed_up import (
     TOO_SMALL,
     speed_up,
 )
-from moe.bench.speed_ups import CASES, coverage, loss, simulated
+from moe.bench.speed_ups import CASES, coverage, loss, run_at, simulated
 from moe.results.table import load_runs
 
 BUDGETS = (1e12, 2e12, 4e12, 8e12, 16e12)
@@ -44,7 +44,7 @@ def made_up(
 
     def runs(points: tuple[float, ...], faster: float) -> pd.DataFrame:
         rows = [
-            {"seed": seed, "FLOPs": each, "loss": loss(each * faster) + offset[seed] + rng.normal(0, noise)}
+            run_at(seed, each, loss(each * faster) + offset[seed] + rng.normal(0, noise))
             for seed in range(seeds)
             for each in points
         ]
@@ -121,7 +121,7 @@ def test_a_curve_of_a_wrong_form_tells_no_equal_settings_apart(of_curve: bool) -
     for _ in range(repeats):
         offset = rng.normal(0, 0.02, 5)
         rows = [
-            {"seed": seed, "FLOPs": each, "loss": loss(each) + wave[each] + offset[seed] + rng.normal(0, 0.003)}
+            run_at(seed, each, loss(each) + wave[each] + offset[seed] + rng.normal(0, 0.003))
             for seed in range(5)
             for each in budgets
         ]
@@ -210,7 +210,7 @@ def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
     """A run of the reference there does not help if the curve does not use its seed."""
     rng = np.random.default_rng(0)
     baseline, _ = made_up(3, rng)
-    arm = pd.DataFrame([{"seed": k, "FLOPs": budget, "loss": loss(budget) + higher + k * 0.01} for k in range(3)])
+    arm = pd.DataFrame([run_at(k, budget, loss(budget) + higher + k * 0.01) for k in range(3)])
     for reference in (baseline, pd.concat([baseline, arm.tail(1).assign(seed=9)])):
         [found] = speed_up(reference, arm)
         assert not found.times.low <= 1 <= found.times.high
@@ -218,19 +218,21 @@ def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
         assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
 
 
-@pytest.mark.parametrize(("shift", "told", "ended_at"), [(0.0, SAVES, 1.0), (0.2, COSTS_MORE, 9.0)])
+@pytest.mark.parametrize(("budget", "higher", "low", "high"), [(8e12, 0.02, 1.1, 2), (16e12, -0.02, 0.5, 0.97)])
 def test_no_verdict_contradicts_the_runs_that_ended_at_the_same_compute(
-    shift: float, told: str, ended_at: float
+    budget: float, higher: float, low: float, high: float
 ) -> None:
-    """Evaluations need not fall steadily, so a curve through them can say what the ends of the runs do not."""
-    evaluations, far = made_up(3, np.random.default_rng(0), budget=16e12)
-    arm, ended = far.assign(loss=far["loss"] + shift), evaluations[evaluations["FLOPs"] == 16e12]
-    [found] = speed_up(ended, arm, evaluations=evaluations)
-    assert found.verdict == told
-    assert OTHERWISE not in found.doubts
-    [other] = speed_up(ended.assign(loss=ended_at), arm, evaluations=evaluations)
-    assert other.times == found.times
-    assert (other.verdict, other.doubts[-1]) == (NOT_APART, OTHERWISE)
+    """The longer runs have the higher loss, so between them the curve says what the ends of the runs do not."""
+    reference, _ = made_up(3, np.random.default_rng(0))
+    other = {8e12: 16e12, 16e12: 8e12}
+    reference = reference.sort_values(["FLOPs", "seed"], ignore_index=True)
+    of_other = reference["FLOPs"].map(other).fillna(reference["FLOPs"])
+    reference = reference.assign(loss=reference["loss"].to_numpy()[np.lexsort([reference["seed"], of_other])])
+    ended = reference[reference["FLOPs"].isin(other)]
+    arm = ended[ended["FLOPs"] == budget].assign(loss=lambda arm: arm["loss"] + higher + [1e-4, -1e-4, 0])
+    [found] = speed_up(ended, arm, evaluations=reference)
+    assert low < found.times.low <= found.times.high < high
+    assert (found.verdict, found.doubts[-1]) == (NOT_APART, OTHERWISE)
 
 
 @pytest.mark.parametrize("shift", [-2e-4, 2e-4])
@@ -313,11 +315,7 @@ def lengths_of_seeds(lengths: dict[int, tuple[float, ...]]) -> pd.DataFrame:
     """Return runs of a reference at the budgets of each seed. Their FLOPs differ by less than 2 %, as with `top_p`."""
     rng = np.random.default_rng(0)
     rows = [
-        {
-            "seed": seed,
-            "FLOPs": each * rng.uniform(0.995, 1.005),
-            "loss": loss(each) + 0.01 * seed + rng.normal(0, 2e-3),
-        }
+        run_at(seed, each, loss(each) + 0.01 * seed + rng.normal(0, 2e-3)) | {"FLOPs": each * rng.uniform(0.995, 1.005)}
         for seed, budgets in lengths.items()
         for each in budgets
     ]
@@ -327,7 +325,10 @@ def lengths_of_seeds(lengths: dict[int, tuple[float, ...]]) -> pd.DataFrame:
 def test_a_curve_needs_three_budgets_of_a_seed_that_it_uses() -> None:
     """Seed 0 alone has three. Where it is left out, the evaluations of the others take the place of their runs."""
     runs = lengths_of_seeds({0: (1e12, 2e12, 4e12), 1: (1e12, 2e12), 2: (1e12, 2e12), 3: (1e12, 2e12)})
-    early = [runs.assign(FLOPs=runs["FLOPs"] / part, loss=(runs["FLOPs"] / part).map(loss) + 0.01) for part in (2, 4)]
+    early = [
+        runs.assign(step=runs["step"] / part, FLOPs=runs["FLOPs"] / part, loss=(runs["FLOPs"] / part).map(loss) + 0.01)
+        for part in (2, 4)
+    ]
     evaluations = pd.concat([runs, *early], ignore_index=True)
     arm = runs[(runs["seed"] > 0) == (runs["FLOPs"] < 3e12)].assign(loss=lambda arm: arm["loss"] + 0.1)
     [whole] = speed_up(runs, arm, resamples=5)

@@ -29,9 +29,8 @@ from moe.analysis.figures.forest import CLEAR, MOST_ROWS, Row, forest, leaves_ou
 from moe.analysis.learned import NO_VERDICT
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
-from moe.analysis.scaling import budgets
 from moe.analysis.sentences import levels_compared, with_interval
-from moe.analysis.speed_up import COSTS_MORE, SAVES, Curve, SpeedUp, speed_up
+from moe.analysis.speed_up import COSTS_MORE, SAVES, Curve, SpeedUp, groups, speed_up
 from moe.analysis.statistics import name_cell
 from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE, incomparable, not_poolable, other_causality
 from moe.results.conditions import conditions, varied_factors
@@ -295,7 +294,7 @@ def found_speed_ups(inputs: ReportInputs, curves: pd.DataFrame) -> Iterator[Spee
         if not is_scale(names["factor"])
     ]
     arms = [points(treated, curves) for _, treated, *_ in sides]
-    number = sum(budgets(arm[FLOPS]) for arm, (*_, reason) in zip(arms, sides, strict=True) if not reason)
+    number = sum(len(groups(arm)) for arm, (*_, reason) in zip(arms, sides, strict=True) if not reason)
     curves_of = dict[bytes, Curve]()  # most levels have the same reference
     for (names, treated, baseline, reason), arm in zip(sides, arms, strict=True):
         if reason:
