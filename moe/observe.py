@@ -92,7 +92,8 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Evaluate and study the model, and compare it with the other one. Return the paths of report and colored text."""
     from moe.analysis.report.inputs import ReportOptions
     from moe.analysis.report.report import write_report
-    from moe.results.table import load_runs
+    from moe.files import write_text
+    from moe.results.table import as_csv, load_runs
     from moe.specialization.study import study
     from moe.training import process
 
@@ -113,7 +114,7 @@ def _observe(arguments: argparse.Namespace) -> tuple[Path, Path]:
         raise ValueError(f"{arguments.model}: its validation loss is {loss}, so there is nothing to study")
     if others:
         agreement = compare_routing(run.folder, _evaluated(others).folder)
-        agreement.to_csv(out / AGREEMENT, index=False)
+        write_text(out / AGREEMENT, as_csv(agreement))
         print(f"experts that {name} and {Path(arguments.other).name} choose for the same tokens. {COLUMNS}")
         print(agreement.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"studying the experts of {name}", flush=True)

@@ -21,6 +21,13 @@ ENTRIES: tuple[Metric, ...] = (
     *training.ENTRIES,
     *distributions.ENTRIES,
 )
+# What each metric under the capacity limit is in a run without one: another metric, or a number.
+WITHOUT_LIMIT: dict[str, str | float] = {
+    "val_capacity/loss": "val/loss",
+    "val_capacity/perplexity": "val/perplexity",
+    "val_capacity/drop_rate": 0.0,
+    "val_capacity/unrouted_rate": "routing/unrouted_rate",
+}
 QUALITY = ("quality", "test", "capacity limit")  # the groups of losses and what follows from them
 METRICS = {metric.name: metric for metric in ENTRIES}
 # Metrics that are computed from routing sums alone.
@@ -42,6 +49,12 @@ def is_quality(name: str) -> bool:
     """Return whether a metric says how well a model predicts text."""
     metric = lookup(name)
     return metric is not None and metric.group in QUALITY
+
+
+def without_limit(name: str) -> str | float | None:
+    """Return what a metric under the capacity limit is without a limit, see `WITHOUT_LIMIT`; None for other metrics."""
+    known = WITHOUT_LIMIT.get(name)
+    return WITHOUT_LIMIT.get(name.rpartition("/")[0]) if known is None else known
 
 
 def span(name: str) -> float:

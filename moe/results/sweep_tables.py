@@ -21,7 +21,7 @@ from moe.results.conditions import (
 )
 from moe.results.frontier import LATE, bench_table, stem, with_training_means
 from moe.results.learned import learned_little
-from moe.results.table import load_runs, read_event_tables
+from moe.results.table import as_csv, load_runs, read_event_tables
 
 NOISE_STUDY = "moe_routing_noise_experiment_results"  # name of the file
 # Column in the noise study's table -> column in the table of runs. `_noise_study` adds the two columns
@@ -48,7 +48,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
     The names of the files of the grid with the shortest name do not name the grid.
     """
     runs = load_runs([sweep])
-    write_text(sweep / "results.csv", runs.drop(columns="claims").to_csv(index=False))
+    write_text(sweep / "results.csv", as_csv(runs.drop(columns="claims")))
     written = set()
     for grid, members in sorted(runs.groupby("experiment"), key=lambda group: len(group[0])):
         tables = {}
@@ -59,7 +59,7 @@ def write_sweep_tables(sweep: Path) -> pd.DataFrame:
             tables[f"{name}_summary"] = bench_table(with_training_means(members, past))
         for name, table in tables.items():
             suffix = re.sub(r"[^\w.,=+-]+", "_", f"_{grid.partition(': ')[2]}") if name in written else ""
-            write_text(sweep / f"{name}{suffix}.csv", table.to_csv(index=False))
+            write_text(sweep / f"{name}{suffix}.csv", as_csv(table))
             written.add(name)
     return runs
 

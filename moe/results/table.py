@@ -22,6 +22,7 @@ from moe.config.cell import Grid
 from moe.config.keys import DEFAULTED, OFF, flatten
 from moe.config.schema import defaults
 from moe.config.trainable import ALL
+from moe.metrics.catalog import without_limit
 from moe.runs import events
 from moe.runs.folder import single_runs, user
 from moe.runs.record import MetricsRecord, RecordError, RunRecord, SweepRecord
@@ -111,7 +112,30 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     gaps = [column for column in factors if table[column].isna().any()]
     texts = [column for column in table if isinstance(inferred[column].dtype, pd.StringDtype)]
     table = inferred.assign(**table[[*dict.fromkeys(gaps + texts)]]).astype(dict.fromkeys(metrics, float))
+    table = table.assign(**_without_limit(table))
     return table.reindex(columns=[*FACTS, *factors, *metrics]).copy()  # in one block: a block per column would be slow
+
+
+def _without_limit(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the metrics under the capacity limit with their values in runs that have no limit.
+
+    Such a run is not evaluated a second time, because that would give the same. Only a table with runs that have a
+    limit has these metrics.
+    """
+    if "capacity" not in table or "val/loss" not in table:
+        return {}
+    evaluated = table["capacity"].isin([level(None), ABSENT]) & table["val/loss"].notna()
+    same = {metric: without_limit(metric) for metric in table}
+    return {
+        metric: table[metric].mask(table[metric].isna() & evaluated, table.get(value) if value in table else value)
+        for metric, value in same.items()
+        if isinstance(value, float) or value in table
+    }
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """Return a table as CSV text. Numbers have at most 12 significant digits, which is more than results tell."""
+    return table.map(lambda cell: float(f"{cell:.12g}") if isinstance(cell, float) else cell).to_csv(index=False)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1081,6 +1081,12 @@ def test_a_command_for_more_seeds_completes_those_that_some_settings_lack(
     assert command_for_more(lacking, 2, n=4) == "3 5"
     assert command_for_more(lacking, 1, n=4) == "3"
     assert command_for_more(lacking, 100) == " ".join(map(str, range(5, 105))), "a range, which names no single seed"
+    monkeypatch.setattr(command, lambda runs, seeds, claims=None: f"train {seeds}")
+    monkeypatch.setattr("moe.analysis.report.sections.answer.training_command", lambda runs, seeds: f"train {seeds}")
+    text = " ".join(" ".join(map(block_as_markdown, answer(lacking))).split())
+    assert "`train [3, 5" in text
+    together = "A command above that lists its seeds trains them too."
+    assert f"These seeds come first. {together} This command trains them alone: `train [3]`" in text
 
 
 def test_advice_begins_with_seeds_that_some_settings_lack(runs: pd.DataFrame) -> None:

@@ -53,6 +53,20 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
     (FINDINGS, "Half a percent of the loss is about {} % of perplexity", lambda: [f"{perplexity(half_percent()):.1f}"]),
     (
         FINDINGS,
+        "loses {} % of its assignments at a factor of {}, and {} % at a factor of {}. Its loss is then {} and {} nats",
+        lambda: [
+            *(f"{100 * under_limit('1.0')['drop_rate']:.1f}", "1.0"),
+            *(f"{100 * under_limit('2.0')['drop_rate']:.1f}", "2.0"),
+            *(f"{under_limit(each)['loss'] - under_limit('none')['loss']:.3f}" for each in ("1.0", "2.0")),
+        ],
+    ),
+    *(
+        (CAPACITY, "| {} | {} | {} | {} |", lambda factor=factor: row_of_limits(factor))
+        for factor in ("1.0", "1.25", "2.0", "none")
+    ),
+    (CAPACITY, "Means over {} seeds and both numbers", lambda: [runs(CAPACITY)["seed"].nunique()]),
+    (
+        FINDINGS,
         "## {} experts per token are better than {}, for {} the work",
         lambda: [
             *map(word, [*levels(CAPACITY, SECOND), *than(CAPACITY, SECOND)]),
@@ -333,6 +347,21 @@ def margin(study: str, part: str) -> str:
 @cache
 def plan(study: str) -> dict[str, Any]:
     return json.loads((STUDIES / study / "plan.json").read_text())
+
+
+def under_limit(capacity: str) -> pd.Series:
+    """Return the means of evaluation with the limit of training; without a limit, nothing is dropped."""
+    members = runs(CAPACITY)[lambda rows: rows["capacity"] == capacity]
+    values = {each: members[f"val_capacity/{each}"].mean() for each in ("loss", "drop_rate")}
+    without = {"loss": members["val/loss"].mean(), "drop_rate": 0.0}
+    return pd.Series(without if capacity == "none" else values)
+
+
+def row_of_limits(capacity: str) -> list[str]:
+    """Return a row of the table of the losses without and with the limit, and of the drop rate."""
+    plain, limited = runs(CAPACITY).query("capacity == @capacity")["val/loss"].mean(), under_limit(capacity)
+    rate = limited["drop_rate"]
+    return [capacity, f"{plain:.3f}", f"{limited['loss']:.3f}", f"{rate:.3f}" if rate else "0"]
 
 
 def planned(study: str, part: str) -> dict[str, Any]:

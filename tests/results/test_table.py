@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from run_folders import change_record, write_cells, write_metrics, write_record
 
+from moe.analysis.report.collect import collect_inputs
+from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.report import write_report
 from moe.config.keys import flatten
 from moe.results.conditions import (
@@ -24,8 +26,9 @@ from moe.results.conditions import (
     with_readable_levels,
 )
 from moe.results.sweep_tables import console_table, write_sweep_tables
-from moe.results.table import load_runs, read_event_tables
+from moe.results.table import as_csv, load_runs, read_event_tables
 from moe.runs import record
+from moe.runs.record import MetricsRecord
 
 
 def write_run(
@@ -325,6 +328,36 @@ def test_the_table_shows_a_single_seed_and_a_condition_without_finite_values(tmp
     cells = spread_table(table)
     assert cells["val/loss"].tolist() == ["2 ± –", "– (n=0)"]
     assert cells["n seeds"].tolist() == [1, 1]
+
+
+def test_a_run_without_a_limit_has_the_metrics_under_a_limit_beside_runs_with_one(tmp_path: Path) -> None:
+    """Without a limit, evaluation with the limit of training is evaluation without one, so nothing is missing."""
+    limited = {"loss": 2.5, "perplexity": math.exp(2.5), "drop_rate": 0.2, "unrouted_rate": 0.1}
+    for capacity, seed in product((1.0, None), range(42, 45)):
+        folder = write_run(tmp_path / "x" / f"{capacity}{seed}", capacity=capacity, seed=seed, loss=2.0 + 0.01 * seed)
+        if capacity is not None:
+            metrics = MetricsRecord.read(folder / MetricsRecord.FILE).scalars()
+            metrics |= {f"val_capacity/{name}": value + 0.001 * seed**2 for name, value in limited.items()}
+            write_metrics(folder, metrics | {"val_capacity/drop_rate/decile3": 0.3})
+    write_run(tmp_path / "x" / "failed", seed=45, status="failed")
+    runs = load_runs([tmp_path]).set_index(["capacity", "seed"])
+    without = runs.loc["none"].loc[42]
+    assert without["val_capacity/loss"] == without["val/loss"]
+    assert without["val_capacity/perplexity"] == without["val/perplexity"]
+    assert without["val_capacity/drop_rate"] == without["val_capacity/drop_rate/decile3"] == 0
+    assert math.isnan(without["val_capacity/unrouted_rate"]), "these runs lack that of all tokens"
+    assert runs.loc[("none", 45)].filter(like="val_capacity/").isna().all(), "it did not finish"
+    assert runs.loc[(1.0, 42), "val_capacity/drop_rate"] == 0.2 + 0.001 * 42**2
+    options = ReportOptions({"capacity": None}, metrics=("val_capacity/loss",))
+    [inputs] = collect_inputs(load_runs([tmp_path / "x"]), options)
+    [row] = inputs.contrasts.query("metric == 'val_capacity/loss'").itertuples()
+    assert (row.level, row.reference, row.n) == (1.0, "none", 3)
+    assert load_runs([write_run(tmp_path / "y")]).filter(like="val_capacity/").empty, "no run beside has a limit"
+
+
+def test_a_number_in_a_csv_file_has_at_most_12_significant_digits() -> None:
+    table = pd.DataFrame({"a": [0.1 + 0.2, math.nan], "b": [1e-7 / 3, 2.0], "c": ["x", 1 / 3], "d": [1, 2]})
+    assert as_csv(table) == "a,b,c,d\n0.3,3.33333333333e-08,x,1\n,2.0,0.333333333333,2\n"
 
 
 def test_a_sweep_writes_its_two_tables(sweep: Path) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from moe.analysis.figures.drawing import Drawing
+from moe.results.table import as_csv
 
 MAX_ROWS = 200  # largest number of rows that a table shows
 LIST_LENGTH = 20  # largest number of list items that are visible at once
@@ -157,7 +158,7 @@ def long_list(items: list[str]) -> Iterator[ReportBlock]:
 
 def csv_file(name: str, table: pd.DataFrame, caption: str) -> Attachment:
     """Return a table as a CSV file beside the report; a table without columns becomes an empty file."""
-    return Attachment(f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "", caption)
+    return Attachment(f"{name}.csv", as_csv(table) if len(table.columns) else "", caption)
 
 
 def figure_section(title: str, drawings: Iterable[Drawing]) -> Iterator[ReportBlock]:

@@ -28,7 +28,7 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.learned import learned_little
-from moe.results.table import EventTables, read_event_tables
+from moe.results.table import EventTables, level, read_event_tables
 from moe.runs.record import RunRecord
 
 TRAINING_METRICS = (*GRADIENT_METRICS, "train/loss")  # metrics of training steps that every report needs
@@ -128,7 +128,7 @@ def _check(experiments: list[ReportInputs]) -> None:
         if not any(factor in full_names(inputs, options.references) for inputs in experiments):
             known = levels(pd.concat([inputs.runs[factor] for inputs in experiments if factor in inputs.factors]))
             words = [str(without_causality(each)) for each in known]
-            raise ValueError(f"--reference {factor}={wanted}: allowed are {', '.join(dict.fromkeys(words))}")
+            raise ValueError(f"--reference {factor}={level(wanted)}: allowed are {', '.join(dict.fromkeys(words))}")
     metrics = [column for column in experiments[0].loaded if "/" in column]
     for metric in options.metrics:
         if metric not in metrics:

@@ -194,7 +194,7 @@ def full_names(inputs: ReportInputs, references: dict[str, Any]) -> dict[str, An
     for factor, wanted in references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
             same = factor in NAMED_ROUTERS and without_causality(name) == wanted
-            if name == readable_level(factor, wanted) or same:
+            if name == readable_level(factor, level(wanted)) or same:
                 found[factor] = name
     return found
 

@@ -112,7 +112,8 @@ UNDER_LIMIT = (
     Metric(
         "val_capacity/loss",
         "-mean ln p(next token)",
-        "`val/loss` with the capacity limit of training. Absent without a limit, like all `val_capacity/...`.",
+        "`val/loss` with the capacity limit of training. Absent in a run without a limit, like all `val_capacity/...`. "
+        "Beside runs with a limit, tables and reports give it there too: it is `val/loss`, and the drop rate is 0.",
         "validation loss under the capacity limit",
         "capacity limit",
         unit="nats per token",

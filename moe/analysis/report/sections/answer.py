@@ -59,8 +59,10 @@ Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
 ONE_SEED = "With one seed nothing tells a difference from chance. Train three or more: `seed=42,43,44`"
 INCOMPLETE = """\
-**Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). Complete these seeds before you
-add others{command}"""
+**Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). These seeds come
+first.{command}"""
+TOGETHER = " A command above that lists its seeds trains them too."
+ALONE = " This command trains them alone: `{command}`"
 UNEVEN = """\
 **Differences and means are over different seeds**, because some settings have no result of {seeds}. A difference,
 with its interval and test, is over the seeds that all of its settings have; only a mixed model uses other seeds too. A
@@ -203,11 +205,11 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         what = what if missing < lost else "is missing" if missing == 1 else "are missing"
         yield f"**{lost} of {len(runs)} runs {what}**, and no result includes {'it' if lost == 1 else 'them'}."
     if inputs.study.testable and (lacking := seeds_to_complete(inputs)):
-        command = training_command(inputs.runs, list(lacking))
+        command, advised = training_command(inputs.runs, list(lacking)), any(each.advice for each in inputs.judgments)
         yield INCOMPLETE.format(
             seeds=f"seed{'s' * (len(lacking) > 1)} {enumerated(list(lacking))}",
             runs=sum(lacking.values()),
-            command=f": `{command}`" if command else "",
+            command=(TOGETHER if advised else "") + ALONE.format(command=command) if command else "",
         )
     if seeds := _uneven_seeds(inputs):
         yield UNEVEN.format(seeds=f"seed{'s' * (len(seeds) > 1)} {numbers_in_words(seeds)}")
