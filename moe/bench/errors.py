@@ -107,7 +107,7 @@ def _named_effects(runs: pd.DataFrame) -> dict[str, bool]:
         "source claims": any(not claim.source.startswith(OURS) for claim in wrong),
         "own claims": any(claim.source.startswith(OURS) for claim in wrong),
         "contrasts": any(standing(row) == SIGNIFICANT for _, row in inputs.contrasts.iterrows()),
-        "ANOVA": bool((inputs.variance["p Holm"] <= SIGNIFICANCE).any()),
+        "ANOVA": bool(len(inputs.variance) and (inputs.variance["p Holm"] <= SIGNIFICANCE).any()),
     }
     return found | {"anything": any(found.values())}
 

@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from moe.checks import first_line
 from moe.config import run_routers
@@ -12,6 +14,7 @@ from moe.files import shown
 from moe.runs.folder import stored_record
 from moe.runs.planned import (
     ENDED_FILE,
+    Ended,
     PlannedStudy,
     PlansRecord,
     add_ended,
@@ -21,8 +24,9 @@ from moe.runs.planned import (
     ended_in,
     looks_in,
     plans_in,
+    result_of,
 )
-from moe.runs.record import MetricsRecord
+from moe.runs.record import MetricsRecord, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +45,11 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
     folder = cells[0].folder.parent
     earlier = plans_in(folder)
     looks_in(folder)
-    ended = {each.run for each in ended_in(folder) or []}
-    new = [cell for cell in cells if stored_record(cell) is None]
+    known = ended_in(folder) or []
+    ended = {each.run for each in known}
+    records = [stored_record(cell) for cell in cells]
+    _record_missed_ends(cells, records, earlier, known)
+    new = [cell for cell, record in zip(cells, records, strict=True) if record is None]
     if not new:
         return
     plan = PlannedStudy(
@@ -59,11 +66,30 @@ def record_plan(cells: list[Cell], experiment: str) -> None:
         PlansRecord(plans=[*earlier, plan]).write(folder / PlansRecord.FILE)
 
 
-def record_end(cell: Cell, *, diverged: bool) -> None:
-    """Add a run that is finished or diverged to the file of its sweep folder. If that fails, log it instead."""
+def _record_missed_ends(
+    cells: Sequence[Cell], records: Sequence[RunRecord | None], plans: Sequence[PlannedStudy], ended: Sequence[Ended]
+) -> None:
+    """Add planned runs that ended, but whose command was killed before it wrote that into the sweep folder."""
+    planned, known = {run for plan in plans for run in plan.runs}, {(each.run, each.result) for each in ended}
+    for cell, record in zip(cells, records, strict=True):
+        if record is not None and record.ended and (run := digest_of_run(cell.identity())) in planned:
+            with suppress(OSError, ValueError):  # a run whose files cannot be read has no result
+                if (run, result_of(_final_metrics(cell, record))) not in known:
+                    written = (cell.folder / RunRecord.FILE).stat().st_mtime
+                    record_end(cell, record, datetime.fromtimestamp(written, UTC))
+
+
+def _final_metrics(cell: Cell, record: RunRecord) -> dict[str, Any]:
+    return {} if record.diverged else MetricsRecord.read(cell.folder / MetricsRecord.FILE).scalars()
+
+
+def record_end(cell: Cell, record: RunRecord, time: datetime | None = None) -> None:
+    """Add a run that is finished or diverged to the file of its sweep folder. If that fails, log it instead.
+
+    time: when it ended; by default now.
+    """
     try:
-        metrics = {} if diverged else MetricsRecord.read(cell.folder / MetricsRecord.FILE).scalars()
-        add_ended(cell.identity(), cell.config.seed, cell.folder, metrics)
+        add_ended(cell.identity(), cell.config.seed, cell.folder, _final_metrics(cell, record), time)
     except (OSError, ValueError) as error:
         path = shown(cell.folder.parent / ENDED_FILE)
         log.error("%s: a report will not know that %s has ended: %s", path, cell.folder.name, first_line(error))

@@ -214,12 +214,15 @@ def _reason(error: Exception) -> str:
 
 
 def write_run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> None:
-    """Write the run record of a cell, on the first rank, and before it into the sweep folder if the run has ended."""
+    """Write the run record of a cell, on the first rank, and after it into the sweep folder if the run has ended.
+
+    A run that is killed between both is written down by the next command (`moe.launch.plans.record_plan`).
+    """
     if ranks.is_first():
         record = run_record(cell, status, facts, error=error)
-        if status == "finished" or record.diverged:
-            record_end(cell, diverged=record.diverged)
         record.write(cell.folder / RunRecord.FILE)
+        if record.ended:
+            record_end(cell, record)
 
 
 def run_record(cell: Cell, status: Status, facts: RunFacts | None = None, *, error: str | None = None) -> RunRecord:

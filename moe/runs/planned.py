@@ -148,17 +148,20 @@ def begin_ended(folder: Path) -> None:
             path.chmod(shared_mode(folder))
 
 
-def add_ended(identity: dict[str, Any], seed: int, folder: Path, metrics: Mapping[str, Any]) -> None:
+def add_ended(
+    identity: dict[str, Any], seed: int, folder: Path, metrics: Mapping[str, Any], time: datetime | None = None
+) -> None:
     """Append a run that has ended to the file of its sweep folder, if that has one. Raises OSError and LinkError.
 
     A line is written at once, so that runs which end at the same time need no lock. After a torn line, it begins a new
-    one. identity: see `RunRecord`. folder: that of the run. metrics: its final metrics; none if it diverged.
+    one. identity: see `RunRecord`. folder: that of the run. metrics: its final metrics; none if it diverged. time: when
+    it ended; by default now.
     """
     path = folder.parent / ENDED_FILE
     if path.exists():
         setting = digest_of_run({key: value for key, value in identity.items() if key != "seed"})
-        time, result = datetime.now(UTC).isoformat(), result_of(metrics)
-        ended = Ended(time, digest_of_run(identity), setting, seed, folder.name, result)
+        text = (time or datetime.now(UTC)).isoformat()
+        ended = Ended(text, digest_of_run(identity), setting, seed, folder.name, result_of(metrics))
         known = read_text(path)
         torn = bool(known) and not known.endswith("\n")
         with open_unlinked(path, "a") as file:

@@ -181,6 +181,11 @@ class RunRecord(Record):
         """Whether the run failed because a loss or gradient was not finite."""
         return self.status == "failed" and str(self.error).startswith("Diverged")
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run will not go on, because it is finished or diverged."""
+        return self.status == "finished" or self.diverged
+
     def typed_config(self) -> Config:
         """Return the configuration; a key from after the run has its default. Raises ValueError that names the key."""
         return parse(Config, self.config, "config")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 
@@ -42,6 +43,7 @@ from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.answers import answers
+from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import (
@@ -849,6 +851,18 @@ def test_a_metric_in_which_nothing_can_be_tested_costs_no_look(runs: pd.DataFram
     assert {"routing/drop_rate", "val/deterministic"} <= {*second.tested}
     assert second.study.metrics == first.study.metrics
     assert (second.study.looks.place, second.study.looks.next_share) == (0, first.study.looks.next_share)
+
+
+def test_a_metric_that_was_asked_for_and_cannot_be_compared_has_its_mean(runs: pd.DataFrame) -> None:
+    """Three levels were trained one after the other, so their speeds are not comparable. Each seed has three runs."""
+    runs = runs[runs["lb"] == 0.0]
+    days = pd.to_timedelta(10 * runs["noise"], "D")
+    began = (pd.to_datetime("2026-02-01T00:00:00+00:00") + days).map(datetime.isoformat)
+    speed = np.random.default_rng(1).normal(1000, 10, size=len(runs))
+    runs = runs.assign(**{"time/tokens_per_s": speed, "seconds": 60.0, "started": began})
+    [inputs] = collect_inputs(runs, ReportOptions(metrics=("time/tokens_per_s",)))
+    [line] = asked(inputs)
+    assert line.endswith(f"{speed.mean():.4g} in the mean of all runs; there is no comparison of it.")
 
 
 def test_the_planned_number_is_that_of_the_first_look() -> None:

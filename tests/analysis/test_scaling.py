@@ -422,6 +422,11 @@ def test_the_report_fits_the_law_extrapolates_it_and_checks_it(tmp_path: Path) -
     blocks = list(scaling_laws(inputs))
     table, minima = [block.frame for block in blocks if isinstance(block, TableBlock)]
     assert len(minima) == len(iso_flop_minima(_points(inputs.runs)))
+    spread = np.random.default_rng(0).uniform(0.92, 1.08, len(inputs.runs))
+    flops = inputs.runs["parameters.active"] * inputs.runs["steps"]
+    points, varied = (_points(inputs.runs.assign(**{"train/flops": flops * each})) for each in (1.0, spread))
+    assert [len(each.groupby(["FLOPs", EXPERTS])) for each in (points, varied)] == [15, 27], "means of a size"
+    assert varied["FLOPs"].to_numpy() == pytest.approx(points["FLOPs"], rel=0.08)
     told = laws_in_words(inputs)
     numbers = table.set_index("number")["estimate"].str.split(" ").str[0].astype(float)
     assert numbers["exponent of experts"] == pytest.approx(0.15, abs=0.05)

@@ -21,7 +21,7 @@ from moe.bench.dispatch import measure_dispatch
 from moe.bench.growth import exponent, measure_point
 from moe.bench.layer import layer_passes, least_saved_bytes
 from moe.bench.profile import host_waits, profile_step
-from moe.bench.questions import QUESTIONS, STEPS, Shape
+from moe.bench.questions import GRIDS, QUESTIONS, STEPS, Shape
 from moe.bench.routers import router_speeds
 from moe.bench.step import IN_TRAINING, bare_step, measure_steps
 from moe.bench.timing import medians, product_flops, relative_table, time_in_turns
@@ -215,6 +215,12 @@ def test_the_simulation_of_errors_counts_the_reports_that_name_an_effect(monkeyp
     found = errors.error_shares("experiment_c", 3, "equal", studies=1)
     assert found.pop("own claims") == 0  # the experiment has none
     assert set(found.values()) == {1.0}
+
+
+def test_the_simulation_of_errors_takes_a_factor_of_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no analysis of variance, because its contrast is the same test."""
+    monkeypatch.setitem(GRIDS, "experiment_c", {"router": ["switch", "hash"]})
+    assert errors.error_shares("experiment_c", 3, "equal", studies=2)["ANOVA"] == 0
 
 
 def test_the_suite_measures_every_variant_of_a_step_and_keeps_what_it_has_if_one_fails(

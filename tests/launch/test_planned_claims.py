@@ -4,6 +4,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from moe.launch.command_line import read_cells
 from moe.launch.plans import kept_claims, not_comparable, record_plan
 from moe.launch.run import run, write_run_record
 from moe.runs.events import read_events
+from moe.runs.folder import stored_record
 from moe.runs.planned import ENDED_FILE, add_ended, begin_ended, digest_of_run, digests_in, ended_in, plans_in
 from moe.runs.record import RecordError
 
@@ -205,6 +207,39 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
     (sweep / ENDED_FILE).rmdir()
     record_plan([cell._replace(folder=sweep / f"{cell.folder.name} again") for cell in cells], "a")
     assert ended_in(sweep) is None, "a folder that has a plan would lack the runs that ended before"
+
+
+def test_a_run_that_was_killed_at_its_very_end_is_written_down_by_the_next_command(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record comes first: a report would take a run that has a line alone for one that it leaves out."""
+    words = ["model.layers=1", "steps=1", "save_model=none", f"out={tmp_path}"]
+    cells = read_cells(["-m", "noise=0.0,0.5", "seed=1", *small, *words]) or []
+    sweep = cells[0].folder.parent
+    for cell in cells:
+        cell.folder.mkdir(parents=True)
+    record_plan(cells, "a")
+    with monkeypatch.context() as patched:
+        patched.setattr("moe.launch.run.record_end", lambda *arguments, **options: sys.exit("killed"))
+        for end in (lambda: run(cells[0]), lambda: write_run_record(cells[1], "failed", error="Diverged: nan")):
+            with pytest.raises(SystemExit):
+                end()
+    assert [record.ended for cell in cells if (record := stored_record(cell))] == [True, True]
+    assert ended_in(sweep) == []
+    before = datetime.now(UTC)
+    for _ in range(2):
+        record_plan(cells, "a")
+        ended = ended_in(sweep) or []
+        assert [each.run for each in ended] == plans_in(sweep)[0].runs
+    assert [each.result == "nan" for each in ended] == [False, True]
+    assert all(datetime.fromisoformat(each.time) < before for each in ended), "when the record was written"
+    other = tmp_path / "without plans"
+    moved = [cell._replace(folder=other / cell.folder.name) for cell in cells]
+    sweep.rename(other)
+    (other / "plans.json").unlink()
+    (other / ENDED_FILE).write_text("")
+    record_plan(moved, "a")
+    assert ended_in(other) == [], "no plan names these runs"
 
 
 def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path: Path) -> None:

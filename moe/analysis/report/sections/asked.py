@@ -1,5 +1,6 @@
 """What a report found about the metrics that its reader asked for with `--metric`, on the first screen."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,7 +14,6 @@ from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import noun
 from moe.checks import plain
-from moe.results.conditions import by_seed
 
 
 def asked(inputs: ReportInputs) -> Iterator[str]:
@@ -32,7 +32,8 @@ def _found(inputs: ReportInputs, metric: str) -> str:
     if inputs.crosses_seeds:
         return plain(spread_sentence(inputs.runs, metric))
     if not judged:
-        values = by_seed(inputs.runs, metric)
+        values = inputs.runs[metric].astype(float)
+        values = values[values.map(math.isfinite)]
         return plain(f"{values.mean():.4g} in the mean of all runs; there is no comparison of it.")
     verdicts = Counter(each.verdict for each in judged)
     counts = ", ".join(f"{count} {WORDS.get(verdict, verdict)}" for verdict, count in verdicts.items())

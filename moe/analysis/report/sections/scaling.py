@@ -178,7 +178,10 @@ def _size(size: float, low: float, high: float) -> str:
 
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what the law is fitted to: columns seed, active parameters, tokens, experts, FLOPs and loss."""
+    """Return what the law is fitted to: columns seed, active parameters, tokens, experts, FLOPs and loss.
+
+    FLOPs are the mean over the runs of one size, because they vary with the seed where the number of experts does.
+    """
     keys = ["steps", "batch_size", "grad_accum", "data.seq_len"]
     columns = [*keys, "parameters.active", "model.num_experts"]
     number = runs.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
@@ -193,7 +196,8 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
             "loss": runs[LOSS].astype(float),
         }
     )
-    return table[(table[[ACTIVE, TOKENS]] > 0).all(axis=1)].dropna().reset_index(drop=True)
+    table = table[(table[[ACTIVE, TOKENS]] > 0).all(axis=1)].dropna().reset_index(drop=True)
+    return table.assign(**{FLOPS: table.groupby([ACTIVE, TOKENS, EXPERTS])[FLOPS].transform("mean")})
 
 
 def _numbers(found: Fit) -> pd.DataFrame:
