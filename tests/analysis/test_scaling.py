@@ -23,6 +23,7 @@ from moe.analysis.speed_up import (
     NOT_APART,
     NOT_CHECKED,
     NOT_REACHED,
+    NOT_SHOWN,
     OTHERWISE,
     SAVES,
     STILL_TRAINED,
@@ -163,16 +164,16 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     for budget, doubt in ((14e12, STILL_TRAINED.format(what="saved")), (17e12, NOT_CHECKED)):
         [early] = speed_up(ended, far.assign(FLOPs=budget), evaluations=baseline)
         assert early.times.low > 1
-        assert (early.verdict, early.doubts[-1]) == (NOT_APART, doubt), "a loss in training is another one"
+        assert (early.verdict, early.doubts[-1]) == (NOT_SHOWN, doubt), "a loss in training is another one"
     [early] = speed_up(ended, far.assign(FLOPs=14e12, loss=far["loss"] + 0.2), evaluations=baseline)
     assert early.times.high < 1
-    assert (early.verdict, early.doubts[-1]) == (NOT_APART, STILL_TRAINED.format(what="wasted"))
+    assert (early.verdict, early.doubts[-1]) == (NOT_SHOWN, STILL_TRAINED.format(what="wasted"))
     both = baseline[baseline["FLOPs"].isin((8e12, 16e12))]
     [later] = speed_up(both, far.assign(FLOPs=14e12, loss=far["loss"] + 0.6), evaluations=baseline)
     assert later.verdict == COSTS_MORE, "runs with a lower loss had ended at 8e12"
     [beyond] = speed_up(baseline, far.assign(FLOPs=17e12))
     assert beyond.times.low > 1
-    assert (beyond.verdict, beyond.doubts[-1]) == (NOT_APART, NOT_CHECKED)
+    assert (beyond.verdict, beyond.doubts[-1]) == (NOT_SHOWN, NOT_CHECKED)
     [between] = speed_up(baseline, far.assign(FLOPs=14e12))
     assert between.verdict == SAVES
     [worse] = speed_up(baseline, far.assign(loss=far["loss"] + 0.2))
@@ -180,7 +181,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     slower = far.assign(FLOPs=far["FLOPs"] * 4)
     [extrapolated] = speed_up(baseline, slower)
     assert extrapolated.times.high < 1
-    assert (extrapolated.verdict, extrapolated.doubts[-1]) == (NOT_APART, NOT_REACHED), "no run has this loss"
+    assert (extrapolated.verdict, extrapolated.doubts[-1]) == (NOT_SHOWN, NOT_REACHED), "no run has this loss"
     [beyond] = speed_up(baseline, far.assign(loss=2.0))
     assert beyond.needed == beyond.times.value == math.inf
     assert speed_up_row(beyond)["times the compute"] == NOWHERE
@@ -214,7 +215,7 @@ def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
     for reference in (baseline, pd.concat([baseline, arm.tail(1).assign(seed=9)])):
         [found] = speed_up(reference, arm)
         assert not found.times.low <= 1 <= found.times.high
-        assert (found.verdict, found.doubts[-1]) == (NOT_APART, doubt)
+        assert (found.verdict, found.doubts[-1]) == (NOT_SHOWN, doubt)
         assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
 
 
@@ -232,7 +233,7 @@ def test_no_verdict_contradicts_the_runs_that_ended_at_the_same_compute(
     arm = ended[ended["FLOPs"] == budget].assign(loss=lambda arm: arm["loss"] + higher + [1e-4, -1e-4, 0])
     [found] = speed_up(ended, arm, evaluations=reference)
     assert low < found.times.low <= found.times.high < high
-    assert (found.verdict, found.doubts[-1]) == (NOT_APART, OTHERWISE)
+    assert (found.verdict, found.doubts[-1]) == (NOT_SHOWN, OTHERWISE)
 
 
 @pytest.mark.parametrize("shift", [-2e-4, 2e-4])
@@ -260,7 +261,7 @@ def test_a_budget_of_the_reference_that_few_seeds_have_changes_nothing(few: list
     lucky = pd.concat([ended, arm[arm["seed"].isin(few)].assign(loss=1.0)])
     [found] = speed_up(lucky, arm, evaluations=reference)
     assert found.times == pytest.approx(speed_up(ended, arm, evaluations=reference)[0].times)
-    assert found.verdict == NOT_APART
+    assert found.verdict == NOT_SHOWN
 
 
 def test_a_seed_that_would_carry_a_part_of_the_curve_alone_is_left_out() -> None:

@@ -12,7 +12,7 @@ from moe.analysis.equal_cost import FLOPS
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.cost import found_speed_ups
-from moe.analysis.speed_up import NOT_APART, SpeedUp
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES, SpeedUp
 
 STUDIES = 40
 OF_STEP = 1e9  # FLOPs
@@ -101,7 +101,7 @@ def test_a_level_that_learns_as_the_reference_is_seldom_told_apart(name: str, in
     rng = np.random.default_rng(0)
     found = [studied(DESIGNS[name], inputs, rng) for _ in range(STUDIES)]
     assert all(found), "each study has a speed-up"
-    false = sum(any(each.verdict != NOT_APART for each in of_study) for of_study in found)
+    false = sum(any(each.verdict in (SAVES, COSTS_MORE) for each in of_study) for of_study in found)
     assert false <= 4, "2 of 40 in the long run"
 
 

@@ -90,7 +90,7 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
     # The league.
     (FINDINGS, "one expert of {} the width has a {} loss too", lambda: [width_of("switch"), side_of("switch")]),
     (FINDINGS, "best of {} learning rates by {} seed, which was the {} one for {}.", lambda: tuned()),
-    (FINDINGS, "{} router has a certainly lower loss than top-k.", lambda: [word((league()["high"] < 0).sum())]),
+    (FINDINGS, "{} router is shown to have a lower loss than top-k.", lambda: [word((league()["high"] < 0).sum())]),
     (
         FINDINGS,
         "The lowest loss is that of `{}`: {} nats per token, with a difference from top-k of {} [{}, {}], n={}.",
@@ -129,6 +129,21 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
         ],
     ),
     (FINDINGS, "differ from that of top-k by {} than the spread of top-k over seeds", lambda: [near_in_load()]),
+    (
+        FINDINGS,
+        "its load is {} even than that of top-k ({} instead of {}, layers pooled {} instead of {})",
+        lambda: uneven("phi_balancing"),
+    ),
+    (
+        FINDINGS,
+        "The loss of `quantile_balancing`, for example, is {} on the test text: {} [{}, {}].",
+        lambda: [
+            "undecided"
+            if league()["low"]["quantile_balancing"] < 0 < league()["high"]["quantile_balancing"]
+            else "not",
+            *difference("quantile_balancing"),
+        ],
+    ),
     (LEAGUE, "{} are left out: `replay`", lambda: [word(len(list(CONF.glob("*.yaml"))) - losses().shape[1])]),
     (LEAGUE, "with `topk` and experts of width {}.", lambda: of_router("topk", "model.ffn").unique()),
     (LEAGUE, "with experts of width {}, so", lambda: {*of_router("soft_moe", FFN), *of_router("spectra", FFN)}),
@@ -140,8 +155,9 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
     (LEAGUE, "In evaluation it takes {:.0f} experts", lambda: [experts(LEAGUE, "matryoshka")]),
     (
         LEAGUE,
-        "`oracle`, `shuffled_oracle` and `switch` have {} expert for a token, of {} the width",
-        lambda: one([word(experts(LEAGUE, each)), width_of(each)] for each in ("oracle", "shuffled_oracle", "switch")),
+        "`base_layers`, `oracle`, `shuffled_oracle`, `switch` and `switch_jitter` have {} expert for a token, of {} "
+        "the width",
+        lambda: one([word(experts(LEAGUE, each)), width_of(each)] for each in wide_with_one()),
     ),
     (LEAGUE, "{} learning rates for each router", lambda: tuned()[:1]),
     (LEAGUE, "by the validation loss of {} run each", lambda: tuned()[1:2]),
@@ -193,12 +209,12 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
         lambda: [*levels(CHOSEN, "chosen"), *than(CHOSEN, "chosen"), word(len(new_seeds())), times(lengths())],
     ),
     (FINDINGS, "do not confirm the lead of temperature {}:", lambda: levels(CHOSEN, "chosen")),
-    (FINDINGS, "it is decided that {} costs more than {};", lambda: wasteful_temperatures()),
+    (FINDINGS, "By its intervals, which hold together, {} costs more than {}.", lambda: wasteful_temperatures()),
     (TEMPERATURES, "{} constant temperatures of the router.", lambda: best_temperature()[1:]),
     (TEMPERATURES, "expected {} to {} to be best", lambda: levels(TEMPERATURES, BEST)),
     (
         TEMPERATURES,
-        "compared with {1}? Its intervals hold for all {2} comparisons together, so it is decided there that {0} costs",
+        "compared with {1}? By its intervals, which hold for all {2} comparisons together, {0} costs more.",
         lambda: [*wasteful_temperatures(), word(len(at_equal_cost(TEMPERATURES)))],
     ),
     (TEMPERATURES, "No claim was about temperature {} alone", lambda: wasteful_temperatures()[:1]),
@@ -516,6 +532,14 @@ def width_of(router: str) -> str:
     return times(one(of_router(router, FFN)) / one(of_router("topk", FFN)))
 
 
+def wide_with_one() -> list[str]:
+    """Return all routers that have one expert for a token, of more than the usual width."""
+    usual = one(of_router("topk", FFN))
+    found = [each for each in losses() if experts(LEAGUE, each) == 1 and one(of_router(each, FFN)) > usual]
+    assert sorted(found) == ["base_layers", "oracle", "shuffled_oracle", "switch", "switch_jitter"]
+    return found
+
+
 def side_of(router: str) -> str:
     return "higher" if league()["low"][router] > 0 else "lower"
 
@@ -555,6 +579,15 @@ def near_in_load() -> str:
     return "less" if all(near) else "more"
 
 
+def uneven(router: str) -> list[str]:
+    """Return whether the load is less or more even than that of top-k, and the means of both load CVs."""
+    means = [
+        f"{cv[each].mean():.3f}" for cv in (load_cv(), of_league("routing/load_cv/pooled")) for each in (router, "topk")
+    ]
+    side = {True: "less", False: "more"}
+    return [side[one({means[0] > means[1], means[2] > means[3]})], *means]
+
+
 def minutes() -> list[str]:
     seconds = runs(LEAGUE).groupby("router")["train_seconds"].sum()
     return [f"{seconds.sum() / 60:.0f}", f"{seconds['top_p'] / 60:.0f}"]
@@ -562,7 +595,7 @@ def minutes() -> list[str]:
 
 def dearer() -> list[str]:
     verdicts = at_equal_cost(LEAGUE)["verdict"][lambda verdicts: verdicts != "not comparable"]
-    saving = (~verdicts.isin(["costs more", "not told apart"])).sum()
+    saving = (~verdicts.isin(["costs more", "not told apart", "not shown"])).sum()
     return [str(len(verdicts)), "none" if saving == 0 else word(saving), str((verdicts == "costs more").sum())]
 
 

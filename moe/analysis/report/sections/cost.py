@@ -62,13 +62,14 @@ looks worse than a run of that length would. "Between points 0.02 apart" means t
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
 to lower it. This table describes; a claim with `at` tests."""
 VERDICTS = """\
-A level is told apart from the reference if its interval leaves out 1. That it saves compute is said only if runs of the
-reference ended at its compute, or, unless the curve goes through evaluations during training, at less and at more. That
-it costs more is said only if the curve has a point at its compute or at less, and the runs of the reference reach the
-loss. If the curve goes through evaluations, runs must have ended at the level's compute or at less with its loss or a
-lower one, up to what 2 % of the compute change. Nothing is said that the losses of runs of the reference that ended at
-the level's compute contradict. Budgets that differ by at most 2 % are one. There is no verdict if the routers of one
-side alone may see later tokens: their losses are not comparable."""
+A level is not told apart from the reference if its interval contains 1. If the interval lies above 1, the level saves
+compute, provided that runs of the reference ended at its compute, or, unless the curve goes through evaluations during
+training, at less and at more. If the interval lies below 1, the level costs more, provided that the curve has a point
+at its compute or at less, and that the runs of the reference reach its loss. If the curve goes through evaluations,
+runs must have ended at the level's compute or at less with its loss or a lower one, up to what 2 % of the compute
+change. Otherwise the difference is not shown, and `doubts` says why. It is not shown either if the losses of runs of
+the reference that ended at the level's compute contradict it. Budgets that differ by at most 2 % are one. There is no
+verdict if the routers of one side alone may see later tokens: their losses are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and

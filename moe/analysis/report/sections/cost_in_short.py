@@ -25,13 +25,14 @@ from moe.analysis.report.sections.cost import (
     speed_up_row,
 )
 from moe.analysis.sentences import enumerated, levels_compared
-from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES
+from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_SHOWN, SAVES
 from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE
 
 VERBS = {
     SAVES: "by which the level saves compute",
     COSTS_MORE: "by which it costs more",
     NOT_APART: "without a clear difference",
+    NOT_SHOWN: "that runs of the reference do not confirm",
     NOT_COMPARABLE: "with losses that are not comparable",
 }
 SAME_FLOPS = """\
