@@ -272,7 +272,7 @@ def test_the_units_of_all_judged_metrics_are_said_once(tmp_path: Path) -> None:
     )
     perplexity, accuracy = loss._replace(metric="test/perplexity"), loss._replace(metric="val/accuracy", reference=10.0)
     [said] = _numbers(inputs._replace(judgments=[loss, loss, perplexity]))
-    assert said == "**Numbers:** test loss is in nats per token; test perplexity has no unit."
+    assert said == "**Numbers:** test loss is in nats per token; test perplexity is a number without a unit."
     [said] = _numbers(inputs._replace(judgments=[loss, accuracy]))
     assert said.endswith(
         "accuracy is a share of tokens. A percentage in parentheses is the difference as a share of the mean of the "

@@ -342,7 +342,7 @@ def test_looks_that_did_not_know_of_each_other_are_added_up(runs: pd.DataFrame) 
     assert both_folders.looks.share() == FURTHER**2
     assert both_folders.spent == pytest.approx(2 + FURTHER**2)
     assert "chance decides something in at most 10.2 % of studies" in one_line(both_folders)
-    assert "such reports err in up to 10.2 % of studies" in " ".join(price_of_more(both_folders).split())
+    assert "all such reports together err in up to 10.2 % of studies" in " ".join(price_of_more(both_folders).split())
 
 
 def test_looks_within_the_plan_that_did_not_know_of_each_other_do_not_keep_the_level() -> None:
@@ -441,10 +441,10 @@ def test_the_terminal_says_what_the_next_look_costs(runs: pd.DataFrame) -> None:
     planned = runs.assign(planned_seeds=5)
     early, *_ = collect_inputs(planned[planned["seed"] < 3])
     share = 5 * (1 - spent(0.6))
-    at = "the tests that are new in the next one (at the 5 planned seeds) together have"
+    at = "in the next look (at the 5 planned seeds), new tests together have"
     assert line(early) == f"look 1 at noise_lb_seed; {at} {share:.3g} % instead of 5 %"
     assert line(collect_inputs(planned)[0]) == (
-        "look 2 at noise_lb_seed; the tests that are new in the next one together have 1 % instead of 5 %"
+        "look 2 at noise_lb_seed; in the next look, new tests together have 1 % instead of 5 %"
     )
     one_seed, *_ = collect_inputs(runs[runs["seed"] == 0])
     assert line(one_seed) == "", "nothing can be compared"
@@ -930,19 +930,19 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert price_of_more(of_four).startswith("1 of the 4 planned seeds is left.")
     assert error_of_more(of_four, 4) == error_of_more(of_four, float("nan")) == ""
     more = error_of_more(of_four, 16)
-    assert more == "That is more than the 4 planned seeds; “More seeds” says what it costs."
+    assert more == "That is more than the 4 planned seeds. A report on so many seeds is stricter: see “More seeds”."
     assert "all together err in up to 6.25 %" in price_of_more(of_four)
     planned = price_of_more(study(eight, early, planned=8))
     assert (
-        "The 8 planned seeds are used up. The tests of a report with more seeds together have 1 % instead of 5 %"
-        in planned
+        "All of the 8 planned seeds have been used. In a report on more seeds, the new tests together have 1 % "
+        "instead of 5 %,\nso they need a smaller p." in planned
     )
-    assert "such reports err in up to 6.25 % of studies" in planned
+    assert "all such reports together err\nin up to 6.25 % of studies" in planned
     second = price_of_more(study(both(*range(5)), early))
     assert second.startswith(
-        "These runs had no `planned_seeds`, so the number of the first look decides. The 3 seeds of the first look are"
+        "These runs had no `planned_seeds`, so the number of the first look decides. All of the 3 seeds of the first "
     )
-    assert "used up. The tests of a report with more seeds together have 0.2 % instead of 5 %, which" in second
+    assert "have been used. In a report on more seeds, the new tests together have 0.2 % instead of 5 %" in second
 
 
 def test_reports_at_one_moment_lose_no_look(runs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1460,7 +1460,7 @@ def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -
     [inputs] = collect_inputs(runs.assign(planned_seeds=6))
     text = "\n".join(map(block_as_markdown, answer(inputs)))
     assert "1 of the 6 planned seeds is left." in text
-    price = "That is more than the 6 planned seeds; “More seeds” says what it costs."
+    price = "That is more than the 6 planned seeds. A report on so many seeds is stricter: see “More seeds”."
     assert f". {price}" in text
     assert "; About" not in text
     [first] = cards(inputs.judgments[-1:], lambda each: "train.py seed=7", lambda each: price)

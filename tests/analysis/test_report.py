@@ -1428,7 +1428,7 @@ def test_a_data_frame_becomes_a_markdown_table() -> None:
 def test_the_command_prints_the_table_and_the_path_of_the_report(published: Path, tmp_path: Path) -> None:
     done = run_script(ANALYZE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "18 of 18 runs finished\nlook 1 at noise_lb_seed; the tests that are new in the next one" in done.stdout
+    assert "18 of 18 runs finished\nlook 1 at noise_lb_seed; in the next look, new tests together" in done.stdout
     assert done.stdout.endswith("report: analysis/report.md and analysis/report.html\n")
     assert (tmp_path / "analysis" / "report.md").is_file()
 

@@ -121,7 +121,7 @@ def _numbers(inputs: ReportInputs) -> Iterator[str]:
     ]
     if without := [name for name, metric in metrics.items() if metric and not metric.unit]:
         names = "the other metrics" if units and len(without) > 2 else enumerated(without)
-        units.append(f"{names} {'has' if len(without) == 1 else 'have'} no unit")
+        units.append(f"{names} {'is a number' if len(without) == 1 else 'are numbers'} without a unit")
     if units:
         shares = SHARES if any(each.percent for each in inputs.judgments) else ""
         yield NUMBERS.format(units=literal("; ".join(units)), shares=shares)

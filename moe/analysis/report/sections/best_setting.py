@@ -231,7 +231,8 @@ def _luck(found: Ranking) -> str:
     has_test = chosen.notna().equals(judged.notna())
     if has_test:
         text += f" On test text, by which nothing was chosen, {literal(best.name)} has a {noun(tested)} of "
-        text += f"{_mean(judged.loc[best.name].dropna())}. The luck of the same seeds is part of this number too."
+        text += f"{_mean(judged.loc[best.name].dropna())}. It is from the runs that chose the setting, "
+        text += "so it may be lucky too."
     if len(chosen.columns) < 2:
         return text + " Without several seeds that all settings have, the luck cannot be estimated."
     where = "on test text" if has_test else "on validation text, as there is no test text"

@@ -60,14 +60,14 @@ ABSENT = """\
 KEPT = "keep the 5 %"
 EXCEEDED = "err in up to {total:.3g} % of studies, because one of them did not know of another"
 USED_UP = """\
-The {seeds} are used up. The tests of a report with more seeds together have {share:.3g} % instead of 5 %, which the
-numbers of seeds above take into account. Together with the looks before,
-such reports err in up to {total:.3g} % of studies, however many follow."""
+All of the {seeds} have been used. In a report on more seeds, the new tests together have {share:.3g} % instead of 5 %,
+so they need a smaller p. The numbers of seeds above allow for that. The looks so far and all such reports together err
+in up to {total:.3g} % of studies."""
 LEFT = """\
 {left} of the {seeds} {are} left.{absent} Reports up to that number, all together, {error}. With reports on more
 seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
-That is more than the {seeds}; “More seeds” says what it costs."""
+That is more than the {seeds}. A report on so many seeds is stricter: see “More seeds”."""
 DECIDED = """\
 **An earlier look decided what this one does not.** On {time}, with {seeds:.3g} seeds on average, {found}. That verdict
 stays valid: the looks share the 5 %, so that each may decide. If you quote it, quote its date, its seeds and this
@@ -76,7 +76,7 @@ LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
 NEXT_LOOK = """\
-look {number} at {runs}; the tests that are new in the next one{at} together have {share:.3g} % instead of 5 %"""
+look {number} at {runs}; in the next look{at}, new tests together have {share:.3g} % instead of 5 %"""
 NOT_WRITTEN = """\
 **This look was not written down** ({why}). A later report will not know of it, so its tests will have too large a share
 of the 5 %."""
