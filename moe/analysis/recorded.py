@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -32,6 +33,14 @@ from moe.runs.planned import (
 from moe.runs.record import RecordError, SweepRecord
 
 LONGEST_WAIT = 60  # seconds until another report has written its look down, which takes a moment
+
+
+class Written(NamedTuple):
+    """A look that was written down: the sweep folder, the name of the study, and the time of the look."""
+
+    folder: Path
+    study: str
+    time: str
 
 
 def study_of(runs: pd.DataFrame) -> Study:
@@ -284,11 +293,12 @@ def record_look(
     study: Study,
     margins: Mapping[str, object] | None = None,
     decided: Mapping[str, str] | None = None,
+    written: list[Written] | None = None,
 ) -> str:
     """Write into the sweep folders that a report about these runs was written; return why not, or "" if that worked.
 
-    margins: those that the reader gave. decided: see `moe.runs.planned.Look`. A report in which no test was made, and
-    no two settings have two seeds in common, is no look.
+    margins: those that the reader gave. decided: see `moe.runs.planned.Look`. written: gets the looks that were added.
+    A report in which no test was made, and no two settings have two seeds in common, is no look.
     """
     present = study.present
     if not study.testable:
@@ -313,10 +323,21 @@ def record_look(
             ended.setdefault(setting, []).append(os.path.relpath(run, folder))
         results = {os.path.relpath(run, folder): _results(study.runs[run])[study.timed] for run in present.runs}
         try:
-            _add(look._replace(runs=ended, results=results), folder, study.name)
+            added = _add(look._replace(runs=ended, results=results), folder, study.name)
+            if added and written is not None:
+                written.append(Written(folder, study.name, look.time))
         except (OSError, NotImplementedError) as error:  # the second: the file system has no locks
             unwritten = unwritten or _why_not(error, folder)
     return unwritten
+
+
+def take_back(written: Sequence[Written]) -> None:
+    """Remove looks that were written down for a report that then showed nothing. Those that cannot be removed stay."""
+    for folder, name, time in written:
+        with suppress(OSError, NotImplementedError, RecordError), _locked(folder):
+            looks = looks_in(folder)
+            looks[name] = [look for look in looks.get(name, []) if look.time != time]
+            LooksRecord(looks={name: kept for name, kept in looks.items() if kept}).write(folder / LooksRecord.FILE)
 
 
 def _why_not(error: OSError | NotImplementedError, folder: Path) -> str:
@@ -334,8 +355,13 @@ def _lock_in(folder: Path) -> Path:
     return folder / f"{LooksRecord.FILE}.lock"
 
 
-def _add(look: Look, folder: Path, name: str) -> None:
-    """Add a look at an experiment to looks.json of a sweep folder, unless it is there.
+def _locked(folder: Path) -> FileLock:
+    """Return the lock of the looks of a sweep folder: other reports may add theirs at the same time."""
+    return FileLock(_lock_in(folder), timeout=LONGEST_WAIT, mode=shared_mode(folder))
+
+
+def _add(look: Look, folder: Path, name: str) -> bool:
+    """Add a look at an experiment to looks.json of a sweep folder, and return whether it was not there.
 
     Raises OSError or NotImplementedError if the folder cannot be written to, or has no locks.
     """
@@ -346,11 +372,11 @@ def _add(look: Look, folder: Path, name: str) -> None:
         return None if any(_same(each, look) for each in known) else looks | {name: [*known, look]}
 
     if with_look() is None:
-        return
-    lock = FileLock(_lock_in(folder), timeout=LONGEST_WAIT, mode=shared_mode(folder))
-    with lock:  # other reports may add theirs meanwhile
+        return False
+    with _locked(folder):
         if (looks := with_look()) is not None:
             LooksRecord(looks=looks).write(folder / LooksRecord.FILE)
+        return looks is not None
 
 
 def _same(look: Look, other: Look) -> bool:

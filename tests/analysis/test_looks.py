@@ -40,7 +40,7 @@ from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
 from moe.analysis.report.judgments import cards
 from moe.analysis.report.markdown import block_as_markdown
-from moe.analysis.report.report import _with_look
+from moe.analysis.report.report import _with_look, write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.answers import answers
 from moe.analysis.report.sections.asked import asked
@@ -863,6 +863,30 @@ def test_a_metric_that_was_asked_for_and_cannot_be_compared_has_its_mean(runs: p
     [inputs] = collect_inputs(runs, ReportOptions(metrics=("time/tokens_per_s",)))
     [line] = asked(inputs)
     assert line.endswith(f"{speed.mean():.4g} in the mean of all runs; there is no comparison of it.")
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), ValueError("no number")])
+def test_a_report_that_is_refused_is_no_look(
+    runs: pd.DataFrame, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first report is one of another number of seeds, and its look stays."""
+    path = tmp_path / "sweeps" / "noise" / "looks.json"
+    for some, out in ((runs, "first"), (runs[runs["seed"] < 3], "second")):
+        (tmp_path / out).touch()
+        with pytest.raises(OSError, match="File exists"):
+            write_report(some, tmp_path / out)
+        with monkeypatch.context() as patched:
+            patched.setattr("moe.analysis.report.report.Page", lambda: raising(error))
+            with pytest.raises(type(error), match=str(error)):
+                write_report(some, tmp_path / "other")
+        looks = LooksRecord.read(path).looks
+        assert [len(each) for each in looks.values()] == ([] if out == "first" else [1])
+        if out == "first":
+            record_look(some, study_of(some))
+
+
+def raising(error: Exception) -> None:
+    raise error
 
 
 def test_the_planned_number_is_that_of_the_first_look() -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moe.analysis.figures.drawing import Drawing
-from moe.analysis.recorded import record_look
+from moe.analysis.recorded import Written, record_look, take_back
 from moe.analysis.report.blocks import (
     Attachment,
     BulletList,
@@ -157,13 +157,34 @@ def write_report(
 
     If there are several experiments, each has its own part of the report and its own folder for files. The paths of
     the figures and tables that are saved beside the report are appended to `files`, and a line on each look that was
-    written down to `said`. past: the events of runs whose
-    folders are elsewhere, as `moe.results.shipped.read_shipped` gives them; such a report is no look.
+    written down to `said`. past: the events of runs whose folders are elsewhere, as `moe.results.shipped.read_shipped`
+    gives them; such a report is no look. Nor is one that fails before it has saved a file: its looks are taken back.
     """
+    files = [] if files is None else files
+    written, before = list[Written](), len(files)
+    try:
+        return _write_report(runs, out, options, files=files, said=said, past=past, written=written)
+    except (OSError, ValueError):
+        if len(files) == before:
+            take_back(written)
+        raise
+
+
+def _write_report(
+    runs: pd.DataFrame,
+    out: Path | str,
+    options: ReportOptions | None,
+    *,
+    files: list[Path],
+    said: list[str] | None,
+    past: EventTables | None,
+    written: list[Written],
+) -> Path:
+    """Do what `write_report` does. written: gets the looks that were written down."""
     all_runs, *experiments = collect_inputs(runs, options, training_columns=TRAINING_COLUMNS, past=past)
     if past is None:
-        experiments = [_with_look(part) for part in experiments]
-        all_runs = all_runs if experiments else _with_look(all_runs)
+        experiments = [_with_look(part, written) for part in experiments]
+        all_runs = all_runs if experiments else _with_look(all_runs, written)
         if said is not None:
             said += filter(None, map(look_in_words, experiments or [all_runs]))
     names = levels(runs["experiment"])
@@ -232,11 +253,11 @@ def _chapter(chapter: Chapter, inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield block._replace(level=block.level + 1) if isinstance(block, Heading) else block
 
 
-def _with_look(inputs: ReportInputs) -> ReportInputs:
+def _with_look(inputs: ReportInputs, written: list[Written] | None = None) -> ReportInputs:
     """Write the look down, and return the inputs, which then say why if that was not possible."""
     if inputs.search or inputs.observed:
         return inputs
-    unwritten = record_look(inputs.loaded, inputs.study, inputs.options.margins, decisions(inputs))
+    unwritten = record_look(inputs.loaded, inputs.study, inputs.options.margins, decisions(inputs), written)
     return inputs._replace(study=replace(inputs.study, unwritten=unwritten))
 
 
