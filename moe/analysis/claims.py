@@ -23,6 +23,7 @@ from moe.analysis.estimates import NAN, Comparison
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
+    AGAINST,
     UNDECIDED,
     UNTESTED,
     claimed_range,
@@ -135,7 +136,8 @@ def judge(runs: pd.DataFrame, claims: list[ClaimConfig]) -> pd.DataFrame:
     - The claim fails if one comparison fails. Its p is then the smallest p of the comparisons, after Bonferroni's
       correction. A claim of kind lowest or highest fails if some other level beats all levels that it names.
 
-    p is two-sided, or that of two one-sided tests (TOST) if the claimed range has two ends. A claim is decided if
+    The smaller of the two is `p`, and `side` says whether it is "for" or "against" the claim. A p is two-sided; if the
+    claimed range has two ends, the p that the claim holds is that of two one-sided tests (TOST). A claim is decided if
     `p Holm` is at most 5 %. It is corrected for all these claims, except that our own claims are corrected apart, so
     that they cannot take significance from the claims of a source. If a difference is the same in every seed
     (`deterministic`), nothing tells how far chance could move it, and there is no p. `estimates` says where the means
@@ -183,7 +185,7 @@ def decided(
         f"{text}; {SHOWN if has_p else SHOWN_UNTESTED}" if text else ""
         for text, has_p in zip(table["choice"], tested, strict=True)
     ]
-    return table.assign(verdict=verdict, reason=reason, choice=choice)
+    return table.assign(side=table["side"].where(tested, ""), verdict=verdict, reason=reason, choice=choice)
 
 
 def evidence_sentence(judged: pd.Series) -> str:
@@ -208,7 +210,7 @@ def evidence_sentence(judged: pd.Series) -> str:
         if math.isfinite(j["claimed_low"]) and math.isfinite(j["claimed_high"]):
             reference = math.nan if j["kind"] == "interaction" else j["reference mean"]
             text += f" where {claimed_range(j['claimed_low'], j['claimed_high'], reference)} is claimed"
-        text += f", {p_equals(j['p'])} (Holm {p_text(j['p Holm'])})"
+        text += f", {p_equals(j['p'])}{AGAINST if j['side'] == 'against' else ''} (Holm {p_text(j['p Holm'])})"
     return plain("; ".join(filter(None, (f"{text}, n={j['n']}", j["choice"], j["reason"]))))
 
 
@@ -352,6 +354,7 @@ def _row(
         "claimed_low": comparison.claimed_low,
         "claimed_high": comparison.claimed_high,
         "p": p,
+        "side": {"supported": "for", "contradicted": "against"}.get(verdict, ""),
         "deterministic": comparison.deterministic,
         "estimates": estimates,
         "verdict": verdict,

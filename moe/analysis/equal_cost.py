@@ -8,7 +8,7 @@ how early that is.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.interpolate import PchipInterpolator
 
 from moe.analysis.sentences import enumerated
 from moe.analysis.simultaneous import interval
-from moe.analysis.statistics import comparisons, name_cell
+from moe.analysis.statistics import NAMES, comparisons, name_cell, table_of_comparisons
 from moe.results.comparable import LATER_TOKENS, TEXT, TOKENIZER, incomparable, other_causality
 from moe.results.conditions import conditions
 from moe.results.conditions import levels as levels_of
@@ -35,8 +35,8 @@ ONLY_AT_THE_END = "{metric} is known only at the end of training, so it cannot b
 NOT_RECORDED = """\
 they are older than the record of training FLOPs, and their evaluation does not tell these FLOPs: a token may have had \
 another number of experts in training, or a capacity limit may have dropped assignments"""
-TOO_FEW = """\
-: a run ends before the first evaluation of another, which is at step {step}; train with eval_every={every} or less"""
+TOO_FEW = ": a run ends before the first evaluation of another"
+OFTEN_ENOUGH = "train with eval_every={every} or less"
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run
 
@@ -47,7 +47,8 @@ class Difference(NamedTuple):
     share: where the side that is read earlier is read, as a share of its own training; 1 for parameters.
     gap: how far the losses of the two points differ between which a loss was interpolated, on average over the seeds,
     on the side where that is more. The error of interpolation is smaller if the loss falls steadily.
-    note: why there is no difference, if there is none, or why the losses are not comparable.
+    note: why there is no difference, if there is none, or why the losses are not comparable. eval_every: the largest
+    with which there would be one; 0 if the note has another reason.
     """
 
     cost: float
@@ -58,10 +59,21 @@ class Difference(NamedTuple):
     share: float = 1.0
     gap: float = 0.0
     note: str = ""
+    eval_every: int = 0
 
 
 class NoEqualCostError(ValueError):
-    """Tells why nothing can be compared at equal cost."""
+    """Tells why nothing can be compared at equal cost. reason, eval_every: see `Difference`."""
+
+    def __init__(self, reason: str, eval_every: int = 0) -> None:
+        super().__init__("; ".join([reason, *advice([eval_every])]))
+        self.reason, self.eval_every = reason, eval_every
+
+
+def advice(eval_every: Iterable[int]) -> list[str]:
+    """Return what gives all differences a cost in common that have such an `eval_every`; nothing if none has."""
+    known = [each for each in eval_every if each]
+    return [OFTEN_ENOUGH.format(every=min(known))] if known else []
 
 
 Curves = dict[Any, pd.DataFrame]  # seed -> columns cost and loss, in rising order of cost
@@ -124,7 +136,7 @@ def equal_cost(
             share = 1.0 if cost in PARAMETERS else found.share
             note = LATER_TOKENS if found.n and other_causality(treated, baseline) else found.note
             rows.append(names | found._replace(share=share, note=note)._asdict())
-    return pd.DataFrame(rows, columns=["factor", "level", "reference", "within", *Difference._fields])
+    return table_of_comparisons(rows, [*NAMES, *Difference._fields])
 
 
 def paired_sides(
@@ -177,7 +189,7 @@ def difference(treated: Curves, baseline: Curves) -> Difference | None:
     try:
         most = _largest_common([curve for side in sides for curve in side])
     except NoEqualCostError as error:
-        return Difference(math.nan, 0, note=str(error))
+        return Difference(math.nan, 0, note=error.reason, eval_every=error.eval_every)
     a, b = (np.array([at_cost(curve, most) for curve in side]) for side in sides)
     gap = max(float(np.mean([_gap(curve, most) for curve in side])) for side in sides)
     early = min(most / curve["cost"].max() for side in sides for curve in side)
@@ -196,9 +208,8 @@ def _largest_common(curves: Sequence[pd.DataFrame], place: str = "") -> float:
     if end >= first["cost"] * (1 - CLOSE):
         return end
     text = f"{NOTHING_IN_COMMON}, at {place}" if place else NOTHING_IN_COMMON
-    if every := math.floor(first.get("step", 0) * end / first["cost"]):
-        text += TOO_FEW.format(step=int(first["step"]), every=every)
-    raise NoEqualCostError(text)
+    every = math.floor(first.get("step", 0) * end / first["cost"])
+    raise NoEqualCostError(text + TOO_FEW if every else text, every)
 
 
 def at_cost(curve: pd.DataFrame, cost: float) -> float:

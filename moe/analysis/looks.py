@@ -30,7 +30,7 @@ from moe.checks import ConfigError
 from moe.config.claim import amount_of
 from moe.runs.planned import PlannedStudy
 
-FURTHER = 0.2  # of the share of the look before, for a look after the planned number of seeds was reached
+FURTHER = 0.2  # share of the first look after the planned number of seeds was reached; of each later one, to a power
 SMALLEST = 1e-12  # share of a look to which nothing is left
 ENDED = ("finished", "diverged")  # the status of a run that will not go on
 
@@ -50,8 +50,8 @@ def share_of_look(n: int | float, earlier: Sequence[int | float], planned: int |
     n: the number of seeds that this look and those before it have together, in the mean over settings. earlier: the
     same number at each of the looks before, in the order of time. planned: the number of seeds after which the study
     decides; if nobody said, that of the first look. Up to there the shares add up to 1, and a look without a new run
-    gets nothing. Each look after that number was reached gets a fifth of the one before, so that all shares add up to
-    at most 1.25.
+    gets nothing. The first look after that number was reached gets a fifth of the level, and each later one a fifth of
+    the one before, so that all shares add up to at most 1.25.
     """
     final = planned or next(iter(earlier), n)
     if beyond := sum(each >= final for each in earlier):

@@ -36,6 +36,7 @@ from moe.analysis.report.report import write_report
 from moe.analysis.report.sections.answer import answer
 from moe.analysis.report.sections.comparisons import condition_table
 from moe.analysis.report.sections.cost_in_short import CostInShort, cost_in_short, in_short
+from moe.analysis.report.sections.headline import later_tokens
 from moe.analysis.report.sections.league import how_much_routing_matters, league
 from moe.analysis.report.sections.scaling import scaling_laws
 from moe.analysis.report.sections.seed_components import seed_components, spread_sentence
@@ -291,7 +292,9 @@ def _quotes(experiments: list[ReportInputs], costs: list[CostInShort | None]) ->
         if part.crosses_seeds:
             yield SPREAD, f"> {literal(spread_sentence(part.runs, part.tested[0]))}\n"
         for _, row in part.claims.iterrows():
-            yield row["claim"], _quote(row["claim"], row["verdict"], evidence_sentence(row))
+            doubt = later_tokens(row["metric"], row["compared"], part)
+            evidence = "; ".join(filter(None, (evidence_sentence(row), doubt)))
+            yield row["claim"], _quote(row["claim"], row["verdict"], evidence)
         for compared, (verdict, text) in (cost.quotes if cost else {}).items():
             name = AT_EQUAL_COST.format(compared=compared)
             yield name, _quote(name, verdict, text)

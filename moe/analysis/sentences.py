@@ -1,4 +1,4 @@
-"""Write a contrast as a sentence that ends with its verdict: a direction, equivalent, deterministic, or undecided."""
+"""Write a contrast as a sentence that ends with its verdict, such as a direction, equivalent, or undecided."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,9 @@ from moe.config.effect import UNIT
 from moe.metrics.catalog import lookup, span
 from moe.results.comparable import NOT_COMPARABLE
 
-SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "deterministic"
+SIGNIFICANT, EQUIVALENT, DETERMINISTIC = "significant", "equivalent", "the same in every seed"
 UNDECIDED, UNTESTED = "undecided", "not tested"
+AGAINST = " against the claim"  # follows a p of the test that a claim does not hold
 SMALLEST_P = 0.0001  # that is shown as a number
 DETECTABLE = """\
 After an undecided result, the **smallest detectable effect** is the true difference that so many seeds would have found
@@ -189,7 +190,7 @@ def deterministic_verdict(difference: float, margin: float | None = None) -> str
     """Return the verdict on a difference that is the same in every seed."""
     size = f"{'larger' if difference > 0 else 'smaller'} by {abs(difference):.3g}" if difference else "no difference"
     within = f", within the margin of {margin:.3g}" if margin and abs(difference) < margin else ""
-    return f"**the same in every seed**, {size}{within}"
+    return f"**{DETERMINISTIC}**, {size}{within}"
 
 
 def is_equivalent(contrast: pd.Series) -> bool:

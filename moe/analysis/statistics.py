@@ -40,6 +40,8 @@ NOT_CLEAR = """\
 the claimed amount is a share of a mean that is not clear of zero, so these seeds do not tell how large it is"""
 
 # What a comparison reads beside factors and a metric.
+SIDES = ("level", "reference")
+NAMES = ["factor", *SIDES, "within"]  # the columns that name a comparison
 COMPARED = (*WHEN, "folder", "place", "causal", *TEST_TEXT, TOKENIZER)
 
 
@@ -123,6 +125,13 @@ def comparisons(
                 treated, baseline = (members[members[factor] == side] for side in (level, reference))
                 names = {"factor": factor, "level": level, "reference": reference, "within": name_cell(cell)}
                 yield names, treated, baseline
+
+
+def table_of_comparisons(rows: list[dict[str, Any]], columns: list[str] | None = None) -> pd.DataFrame:
+    """Return rows that begin with the names of `comparisons` as a table. Each level stays as it is: 2 and not 2.0."""
+    table = pd.DataFrame(rows, columns=columns)
+    sides = {side: pd.Series([row[side] for row in rows], index=table.index, dtype=object) for side in SIDES}
+    return table.assign(**sides) if rows else table
 
 
 def as_one_family(table: pd.DataFrame) -> pd.DataFrame:
@@ -330,8 +339,8 @@ def name_cell(cell: dict[str, Any]) -> str:
 def _contrast_table(rows: list[dict[str, Any]], margin: int | float | str | None = None) -> pd.DataFrame:
     """Return rows of contrasts as a table, which has its columns even if there is no row."""
     if rows:
-        return pd.DataFrame(rows)
-    names = dict.fromkeys(("metric", "factor", "level", "reference", "within"), "")
+        return table_of_comparisons(rows)
+    names = dict.fromkeys(("metric", *NAMES), "")
     none = pd.Series(dtype=float)
     return pd.DataFrame([names | _compare(none, none, margin)])[:0]
 

@@ -22,7 +22,7 @@ from moe.analysis.comparisons import compared
 from moe.analysis.estimates import NO_SPREAD, ONE_SEED
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
-from moe.analysis.sentences import contrast_sentence
+from moe.analysis.sentences import contrast_sentence, p_equals
 from moe.analysis.statistics import NOT_CLEAR, contrasts, corrected, noise_floor
 from moe.analysis.studies.published import as_runs, experiment_claims, read_published
 from moe.config.cell import Cell
@@ -178,6 +178,20 @@ def test_equivalence_needs_a_narrow_interval_not_a_large_p() -> None:
     assert "neither inside nor outside -1" in imprecise["reason"]
     for mean in (97, 103):
         assert judge_first(runs_with_means({0.0: 100, 0.1: mean}), equivalence)["verdict"] == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("rise", "margin", "side"), [(1.0, 0.96, "against"), (1.0, 1.6, "for"), (1.0, 3.0, "for"), (9.0, 1.0, "against")]
+)
+def test_a_p_says_whether_it_is_for_or_against_the_claim(rise: float, margin: float, side: str) -> None:
+    """It is the smaller one of two: that the difference is inside the margin, or outside."""
+    runs = runs_with_means({0.0: 100, 0.5: 100 + rise}, spread=0.3, seeds=8)
+    row = judge_first(runs, claim("equivalent", [0.5], [0.0], margin=margin))
+    values = runs.pivot(index="seed", columns="noise", values=PPL)
+    difference = values[0.5] - values[0.0]
+    outside = stats.ttest_1samp(difference, margin, alternative="greater").pvalue
+    assert (row["side"], row["p"]) == (side, pytest.approx(2 * outside if side == "against" else 1 - outside, rel=1e-6))
+    assert (f"{p_equals(row['p'])} against the claim (Holm " in evidence_sentence(row)) == (side == "against")
 
 
 def test_a_margin_is_a_percentage_of_the_reference_or_a_number_in_units() -> None:

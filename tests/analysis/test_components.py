@@ -14,6 +14,7 @@ from moe.analysis.report.blocks import BulletList, Cards, Paragraph
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportOptions
 from moe.analysis.report.sections.answer import answer
+from moe.analysis.report.sections.setup import setup
 from moe.analysis.report.sections.verdicts import contrast_verdicts
 from moe.analysis.statistics import spread_interval
 from moe.results.table import load_runs
@@ -103,6 +104,7 @@ def test_a_report_about_crossed_seeds_answers_where_the_spread_comes_from(tmp_pa
     write_crossed(tmp_path / "crossed", noise=0.0)
     [inputs] = collect_inputs(load_runs([tmp_path]), ReportOptions(metrics=(METRIC,)))
     blocks = list(answer(inputs))
+    assert dict(setup(inputs))["Runs"] == "4 of 4 finished; seeds 42; init_seed 1, 2; data_seed 1, 2"
     _, *texts = [block.text for block in blocks if isinstance(block, Paragraph)]
     shares = "23 % is due to the initial weights, 75 % to the order of the data, noise and dropout, and 2 % to both"
     assert texts[0].startswith(f"**Answer:** Of the variance of the validation perplexity between runs, {shares}")

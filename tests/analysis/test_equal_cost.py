@@ -48,6 +48,7 @@ from moe.analysis.report.sections.cost import (
     equal_flops,
     found_speed_ups,
     speed_ups,
+    why_none,
 )
 from moe.analysis.report.sections.cost_in_short import SAME_FLOPS, CostInShort, _about_flops, cost_in_short, in_short
 from moe.analysis.sentences import UNTESTED
@@ -548,12 +549,23 @@ def test_a_run_length_with_one_evaluation_is_named_with_the_eval_every_that_it_n
     claim = ClaimConfig(
         text="b is better", metric="val/loss", factor="router", levels=["b"], than=["a"], kind="lower", at="flops"
     )
-    advice = "a run ends before the first evaluation of another, which is at step 40; train with eval_every=25 or less"
-    assert compared(claim, lengths, pd.concat([once, curves])).absent == [f"{NOTHING_IN_COMMON}, at steps=40: {advice}"]
+    reason = "a run ends before the first evaluation of another"
+    refused = f"{NOTHING_IN_COMMON}, at steps=40: {reason}; train with eval_every=25 or less"
+    assert compared(claim, lengths, pd.concat([once, curves])).absent == [refused]
     often = pd.concat([once[once["step"] > 0].assign(step=25), once, curves])
     assert compared(claim, lengths, often).pairs[0][0].n == 4
     found = equal_cost(runs, training_curves(runs, once), ["router"], {}, FLOPS)
-    assert found["note"].tolist() == [f"{NOTHING_IN_COMMON}: {advice}"]
+    assert found[["note", "eval_every"]].to_numpy().tolist() == [[f"{NOTHING_IN_COMMON}: {reason}", 25]]
+
+
+def test_several_comparisons_without_a_common_cost_have_one_advice_that_is_enough_for_all() -> None:
+    """A step of router b costs 1.6 times one of a, and a step of c 2 times."""
+    runs, evals = made_up(flops={"a": 100, "b": 160, "c": 200})
+    once = evals[evals["step"].isin([0, 40])]
+    found = equal_cost(runs, training_curves(runs, once), ["router"], {}, FLOPS)
+    assert found["eval_every"].tolist() == [25, 20]
+    reason = f"{NOTHING_IN_COMMON}: a run ends before the first evaluation of another"
+    assert why_none(found) == f" ({reason}; train with eval_every=20 or less)"
 
 
 def test_seconds_are_measured_or_a_number_of_flops(capsys: pytest.CaptureFixture[str], finished_ablation: Path) -> None:

@@ -944,7 +944,7 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:
-    """Seeds cost nothing up to the plan. Each look after it has a fifth of the level of the one before."""
+    """Seeds cost nothing up to the plan. The first look after it has a fifth of the level, the next a fifth of that."""
     three, eight, early = both(0, 1, 2), both(*range(8)), both(0, 1, 2)
     assert price_of_more(study(both(0), planned=8)) == ""
     assert price_of_more(study(three, planned=8)).startswith(
@@ -954,7 +954,8 @@ def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> N
     assert price_of_more(of_four).startswith("1 of the 4 planned seeds is left.")
     assert error_of_more(of_four, 4) == error_of_more(of_four, float("nan")) == ""
     more = error_of_more(of_four, 16)
-    assert more == "That is more than the 4 planned seeds. A report on so many seeds is stricter: see “More seeds”."
+    stricter = "A report on so many seeds is stricter: see “More seeds”."
+    assert more == f"That makes 16 seeds, more than the 4 planned seeds. {stricter}"
     assert "all together err in up to 6.25 %" in price_of_more(of_four)
     planned = price_of_more(study(eight, early, planned=8))
     assert (
@@ -1484,8 +1485,12 @@ def test_cards_say_which_seeds_are_left_and_what_more_cost(runs: pd.DataFrame) -
     [inputs] = collect_inputs(runs.assign(planned_seeds=6))
     text = "\n".join(map(block_as_markdown, answer(inputs)))
     assert "1 of the 6 planned seeds is left." in text
-    price = "That is more than the 6 planned seeds. A report on so many seeds is stricter: see “More seeds”."
-    assert f". {price}" in text
+    price = "more than the 6 planned seeds. A report on so many seeds is stricter: see “More seeds”."
+    for more, seeds in re.findall(rf"About (\d+) more seeds? would [^.]*\. That makes (\d+) seeds, {price}", text):
+        assert int(seeds) == 5 + int(more)
+        break
+    else:
+        pytest.fail("no advice says how many seeds there are with those that it advises")
     assert "; About" not in text
     [first] = cards(inputs.judgments[-1:], lambda each: "train.py seed=7", lambda each: price)
     assert first.advice.endswith(f", if the true difference is the estimated one. {price} `train.py seed=7`")

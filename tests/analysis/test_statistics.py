@@ -1,6 +1,7 @@
 """Tests of the statistics: results for the 18 published runs of the noise study, and properties that always hold."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,8 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from moe.analysis.power import detectable_effect
 from moe.analysis.report.html import cells
-from moe.analysis.report.markdown import table_as_markdown
-from moe.analysis.sentences import contrast_sentence, p_equals, percent
+from moe.analysis.report.markdown import table_as_markdown, table_cells
+from moe.analysis.sentences import contrast_sentence, levels_compared, p_equals, percent
 from moe.analysis.statistics import (
     as_one_family,
     contrasts,
@@ -68,6 +69,20 @@ def test_contrasts_of_the_published_runs(
     assert row["p"] == pytest.approx(paired, abs=0.0005)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.05)
     assert row["n"] == 3
+
+
+def test_a_level_has_one_spelling_whatever_the_levels_of_other_factors_are() -> None:
+    """Levels that are all numbers do not become floats together."""
+    rows = [
+        {"router.k": k, "noise": noise, "seed": seed, "ppl": 10.0 + k + seed**k, "folder": ""}
+        for k, noise, seed in product((1, 2), (0.0, 0.5), (1, 2, 3))
+    ]
+    table = contrasts(pd.DataFrame(rows), "ppl", ["router.k", "noise"])
+    compared = ["router.k 2 vs 1 at noise=0.0", "router.k 2 vs 1 at noise=0.5"]
+    compared += ["noise 0.5 vs 0.0 at router.k=1", "noise 0.5 vs 0.0 at router.k=2"]
+    assert [levels_compared(row) for row in table.itertuples()] == compared
+    assert [levels_compared(row) for _, row in table.iterrows()] == compared
+    assert {tuple(row[:2]) for row in table_cells(table[["level", "reference"]])[1:]} == {("2", "1"), ("0.5", "0.0")}
 
 
 @pytest.mark.parametrize(("shared", "narrower"), [(1.0, True), (0.0, False)])

@@ -625,9 +625,10 @@ def lengths() -> float:
 
 
 def wasteful_temperatures() -> list[str]:
-    """Return the temperatures that cost more at equal cost, and the one that all were compared with."""
+    """Return the temperatures that cost more at equal cost, and the one that all were compared with, as prose does."""
     reference = re.findall(r"factor is router\.temp, reference is ([\d.]+),", text_of(TEMPERATURES))
-    return [*at_equal_cost(TEMPERATURES)[lambda rows: rows["verdict"] == "costs more"]["level"], *reference[:1]]
+    found = [*at_equal_cost(TEMPERATURES)[lambda rows: rows["verdict"] == "costs more"]["level"], *reference[:1]]
+    return [each.removesuffix(".0") for each in found]
 
 
 def decided_on_temperature() -> list[str]:

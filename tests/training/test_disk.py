@@ -1,5 +1,6 @@
 """Tests of `save_model`, and of what a run says before it starts about its use of the disk."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ from run_folders import FACTS
 
 from moe.analysis.figures.specialization import specialization_drawings
 from moe.checks import ConfigError, parse
+from moe.config.options import CONF
+from moe.launch.command_line import read_cells
 from moe.launch.run import run, write_run_record
 from moe.launch.sweep import carry_out
 from moe.results.table import load_runs
 from moe.runs import checkpoint
 from moe.runs.record import RunFacts
 from moe.specialization.__main__ import main as specialization
-from moe.training.disk import needed
+from moe.training.disk import needed, statement
 
 LARGE = ("model.dim=128", "model.ffn=256", "steps=8", "eval_every=4", "save_every=2")  # weights outweigh other files
 
@@ -41,6 +44,15 @@ def test_a_run_occupies_what_was_computed_from_its_shapes(cell: Any, monkeypatch
     assert models <= expected.models <= 1.03 * models
     assert size(one.folder) - models <= expected.logs
     assert not (one.folder / "checkpoints").exists()
+
+
+def test_readme_and_benchmarks_have_the_sizes_that_their_commands_state() -> None:
+    for words in ([], ["experiment=noise_lb_seed"]):
+        size = re.search(r"at most ([\d.]+ MB)", statement([each.config for each in read_cells(words) or []]))
+        assert size is not None
+        for page in ("README.md", "docs/benchmarks.md"):
+            text = " ".join((CONF.parent / page).read_text(encoding="utf-8").split())
+            assert f" {size[1]} " in text, page
 
 
 def test_a_run_without_a_saved_model_says_so_before_it_starts_and_when_it_is_to_be_studied(

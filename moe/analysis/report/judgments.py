@@ -11,6 +11,7 @@ from moe.analysis.learned import without_doubt
 from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.report.blocks import Card, Interval, literal
 from moe.analysis.sentences import (
+    AGAINST,
     DETERMINISTIC,
     EQUIVALENT,
     SIGNIFICANT,
@@ -55,7 +56,7 @@ class Judgment(NamedTuple):
         do to it, if the true difference is the estimated one: "support", "contradict" or "decide"; or empty, if no
         number decides it because only some of its comparisons are estimated as claimed.
     row: of a claim, the number of its row in the table of claims. changed: whether a later command has another claim in
-        the same words.
+        the same words. against: whether p is that of the test that the claim does not hold.
     """
 
     text: str
@@ -81,6 +82,7 @@ class Judgment(NamedTuple):
     row: int | None = None
     choice: str = ""
     changed: bool = False
+    against: bool = False
 
     @property
     def title(self) -> str:
@@ -180,6 +182,7 @@ def _on_claim(row: pd.Series, number: int) -> Judgment:
         high=row["ci_high"],
         reference=row["reference mean"] if comparable else math.nan,
         p=row["p Holm"],
+        against=row["side"] == "against",
         deterministic=row["deterministic"],
         margin=margin,
         claimed=claimed,
@@ -275,10 +278,11 @@ def _card(judged: Judgment, axis: tuple[float, float], advice: str) -> Card:
 def _certainty(judged: Judgment) -> str:
     """Return the interval and the corrected p of a difference, as far as it has them."""
     if judged.deterministic:
-        return ", the same in every seed"
+        return f", {DETERMINISTIC}"
     if math.isnan(judged.p):
         return ""
-    return f" [{judged.low:.3g}, {judged.high:.3g}], {p_equals(judged.p)} after correction"
+    against = AGAINST if judged.against else ""
+    return f" [{judged.low:.3g}, {judged.high:.3g}], {p_equals(judged.p)}{against} after correction"
 
 
 def _span(judged: list[Judgment]) -> tuple[float, float]:

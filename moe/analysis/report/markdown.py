@@ -28,6 +28,7 @@ from moe.analysis.report.blocks import (
     truncation_note,
 )
 from moe.analysis.sentences import p_text
+from moe.analysis.statistics import SIDES
 from moe.checks import escaped, plain
 
 FEW_COLUMNS = 5  # a table with fewer columns keeps those that are the same in every row
@@ -98,9 +99,13 @@ def p_columns(table: pd.DataFrame) -> list[bool]:
 def table_cells(table: pd.DataFrame) -> list[list[str]]:
     """Return the head and the rows of a table as text.
 
-    Floats have five significant digits, and p-values what `p_text` gives them. NaN and None are shown as a dash.
+    Floats have five significant digits, and p-values what `p_text` gives them. Levels are as the user writes them: 4.0
+    does not become 4. NaN and None are shown as a dash.
     """
-    texts = [p_text if is_p else "{:.5g}".format for is_p in p_columns(table)]
+    texts = [
+        str if column in SIDES else p_text if is_p else "{:.5g}".format
+        for column, is_p in zip(table, p_columns(table), strict=True)
+    ]
     rows = table.itertuples(index=False, name=None)
     return [[str(column) for column in table]] + [
         [_cell_text(value, text) for value, text in zip(row, texts, strict=True)] for row in rows

@@ -27,6 +27,7 @@ from moe.analysis.report.inputs import (
 )
 from moe.analysis.report.judgments import judgments
 from moe.analysis.statistics import (
+    NAMES,
     comparisons,
     contrasts,
     corrected,
@@ -72,7 +73,7 @@ def with_comparisons(inputs: ReportInputs) -> ReportInputs:
         for names, treated, baseline in comparisons(compared, factors, references)
     }
     for table in tables:
-        names = table[["factor", "level", "reference", "within"]].itertuples(index=False, name=None)
+        names = table[NAMES].itertuples(index=False, name=None)
         table["own"] = [own[each] for each in names]
     variance, refusals = _variance(inputs, runs)
     with_p = {

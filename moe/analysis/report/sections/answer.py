@@ -26,7 +26,7 @@ from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.best_setting import about_same_settings, best_setting, ranking
 from moe.analysis.report.sections.commands import command_for_more, seeds_to_complete, training_command
 from moe.analysis.report.sections.experts import findings
-from moe.analysis.report.sections.headline import WORDS, headline, later_tokens
+from moe.analysis.report.sections.headline import headline, later_tokens
 from moe.analysis.report.sections.planned import (
     earlier_verdict,
     error_of_more,
@@ -135,7 +135,7 @@ def _cards(inputs: ReportInputs) -> list[Card]:
     shown = cards(
         inputs.judgments,
         lambda each: command_for_more(inputs, each.more, each.row, n=each.n),
-        lambda each: error_of_more(inputs.study, each.needed),
+        lambda each: error_of_more(inputs.study, each.n + each.more),
     )
     notes = [
         (earlier_verdict(each, inputs), later_tokens(each.metric, each.compared, inputs)) for each in inputs.judgments
@@ -156,8 +156,7 @@ def index_of_verdicts(experiments: dict[str, ReportInputs]) -> Iterator[ReportBl
             {
                 "experiment": name,
                 "answer": " ".join(filter(None, (inputs.learned_little, *_answer_in_words(inputs)))),
-                "verdicts": ", ".join(f"{count} {WORDS.get(verdict, verdict)}" for verdict, count in counts.items())
-                or "none",
+                "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "none",
                 "best setting": found.settings[0].name if found and found.settings else "–",
                 "runs finished": f"{(inputs.runs['status'] == 'finished').sum()} of {len(inputs.runs)}",
             }

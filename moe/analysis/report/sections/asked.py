@@ -9,7 +9,6 @@ import pandas as pd
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import cards, judgments
-from moe.analysis.report.sections.headline import WORDS
 from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import noun
@@ -36,7 +35,7 @@ def _found(inputs: ReportInputs, metric: str) -> str:
         values = values[values.map(math.isfinite)]
         return plain(f"{values.mean():.4g} in the mean of all runs; there is no comparison of it.")
     verdicts = Counter(each.verdict for each in judged)
-    counts = ", ".join(f"{count} {WORDS.get(verdict, verdict)}" for verdict, count in verdicts.items())
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     [card] = cards(judged[:1])
     number = "1 comparison" if len(judged) == 1 else f"{len(judged)} comparisons"
     found = f"{number} ({counts}). The surest is {card.text}: {card.effect}"

@@ -117,8 +117,7 @@ def contrast_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
         yield Paragraph(NO_VERDICT)
     if known := [(column, words) for column, words in COLUMNS.items() if column in inputs.contrasts]:
         yield Details("What the columns mean", [Facts(known)])
-    as_written = {side: str for side in ("level", "reference") if side in inputs.contrasts}  # 4.0 is not to become 4
-    yield TableBlock(_with_units(inputs.contrasts.astype(as_written)))
+    yield TableBlock(_with_units(inputs.contrasts))
     yield from map(Paragraph, _gains_of_pairing(inputs.contrasts))
     yield csv_file("contrasts", inputs.contrasts, "every row of this table.")
 

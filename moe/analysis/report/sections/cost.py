@@ -15,6 +15,7 @@ from moe.analysis.equal_cost import (
     MEASURED,
     SECONDS,
     TOTAL,
+    advice,
     equal_cost,
     is_budget,
     is_scale,
@@ -31,7 +32,7 @@ from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlo
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.sentences import levels_compared, with_interval
 from moe.analysis.speed_up import COSTS_MORE, SAVES, Curve, SpeedUp, groups, speed_up
-from moe.analysis.statistics import name_cell
+from moe.analysis.statistics import NAMES, name_cell, table_of_comparisons
 from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE, incomparable, not_poolable, other_causality
 from moe.results.conditions import conditions, varied_factors
 from moe.results.training_flops import CLOSE, SPENT
@@ -47,7 +48,6 @@ COLUMNS = {
     SPEED: "tokens / s",
 }
 COUNTS = list(COLUMNS)[:5]
-NAMES = ["factor", "level", "reference", "within"]  # of a comparison
 SPEED_COLUMNS = [*NAMES[:2], "verdict", "times the compute", *NAMES[2:], "training FLOPs", "loss", "doubts"]
 COSTS_EXPLAINED = """\
 Medians over the runs of each condition. FLOPs per token are those of a forward pass in evaluation. Training FLOPs are
@@ -149,11 +149,7 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     wanted = [cost for cost, differs in differ.items() if differs] + ([SECONDS] if seconds is not None else [])
     tables = {cost: _by_cost(inputs, curves, cost) for cost in wanted}
     found = {cost: table for cost, table in tables.items() if (table["n"] > 0).any()}
-    empty = [
-        NO_TABLE.format(cost=cost, reasons=in_parentheses(table["note"]))
-        for cost, table in tables.items()
-        if cost not in found
-    ]
+    empty = [NO_TABLE.format(cost=cost, reasons=why_none(table)) for cost, table in tables.items() if cost not in found]
     yield Heading("At equal cost")
     left_out = unknown_flops(inputs.runs)
     if left_out and not differ.get(FLOPS):
@@ -165,13 +161,12 @@ def equal_costs(inputs: ReportInputs) -> Iterator[ReportBlock]:
     yield Paragraph(EQUAL_EXPLAINED)
     for cost, of_cost in found.items():
         yield _equal_drawing(of_cost, cost)
-    names = ["factor", "level", "reference", "within"]
     table = pd.concat([of_cost.assign(at=f"equal {cost}") for cost, of_cost in found.items()])
     table["cell"] = [_cell(row) for row in table.itertuples()]
     for costs in ((FLOPS, SECONDS), (ACTIVE, TOTAL)):
         rows = table[table["at"].isin([f"equal {cost}" for cost in costs])]
         if len(rows):
-            yield TableBlock(rows.pivot_table("cell", names, "at", aggfunc="first", sort=False).reset_index())
+            yield TableBlock(rows.pivot_table("cell", NAMES, "at", aggfunc="first", sort=False).reset_index())
     yield csv_file("equal_cost", table.drop(columns="cell"), "these tables, with n and the costs.")
 
 
@@ -196,7 +191,7 @@ def _equal_drawing(table: pd.DataFrame, cost: str) -> Drawing:
 def _cell(row: Any) -> str:
     """Return a difference with its interval, how early it was read, and between which points it was interpolated."""
     if not row.n:
-        return str(row.note)
+        return "; ".join([row.note, *advice([row.eval_every])])
     early = f", read at {row.share:.0%}" if row.share < 1 - CLOSE else ""
     between = f", between points {row.gap:.2g} apart" if row.gap else ""
     apart = f", {NOT_COMPARABLE}" if row.note else ""
@@ -207,6 +202,11 @@ def in_parentheses(reasons: Iterable[str]) -> str:
     """Return different reasons in parentheses, after a space; an empty text if there is none."""
     known = [literal(each) for each in dict.fromkeys(reasons) if each]
     return f" ({'; '.join(known)})" if known else ""
+
+
+def why_none(table: pd.DataFrame) -> str:
+    """Return why the rows of `equal_cost` have no number, as `in_parentheses` does, with one advice for all."""
+    return in_parentheses([*table["note"], *advice(table["eval_every"])])
 
 
 def _by_cost(inputs: ReportInputs, curves: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -266,7 +266,7 @@ def speed_ups(inputs: ReportInputs) -> Iterator[ReportBlock]:
         for found in each.found
     ]
     yield drawing("speed_up", SPEED_CAPTION, _speed_up_figure(drawn))
-    table = pd.DataFrame(rows, columns=SPEED_COLUMNS)
+    table = table_of_comparisons(rows, SPEED_COLUMNS)
     yield TableBlock(table)
     if reasons:
         yield Paragraph(f"Other comparisons have no speed-up{reasons}.")

@@ -13,7 +13,6 @@ from moe.analysis.equal_cost import FLOPS, LOSS, is_budget, is_scale, paired_sid
 from moe.analysis.report.blocks import BulletList, Heading, Paragraph, ReportBlock, TableBlock, literal
 from moe.analysis.report.inputs import ReportInputs, reference_levels
 from moe.analysis.report.sections.cost import (
-    NAMES,
     NO_CURVE,
     NO_TABLE,
     NOWHERE,
@@ -21,11 +20,12 @@ from moe.analysis.report.sections.cost import (
     VERDICTS,
     equal_flops,
     found_speed_ups,
-    in_parentheses,
     speed_up_row,
+    why_none,
 )
 from moe.analysis.sentences import enumerated, levels_compared
 from moe.analysis.speed_up import COSTS_MORE, NOT_APART, NOT_SHOWN, SAVES
+from moe.analysis.statistics import NAMES
 from moe.results.comparable import LATER_TOKENS, NOT_COMPARABLE
 
 VERBS = {
@@ -156,7 +156,7 @@ def _about_flops(table: pd.DataFrame) -> Iterator[str]:
     """Yield in how many comparisons the difference is clear, even if interpolation is off by as much as it can be."""
     known = table[table["n"] > 0]
     if known.empty:
-        reasons = in_parentheses(table["note"])
+        reasons = why_none(table)
         yield NO_TABLE.format(cost=FLOPS, reasons=reasons) if reasons else SAME_FLOPS
         return
     sure = known[known["note"] == ""]

@@ -9,7 +9,6 @@ from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.seed_components import spread_sentence
 from moe.analysis.sentences import (
-    DETERMINISTIC,
     EQUIVALENT,
     SIGNIFICANT,
     UNTESTED,
@@ -24,7 +23,6 @@ from moe.metrics.catalog import is_quality
 from moe.results.comparable import NOT_COMPARABLE, other_causality
 from moe.results.conditions import by_seed, without_causality
 
-WORDS = {DETERMINISTIC: "the same in every seed"}  # for verdicts that say too little after "is"
 LATER_TOKENS = "routers that see later tokens have losses that are not comparable with those of the others"
 NO_COMPARISON = """\
 not comparable, because one of the routers may use later tokens of the text: this compares the numbers as they are, \
@@ -104,9 +102,7 @@ def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
     if len(judged) == 1:
         return f"{text}."
     of_each = Counter(each.verdict for each in judged)
-    counts = enumerated(
-        [f"{count} {'is' if count == 1 else 'are'} {WORDS.get(verdict, verdict)}" for verdict, count in of_each.items()]
-    )
+    counts = enumerated([f"{count} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in of_each.items()])
     kind = "planned claims" if first.planned else f"comparisons of {first.unit}"
     return f"Of {len(judged)} {kind}, {counts}; the most certain result is that {text}."
 

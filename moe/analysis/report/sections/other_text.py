@@ -12,14 +12,13 @@ from moe.analysis.bootstrap import bootstrap
 from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlock, csv_file, literal, long_list
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.sentences import decimals, levels_compared
-from moe.analysis.statistics import comparisons, contrasts
+from moe.analysis.statistics import NAMES, comparisons, contrasts, table_of_comparisons
 from moe.checks import plain
 from moe.results.comparable import NOT_COMPARABLE
 from moe.results.conditions import narrowed
 from moe.runs.documents import FILE, DocumentLosses, read_documents
 
 LOSS = "val/loss"
-NAMES = ("factor", "level", "reference", "within")  # the columns that name a comparison, as in `comparisons`
 EXPLAINED = """\
 The difference of the validation loss, in nats per token, between runs of the same seed. The interval over seeds says
 which difference other seeds would show on this text (t interval). The interval over documents says which difference
@@ -53,7 +52,7 @@ def other_seeds_and_other_text(inputs: ReportInputs) -> Iterator[ReportBlock]:
         problems += _differing_documents(losses)
         documents = _over_documents([[losses[folder] for folder in pair] for pair in pairs])
         rows.append(row[[*NAMES, "n", "difference", "ci_low", "ci_high"]].to_dict() | documents)
-    found = pd.DataFrame(rows)
+    found = table_of_comparisons(rows)
     compared = len(found) > 0 and found["documents"].any()
     if not compared and not problems:
         return

@@ -12,13 +12,12 @@ from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlo
 from moe.analysis.report.inputs import GRADIENT_METRICS, NOT_TRAINED, ReportInputs
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import interval, over_time
-from moe.analysis.statistics import comparisons, mean_difference
+from moe.analysis.statistics import NAMES, comparisons, mean_difference, table_of_comparisons
 from moe.results.comparable import incomparable
 from moe.results.conditions import narrowed
 from moe.runs.traces import MILESTONES
 
 VALIDATION_LOSS = "val/loss"
-NAMES = ["factor", "level", "reference", "within"]
 CONTRASTS_EXPLAINED = """\
 Difference of the validation loss from that of the reference level, in nats per token, paired by seed. The columns are
 shares of training: those of the evaluations that are nearest to {shares} of it. The intervals of a row hold together:
@@ -72,7 +71,7 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
         if not incomparable(VALIDATION_LOSS, treated, baseline):
             sides = [_by_seed(side, by_run, shares) for side in (treated, baseline)]
             rows += [names | row for row in _at_shares(sides[0] - sides[1])]
-    return pd.DataFrame(rows)
+    return table_of_comparisons(rows)
 
 
 def _by_seed(side: pd.DataFrame, by_run: dict[str, dict[float, float]], shares: list[float]) -> pd.DataFrame:

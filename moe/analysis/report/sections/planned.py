@@ -67,7 +67,7 @@ LEFT = """\
 {left} of the {seeds} {are} left.{absent} Reports up to that number, all together, {error}. With reports on more
 seeds, all together err in up to {total:.3g} % of studies."""
 BEYOND_PLAN = """\
-That is more than the {seeds}. A report on so many seeds is stricter: see “More seeds”."""
+That makes {number:.0f} seeds, more than the {seeds}. A report on so many seeds is stricter: see “More seeds”."""
 DECIDED = """\
 **An earlier look decided what this one does not.** On {time}, with {seeds:.3g} seeds on average, {found}. That verdict
 stays valid: the looks share the 5 %, so that each may decide. If you quote it, quote its date, its seeds and this
@@ -346,7 +346,7 @@ def seeds_left(study: Study) -> int:
 
 def error_of_more(study: Study, seeds: int | float) -> str:
     """Return that so many seeds are more than planned; "" up to the planned number, and for NaN."""
-    return BEYOND_PLAN.format(seeds=_decisive_seeds(study)) if seeds > study.looks.planned else ""
+    return BEYOND_PLAN.format(number=seeds, seeds=_decisive_seeds(study)) if seeds > study.looks.planned else ""
 
 
 def _claims(number: int) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe.analysis.components import DATA, INIT
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.commands import fixed_settings, grid_of, training_command
@@ -26,8 +27,8 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     """Return runs, model, training, data, date and command, each with its name."""
     runs = inputs.runs.drop_duplicates("folder")
     finished = runs[runs["status"] == "finished"]
-    seeds = ", ".join(map(str, levels(runs["seed"]))) if "seed" in runs else "unknown"
-    facts = [] if inputs.observed else [("Runs", f"{len(finished)} of {len(runs)} finished; seeds {seeds}")]
+    seeds = "; ".join(filter(None, (_seeds(runs, each) for each in ("seed", INIT, DATA)))) or "seeds unknown"
+    facts = [] if inputs.observed else [("Runs", f"{len(finished)} of {len(runs)} finished; {seeds}")]
     facts += [
         ("Settings that differ from the experiment's own", literal(text))
         for name in levels(inputs.runs["experiment"])
@@ -69,6 +70,12 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
     if command := training_command(inputs.runs):
         facts.append(("Repeat", f"`{command}`"))
     return facts
+
+
+def _seeds(runs: pd.DataFrame, name: str) -> str:
+    """Return the seeds of one kind with their name; "" if no run has one."""
+    known = [each for each in levels(runs[name]) if each != "none"] if name in runs else []
+    return f"{name}{'s' * (name == 'seed')} {', '.join(map(str, known))}" if known else ""
 
 
 def _own_settings(runs: pd.DataFrame, name: str) -> str:

@@ -35,6 +35,7 @@ from moe.analysis.sentences import (
     levels_compared,
     noun,
     standing,
+    with_capital,
 )
 from moe.config.claim import OURS
 from moe.metrics.catalog import lookup
@@ -43,7 +44,7 @@ from moe.results.comparable import several_tokenizers
 TITLES = {
     SIGNIFICANT: "Significant after correction",
     EQUIVALENT: "Equivalent",
-    DETERMINISTIC: "The same in every seed",
+    DETERMINISTIC: with_capital(DETERMINISTIC),
     UNDECIDED: "Undecided",
     UNTESTED: "Not tested",
 }
@@ -67,9 +68,10 @@ LOOKS = """\
 Whoever adds seeds and looks again has more chances of an error. Therefore each report is written down as a look, in
 looks.json beside the runs, and the looks share the level of a test. Up to the planned number of seeds the shares add
 up to 1: an early look gets little, and the last one nearly everything. If nobody planned a number, that of the first
-look decides. Each look after that number was reached gets a fifth of the level of the one before. What counts is how
-many runs a setting had in all reports, on average, so a report about other runs, or about fewer, is a look too. So
-is a report about a metric or a reference level that no report before had asked for."""
+look decides. The first look after that number was reached gets a fifth of the whole level, and each later one a fifth
+of the one before. What counts is how many runs a setting had in all reports, on average, so a report about other runs,
+or about fewer, is a look too. So is a report about a metric or a reference level that no report before had asked
+for."""
 ONLY_DESCRIBES = """\
 All other numbers describe and test nothing. An interval such as [-1, 2] after a difference holds for itself alone, and
 for a single look: other looks at these runs do not widen it. Only the intervals of a league have the level of the look.
@@ -86,7 +88,8 @@ CLAIMS_EXPLAINED = """\
 These claims were written down in advance, in the experiment's YAML file or on the command line, and every run recorded
 them before its first step. Each difference is taken between runs of the same seed and averaged over all combinations of
 the other factors. Its 95 % interval, in brackets, is for this difference alone; the verdict is corrected for all tests
-of this report."""
+of this report. A claim has two tests: that it holds, and that it does not hold. The smaller p is shown, and "against
+the claim" follows it if it is that of the second test."""
 SECOND_P = """\
 The p in parentheses is corrected with Holm's method, because all tests of this report share 5 %: {shares}. So the
 smallest p is multiplied by up to {most} to give the p in parentheses, and no other p by more."""
