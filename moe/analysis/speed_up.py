@@ -33,10 +33,13 @@ NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows t
 STILL_TRAINED = """\
 runs of the reference went on at this compute, and one that ends there has another loss, so nothing shows that compute \
 is {what}"""
+FEW_HERE = """\
+too few of the seeds have runs of the reference that ended at this compute, so nothing shows that compute is {what}"""
 TOO_SMALL = "the curve begins at more than this compute, so nothing shows that the setting costs more"
 OTHERWISE = "the losses of the runs of the reference that ended at this compute say otherwise, so there is no verdict"
 LEFT_OUT = "left out, as not both sides have them here: seeds {seeds}"
 TOO_FEW = "left out, as the reference has fewer than three budgets of them: seeds {seeds}"
+NO_POINT = "left out of the curve, as too few of the seeds have runs of the reference there: {budgets} FLOPs"
 MOST_LOG = 700.0  # a larger log is one of an infinite number
 
 
@@ -44,7 +47,8 @@ class SpeedUp(NamedTuple):
     """How many times as much compute the baseline needs for an arm's loss, at one budget of the arm.
 
     of_training: whether the curve goes through the evaluations of the baseline's runs.
-    checked: whether runs of the baseline ended at this budget, or, unless `of_training`, at smaller and larger ones.
+    checked: whether runs of the baseline ended at this budget, or, unless `of_training`, at smaller and larger ones. It
+    is false, as `reached` is, if runs ended at this budget, but too few of the seeds have them.
     Otherwise the curve is extrapolated there, or goes through runs that were still trained, and does not show that an
     arm saves compute. reached: whether the baseline's runs reach this loss, and the curve has a point at this budget or
     at a smaller one; if `of_training`, whether runs that reach this loss ended at this budget or a smaller one.
@@ -77,12 +81,15 @@ class SpeedUp(NamedTuple):
 class EndedRuns(NamedTuple):
     """Runs of the baseline that ended at one budget: their mean loss, and that of the arm, over the same seeds.
 
-    times: how many times as much compute they had as the runs of the arm, on average over these seeds.
+    times: how many times as much compute they had as the runs of the arm, on average over these seeds. If the two sides
+    share no seed there, it is that of all their runs, and the losses are NaN.
+    of_curve: whether the curve has a point at runs of their length.
     """
 
     times: float
     loss: float
     of_arm: float
+    of_curve: bool
 
 
 class Curve(NamedTuple):
@@ -143,9 +150,13 @@ def speed_up(
             if same not in known:
                 known[same] = _curve(points, enough, resamples)
             loss, flops = (_means(members, enough, resamples, name) for name in ("loss", "FLOPs"))
-            ended = [_beside(each, members) for each in groups(points[points["ended"]])]
+            of_curve = points[points["ended"]]
+            ended = [_beside(each, members, of_curve) for each in (*groups(of_curve), *groups(baseline))]
+            apart = groups(baseline[~baseline["end"].isin(of_curve["end"])])
             each = _speed_up(known[same], flops, loss, ended, of_training=between is not None, of=of)
             left_out = [text.format(seeds=enumerated(seeds)) for text, seeds in doubts if seeds]
+            if apart:
+                left_out.append(NO_POINT.format(budgets=enumerated([f"{each['budget'].mean():.3g}" for each in apart])))
             found.append(each._replace(doubts=[*left_out, *each.doubts]))
             break
     return found
@@ -203,17 +214,18 @@ def _seeds_at(points: pd.DataFrame, members: pd.DataFrame) -> list[int]:
 
     A budget that few of the shared seeds have takes no seed from the comparison, as it is no point.
     """
-    near = [{*each["seed"]} for each in groups(points) if _is_one(_beside(each, members).times)]
+    near = [{*each["seed"]} for each in groups(points) if _is_one(_beside(each, members, points).times)]
     return sorted(set().union(*near))
 
 
-def _beside(ended: pd.DataFrame, members: pd.DataFrame) -> EndedRuns:
-    """Return runs of the reference beside those of the arm with the same seeds."""
-    seeds = sorted(set(ended["seed"]))
-    (flops, of_arm), (loss, loss_of_arm) = (
-        [float(_means(side, seeds, 0, name)[0]) for side in (ended, members)] for name in ("FLOPs", "loss")
-    )
-    return EndedRuns(flops / of_arm, loss, loss_of_arm)
+def _beside(ended: pd.DataFrame, members: pd.DataFrame, of_curve: pd.DataFrame) -> EndedRuns:
+    """Return runs of the reference beside those of the arm with the same seeds. of_curve: the points of the curve."""
+    seeds = {*ended["seed"]} & {*members["seed"]}
+    sides = [side[side["seed"].isin(seeds)] if seeds else side for side in (ended, members)]
+    (flops, loss), (flops_of_arm, of_arm) = (side.groupby("seed")[["FLOPs", "loss"]].mean().mean() for side in sides)
+    if not seeds:
+        loss = of_arm = math.nan
+    return EndedRuns(flops / flops_of_arm, loss, of_arm, bool(ended["end"].isin(of_curve["end"]).any()))
 
 
 def _is_one(times: float) -> bool:
@@ -254,14 +266,16 @@ def _speed_up(
 ) -> SpeedUp:
     """Return the speed-up at a budget.
 
-    A curve through evaluations need not fall. So no verdict contradicts the losses of runs that ended at the budget,
-    and it shows that the arm costs more only if runs ended at the budget or before with the arm's loss, up to what 2 %
-    of the compute change.
+    A curve need not fall through evaluations, and need not be right between its points. So no verdict contradicts the
+    losses of runs that ended at the budget, however few. There is none either if the curve has no point there for want
+    of seeds. A curve through evaluations shows that the arm costs more only if runs ended at the budget or before with
+    the arm's loss, up to what 2 % of the compute change.
     """
     budget, (least, most) = float(flops[0]), curve.law.ranges["FLOPs"]
     here = [each for each in ended if _is_one(each.times)]
-    before = [each for each in ended if each.times <= 1 + CLOSE]
-    checked = bool(here) if of_training else least * (1 - CLOSE) <= budget <= most * (1 + CLOSE)
+    before = [each for each in ended if each.of_curve and each.times <= 1 + CLOSE]
+    few = bool(here) and not any(each.of_curve for each in here)
+    checked = not few and (bool(here) if of_training else least * (1 - CLOSE) <= budget <= most * (1 + CLOSE))
     logs = curve.compute(loss)
     needed, times = _exp(logs[0]), curve.law.estimate(logs - np.log(flops), of=of)
     doubts = list(curve.law.doubts)
@@ -269,13 +283,16 @@ def _speed_up(
         doubts.append("its loss is below L_inf of the baseline's curve: no budget reaches it")
     else:
         doubts += curve.law.outside(FLOPs=needed)
-    if times.low > 0 and not checked:
-        doubts.append(STILL_TRAINED.format(what="saved") if of_training and budget < most else NOT_CHECKED)
     too_small, reached = budget < least * (1 - CLOSE), needed <= most * (1 + CLOSE)
-    shown = reached and not too_small and (not of_training or any(_reaches(curve.law, each) for each in before))
+    confirmed = not of_training or any(_reaches(curve.law, each) for each in before)
+    shown = not few and reached and not too_small and confirmed
     better = any(each.loss < each.of_arm for each in here)
     worse = any(each.loss > each.of_arm for each in here)
-    if (times.low > 0 and checked and better) or (times.high < 0 and reached and not too_small and worse):
+    if few and (times.low > 0 or times.high < 0):
+        doubts.append(FEW_HERE.format(what="saved" if times.low > 0 else "wasted"))
+    elif times.low > 0 and not checked:
+        doubts.append(STILL_TRAINED.format(what="saved") if of_training and budget < most else NOT_CHECKED)
+    elif (times.low > 0 and better) or (times.high < 0 and reached and not too_small and worse):
         doubts.append(OTHERWISE)
         checked = shown = False
     elif times.high < 0 and not shown:

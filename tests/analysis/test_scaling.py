@@ -20,6 +20,8 @@ from moe.analysis.report.sections.scaling import _flops, _points, laws_in_words,
 from moe.analysis.scaling import COMPUTE, EXPERTS, Law, _reasons, budgets, fit, iso_flop_minima, over_seeds
 from moe.analysis.speed_up import (
     COSTS_MORE,
+    FEW_HERE,
+    NO_POINT,
     NOT_APART,
     NOT_CHECKED,
     NOT_REACHED,
@@ -208,14 +210,15 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
 def test_no_verdict_rests_on_a_curve_beyond_the_budgets_of_the_reference(
     budget: float, higher: float, doubt: str
 ) -> None:
-    """A run of the reference there does not help if the curve does not use its seed."""
+    """A run of the reference there does not help if the curve does not use its seed, and the doubt then says so."""
     rng = np.random.default_rng(0)
     baseline, _ = made_up(3, rng)
     arm = pd.DataFrame([run_at(k, budget, loss(budget) + higher + k * 0.01) for k in range(3)])
-    for reference in (baseline, pd.concat([baseline, arm.tail(1).assign(seed=9)])):
+    few = FEW_HERE.format(what="saved" if higher < 0 else "wasted")
+    for reference, last in ((baseline, doubt), (pd.concat([baseline, arm.tail(1).assign(seed=9)]), few)):
         [found] = speed_up(reference, arm)
         assert not found.times.low <= 1 <= found.times.high
-        assert (found.verdict, found.doubts[-1]) == (NOT_SHOWN, doubt)
+        assert (found.verdict, found.doubts[-1]) == (NOT_SHOWN, last)
         assert not _drawn_speed_up("a name", found, 1).decided, "the figure says what the table says"
 
 
@@ -248,7 +251,7 @@ def test_a_setting_with_the_loss_of_each_step_costs_more_if_a_step_costs_more(sh
 
 
 @pytest.mark.parametrize("few", [[0], [0, 1]])
-def test_a_budget_of_the_reference_that_few_seeds_have_changes_nothing(few: list[int]) -> None:
+def test_a_budget_of_the_reference_that_few_seeds_have_changes_no_number(few: list[int]) -> None:
     """These seeds do better than the others. Another length has runs of all seeds."""
     reference, _ = made_up(5, np.random.default_rng(0))
     arm = reference[reference["FLOPs"] == 4e12].assign(loss=lambda arm: arm["loss"] + 0.1)
@@ -256,7 +259,9 @@ def test_a_budget_of_the_reference_that_few_seeds_have_changes_nothing(few: list
     more = pd.concat([of_all, reference[(reference["FLOPs"] == 4e12) & reference["seed"].isin(few)]])
     [with_few], [without] = (speed_up(each, arm, resamples=5) for each in (more, of_all))
     assert with_few.times == pytest.approx(without.times)
-    assert (with_few.verdict, with_few.doubts) == (without.verdict, without.doubts)
+    assert (without.verdict, without.doubts) == (COSTS_MORE, [])
+    assert with_few.verdict == NOT_SHOWN
+    assert with_few.doubts == [NO_POINT.format(budgets="4e+12"), FEW_HERE.format(what="wasted")]
     ended = reference[reference["FLOPs"] == 16e12]
     lucky = pd.concat([ended, arm[arm["seed"].isin(few)].assign(loss=1.0)])
     [found] = speed_up(lucky, arm, evaluations=reference)

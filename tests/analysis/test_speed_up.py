@@ -1,5 +1,6 @@
 """Simulated studies of a level that is the reference: how often the effective speed-up has a verdict all the same."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from moe.analysis.equal_cost import FLOPS
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.sections.cost import found_speed_ups
-from moe.analysis.speed_up import COSTS_MORE, NOT_APART, SAVES, SpeedUp
+from moe.analysis.speed_up import COSTS_MORE, FEW_HERE, NO_POINT, NOT_APART, NOT_SHOWN, OTHERWISE, SAVES, SpeedUp
 
 STUDIES = 40
 OF_STEP = 1e9  # FLOPs
@@ -22,13 +23,14 @@ EVERY = 50  # steps between evaluations
 class Design(NamedTuple):
     """The seeds of the reference and of the level, by the length of their runs. spread: of the FLOPs of a run.
 
-    of_seed: whether all runs of a seed share that.
+    of_seed: whether all runs of a seed share that. wave: of the losses around the law, in nats.
     """
 
     reference: Mapping[int, Sequence[int]]
     level: Mapping[int, Sequence[int]]
     spread: float = 0.0
     of_seed: bool = False
+    wave: float = 0.0
 
     @property
     def is_of_reference(self) -> bool:
@@ -71,6 +73,8 @@ def simulated(design: Design, rng: np.random.Generator, *, same: bool) -> tuple[
         if not (same and (length, seed) in drawn):
             spread = of_seed[seed] if design.of_seed else rng.uniform(-design.spread, design.spread)
             noise = offset[seed] + rng.normal(0, 0.003) + rng.normal(0, 0.0005, len(steps))
+            waves = [design.wave * math.sin(2.5 * math.log(step / 200) + 1) for step in steps]
+            noise += np.array(waves)
             losses = [loss_of(step, length) + each for step, each in zip(steps, noise, strict=True)]
             drawn[length, seed] = pd.DataFrame(
                 {"step": steps, FLOPS: OF_STEP * (1 + spread) * np.array(steps), "loss": losses}
@@ -110,3 +114,37 @@ def test_a_level_with_the_runs_of_the_reference_has_exactly_1(name: str, inputs:
     [found] = studied(DESIGNS[name], inputs, np.random.default_rng(0), same=True)
     assert found.times == pytest.approx((1, 1, 1), abs=1e-9)
     assert found.verdict == NOT_APART
+
+
+@pytest.mark.parametrize("few", [(), (0,), (4,)])
+@pytest.mark.parametrize("better", [-0.05, 0.0, 0.05])
+def test_a_budget_that_too_few_seeds_have_gives_no_verdict(
+    few: tuple[int, ...], better: float, inputs: ReportInputs
+) -> None:
+    """The losses of the reference wave around the law, so between its budgets the curve is wrong by 0.012 nats."""
+    four = range(4)
+    design = Design({**dict.fromkeys((100, 400, 800, 1600), four), 200: few}, {200: four}, wave=0.012)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        runs, curves = simulated(design, rng, same=False)
+        curves.loc[curves["folder"].str.startswith("b"), "loss"] -= better
+        [found] = [each for of in found_speed_ups(inputs._replace(runs=runs), curves) for each in of.found]
+        named = NO_POINT.format(budgets="2e+11") in found.doubts
+        assert named == bool(few)
+        if few:
+            assert found.verdict in (NOT_APART, NOT_SHOWN)
+            reasons = {FEW_HERE.format(what=what) for what in ("saved", "wasted")}
+            assert (found.verdict == NOT_SHOWN) == bool(reasons & {*found.doubts})
+        elif better:
+            assert found.verdict == (SAVES if better > 0 else COSTS_MORE), "no run there says otherwise"
+
+
+def test_no_verdict_contradicts_runs_of_seeds_that_the_curve_leaves_out(inputs: ReportInputs) -> None:
+    """Seeds 3 and 4 have one budget, so the curve goes through the others; all five together say otherwise."""
+    design = Design({length: range(3) for length in (100, 400, 800, 1600)} | {200: FIVE}, {200: FIVE})
+    rng = np.random.default_rng(0)
+    runs, curves = simulated(design, rng, same=False)
+    curves.loc[curves["folder"].str.startswith("b"), "loss"] -= 0.05
+    curves.loc[curves["folder"].isin(["a 200 3", "a 200 4"]), "loss"] -= 0.5
+    [found] = [each for of in found_speed_ups(inputs._replace(runs=runs), curves) for each in of.found]
+    assert (found.verdict, found.doubts[-1]) == (NOT_SHOWN, OTHERWISE)

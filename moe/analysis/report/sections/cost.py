@@ -67,8 +67,9 @@ compute, provided that runs of the reference ended at its compute, or, unless th
 training, at less and at more. If the interval lies below 1, the level costs more, provided that the curve has a point
 at its compute or at less, and that the runs of the reference reach its loss. If the curve goes through evaluations,
 runs must have ended at the level's compute or at less with its loss or a lower one, up to what 2 % of the compute
-change. Otherwise the difference is not shown, and `doubts` says why. It is not shown either if the losses of runs of
-the reference that ended at the level's compute contradict it. Budgets that differ by at most 2 % are one. There is no
+change. Otherwise the difference is not shown, and `doubts` says why. It is not shown either if runs of the
+reference ended at the level's compute, but too few seeds have them for a point of the curve, or if their losses
+contradict it. Budgets that differ by at most 2 % are one. There is no
 verdict if the routers of one side alone may see later tokens: their losses are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
