@@ -60,7 +60,7 @@ from moe.analysis.report.sections.planned import (
 )
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.tested import with_comparisons
-from moe.analysis.sentences import level_text, levels_compared
+from moe.analysis.sentences import DETERMINISTIC, level_text, levels_compared
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.cell import Grid
@@ -685,6 +685,20 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
     assert card.effect.endswith("; but an earlier look found it supported, which stays valid")
     again = collect_inputs(runs[runs["seed"] < 3])[0]
     assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
+
+
+def test_a_difference_that_is_the_same_in_every_seed_is_no_verdict_of_a_look(runs: pd.DataFrame) -> None:
+    """Nothing was tested, so more seeds may refute it, and no later report says that it stays valid."""
+    runs = runs[(runs["lb"] == 0.0) & (runs["noise"] != 0.1)].assign(claims="[]")
+    chance = np.random.default_rng(0).normal(0, 1, size=len(runs))
+    same = np.where(runs["seed"] < 3, runs["seed"] + (runs["noise"] == 0.5), chance)
+    runs = runs.assign(**{"val/perplexity": 100.0 + same})
+    first = _with_look(collect_inputs(runs[runs["seed"] < 3])[0])
+    assert first.judgments[0].verdict == DETERMINISTIC
+    assert DETERMINISTIC not in decisions(first).values()
+    second = collect_inputs(runs)[0]
+    assert not any("the same in every seed" in text or DETERMINISTIC in text for text in warnings_of_decisions(second))
+    assert "earlier look" not in headline(second)
 
 
 def test_the_answer_names_the_verdict_of_an_earlier_look_on_a_comparison(runs: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.report.sections.commands import claims_of
-from moe.analysis.sentences import enumerated, noun
+from moe.analysis.sentences import DETERMINISTIC, enumerated, noun
 from moe.checks import printable
 from moe.config.claim import ClaimConfig
 from moe.config.words import as_word
@@ -97,8 +97,12 @@ def warnings_of_margins(inputs: ReportInputs) -> Iterator[str]:
 
 
 def decisions(inputs: ReportInputs) -> dict[str, str]:
-    """Return the verdicts of the decided claims and comparisons of the report, by the names that looks give them."""
-    return {name_in_looks(each, inputs): each.verdict for each in _judged(inputs) if each.decided}
+    """Return the verdicts that tests decided, on claims and comparisons of the report, by the names of looks.
+
+    A difference that is the same in every seed was not tested, so that more seeds may refute it.
+    """
+    decided = [each for each in _judged(inputs) if each.decided and each.verdict != DETERMINISTIC]
+    return {name_in_looks(each, inputs): each.verdict for each in decided}
 
 
 def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
