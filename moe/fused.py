@@ -50,5 +50,6 @@ def _can_compile() -> bool:
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
-    """Return the type in which a GPU multiplies x: that of autocast, where it is on. On a CPU, return the type of x."""
-    return torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    """Return the type in which matrix products of x compute: that of autocast where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

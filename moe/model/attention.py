@@ -1,4 +1,6 @@
-"""Attention and norm of transformers' Llama, with fewer kernels on a GPU. Weights and results are those of Llama."""
+"""Attention and norm of transformers' Llama, with fewer passes over memory. Weights and results are those of Llama."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from moe.fused import fused, product_type
 
+LONGEST = 512  # tokens of a sequence up to which products of all scores are faster than SDPA, in bf16 on a CPU
 Rotary = tuple[Float[Tensor, "#B S N"], Float[Tensor, "#B S N"]]
 
 
@@ -17,10 +20,34 @@ class RMSNorm(LlamaRMSNorm):
     """x / sqrt(mean of x^2 + eps) * weight, over the last axis."""
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        if x.is_cuda and x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-        normed: Tensor = super().forward(x)
+        if x.dtype != self.weight.dtype or (x.dtype.itemsize < 4 and not x.is_cuda):
+            normed: Tensor = super().forward(x)
+        elif x.is_cuda:
+            normed = F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        else:
+            normed = _Norm.apply(x, self.weight, self.variance_epsilon)
         return normed
+
+
+class _Norm(torch.autograd.Function):
+    """`RMSNorm` on a CPU. Its gradient is written by hand, because autograd needs twice as many passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(epsilon).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        product = gradient * normed
+        mean = (product @ weight).div_(len(weight))[..., None]
+        of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return of_x, product.flatten(0, -2).sum(0), None
 
 
 class Attention(LlamaAttention):
@@ -42,21 +69,78 @@ class Attention(LlamaAttention):
         query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        elif mask is None and self._multiplies_all(query, key):
+            attended = _Attended.apply(query * self.scaling, key, value)
+            return self.o_proj(attended.flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         attended, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
         return self.o_proj(attended.reshape(*x.shape[:-1], -1).contiguous()), weights
 
+    def _multiplies_all(self, query: Float[Tensor, "B H S N"], key: Float[Tensor, "B G S N"]) -> bool:
+        """Return whether causal attention computes all scores. In bf16 on a CPU, SDPA takes longer, see `LONGEST`."""
+        plain = self.config._attn_implementation == "sdpa" and not (self.training and self.attention_dropout)
+        in_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        return plain and in_bf16 and query.shape == key.shape and 1 < query.shape[2] <= LONGEST
 
-@fused(least=2**22)
+
+class _Attended(torch.autograd.Function):
+    """Causal attention of scaled queries. Scores of later tokens are computed too, and masked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Float[Tensor, "B H S N"], key: Float[Tensor, "B H S N"], value: Float[Tensor, "B H S N"]
+    ) -> Float[Tensor, "B S H N"]:
+        ctx.heads, length = query.shape[1:3]
+        query, key, value = (each.flatten(0, 1) for each in (query, key, value))
+        later = query.new_full((length, length), -torch.inf).triu_(1)
+        shares = torch.baddbmm(later, query, key.mT).softmax(-1)
+        ctx.save_for_backward(query, key, value, shares)
+        return (shares @ value).unflatten(0, (-1, ctx.heads)).transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Float[Tensor, "B S H N"]) -> tuple[Float[Tensor, "B H S N"], ...]:
+        query, key, value, shares = ctx.saved_tensors
+        gradient = gradient.transpose(1, 2).flatten(0, 1)
+        of_scores = torch._softmax_backward_data(gradient @ value.mT, shares, -1, shares.dtype)
+        gradients = of_scores @ key, of_scores.mT @ query, shares.mT @ gradient
+        return tuple(each.unflatten(0, (-1, ctx.heads)) for each in gradients)
+
+
 def rotated(
     x: Float[Tensor, "B H S N"], cos: Float[Tensor, "#B 1 S N"], sin: Float[Tensor, "#B 1 S N"]
 ) -> Float[Tensor, "B H S N"]:
-    """Return queries or keys, rotated by their positions (Su et al. 2104.09864), as transformers' Llama does.
+    """Return queries or keys, rotated by their positions (Su et al. 2104.09864), as transformers' Llama does."""
+    result: Tensor = _rotate_fused(x, cos, sin) if x.is_cuda else _Rotated.apply(x, cos, sin)
+    return result
 
-    On a GPU the result has the type of x, in which attention is computed there.
-    """
+
+class _Rotated(torch.autograd.Function):
+    """`rotated` on a CPU, with fewer passes over memory, above all for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = sin.chunk(2, -1)
+        cos, sin = (each.transpose(1, 2) for each in (cos, torch.cat((-first, second), -1)))
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, sin.roll(sin.shape[-1] // 2, -1)), None, None
+
+
+def _rotate(x: Float[Tensor, "B H S N"], cos: Float[Tensor, "#B S 1 N"], sin: Float[Tensor, "#B S 1 N"]) -> Tensor:
+    """Return x * cos + x' * sin, where x' has the halves of x exchanged. Reads x in the order in which it lies."""
+    x, exact = x.transpose(1, 2), torch.promote_types(x.dtype, cos.dtype)
+    exchanged = torch.cat(x.chunk(2, -1)[::-1], -1).to(exact)
+    return exchanged.mul_(sin).addcmul_(x.to(exact), cos).to(x.dtype).transpose(1, 2)
+
+
+@fused(least=2**22)
+def _rotate_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    result = x * cos + turned * sin
-    return result.to(x.dtype) if x.is_cuda else result
+    return (x * cos + turned * sin).to(x.dtype)

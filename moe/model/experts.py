@@ -1,6 +1,8 @@
 """Experts: E feed-forward networks with stacked weights. Each processes its own group of rows."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +14,16 @@ from torch.distributed.tensor import DTensor
 
 from moe.distributed.exchange import run_distributed_experts
 from moe.distributed.sharding import local_part
+from moe.fused import product_type
 from moe.routers.seeding import seeded
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 Stacks = tuple[Tensor | None, ...]
+
+# In bf16, a CPU compiles a kernel for each new number of rows, which takes ten times as long as the product of such a
+# group. Group sizes differ at every step, so they are rounded up to a multiple of ROWS.
+ROWS = 32
+PADDING = 2**25  # FLOPs that such a CPU spends on padding in the time that the call of one product takes
 
 
 class Experts(nn.Module):
@@ -72,7 +80,7 @@ def run_experts(
     expert: computes `expert(rows, linear, *weights)`. It multiplies by `linear(rows, matrix)` alone, and gets the
         weights of one expert with its rows, or whole stacks with all rows, as the kernel wants it.
 
-    An expert without rows costs nothing and gets a gradient of 0.
+    An expert without rows gets a gradient of 0.
     """
     if isinstance(stacks[-1], DTensor):  # this rank holds only some of the experts
         local = tuple(None if stack is None else local_part(stack) for stack in stacks)
@@ -82,21 +90,94 @@ def run_experts(
 
 def _run_local(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
     """Return the outputs of the experts on this rank."""
-    device, last = x.device.type, stacks[-1]
+    dtype, last = product_type(x), stacks[-1]
     assert last is not None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if len(x) and choose_kernel(device, dtype, last.shape) == "grouped":
-        ends = counts.to(x.device).cumsum(0, dtype=torch.int32)
+    kernel = choose_kernel(x.device.type, dtype, last.shape)
+    x, stacks = x.to(dtype), tuple(None if stack is None else stack.to(dtype) for stack in stacks)
+    if kernel == "grouped" and len(x):
+        return _run_grouped(x, counts, stacks, expert)
+    sizes = counts.tolist()
+    if kernel == "padded" and _batch_pays(sizes, last.shape):
+        return _run_batch(x, sizes, stacks, expert)
+    return _run_loop(x, sizes, stacks, expert, multiple=ROWS if kernel == "padded" else 1)
 
-        def linear(rows: Tensor, stack: Tensor) -> Tensor:
-            return _GroupedLinear.apply(rows.to(dtype), stack.to(dtype), ends)
 
-        by_row = [_for_each_row(stack, counts) for stack in stacks]
-        return expert(x, linear, *by_row)
-    groups = x.split(counts.tolist())
+def _run_grouped(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    ends = counts.to(x.device).cumsum(0, dtype=torch.int32)
+
+    def linear(rows: Tensor, stack: Tensor) -> Tensor:
+        return _GroupedLinear.apply(rows, stack, ends)
+
+    return expert(x, linear, *(_for_each_row(stack, counts) for stack in stacks))
+
+
+def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor], *, multiple: int) -> Tensor:
+    """Run one expert after another, each on a number of rows that is a multiple of `multiple`."""
     # unbind, because indexing would create E gradients of full size; unbind stacks the E slices once
-    columns = [[None] * len(groups) if stack is None else stack.unbind() for stack in stacks]
-    return torch.cat([expert(rows, F.linear, *weights) for rows, *weights in zip(groups, *columns, strict=True)])
+    columns = [[None] * len(sizes) if stack is None else stack.unbind() for stack in stacks]
+    outputs = []
+    for rows, *weights in zip(x.split(sizes), *columns, strict=True):
+        missing = -len(rows) % multiple
+        padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows
+        outputs.append(expert(padded, F.linear, *weights)[: len(rows)])
+    return torch.cat(outputs)
+
+
+def _run_batch(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    """Run all experts at once, each on as many rows as the largest group has, rounded up to a multiple of ROWS."""
+    each = _rounded_up(max(sizes))
+    begins = [0, *itertools.accumulate(sizes)][:-1]
+    shift = torch.tensor([number * each - begin for number, begin in enumerate(begins)])
+    place = torch.arange(len(x)) + shift.repeat_interleave(torch.tensor(sizes))
+    rows = _Spread.apply(x, place, len(sizes) * each).unflatten(0, (len(sizes), each))
+    weights = (stack if stack is None or stack.ndim == 3 else stack[:, None] for stack in stacks)
+    outputs = expert(rows, lambda rows, stack: rows @ stack.mT, *weights)
+    return _Pick.apply(outputs.flatten(0, 1), place)
+
+
+def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
+    """Return whether padding all groups to the size of the largest costs less than separate products.
+
+    It does as long as the FLOPs of the padding are less than PADDING for each product, and the rows that are added
+    are not more than the rows, ROWS per expert left aside.
+    """
+    experts, *matrix = stack
+    mean, each = sum(sizes) / experts, _rounded_up(max(sizes))
+    affordable = 2 * (each - mean) * math.prod(matrix) < PADDING and each <= 2 * mean + ROWS
+    return experts > 1 and each > 0 and affordable
+
+
+def _rounded_up(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
+
+class _Spread(torch.autograd.Function):
+    """Put each row of x at its place among `number` rows. The others are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.new_zeros(number, x.shape[1]).index_copy_(0, place, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.index_select(0, place), None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Take the rows of x at some places, each at most once. The gradient is thus a copy, not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.number = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.number, gradient.shape[1]).index_copy_(0, place, gradient), None
 
 
 def _for_each_row(stack: Tensor | None, counts: Tensor) -> Tensor | None:
@@ -111,7 +192,11 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     grouped: one `F.grouped_mm` for all experts. On CUDA in bf16 it starts one kernel instead of E and does not wait for
         group sizes. Otherwise it is a loop too (on CUDA, it waits), but one without Python calls and copies, which
         pays from about 64 experts. Rows must be multiples of 16 bytes.
+    padded: on a CPU in bf16. Groups are padded with rows of zeros, so that few sizes occur. One batched product runs
+        for all experts if their loads are about even (`_batch_pays`). Otherwise, it is a loop.
     """
+    if (device, dtype) == ("cpu", torch.bfloat16):
+        return "padded"
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     least = 2 if (device, dtype) == ("cuda", torch.bfloat16) else 64

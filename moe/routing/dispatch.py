@@ -181,7 +181,7 @@ def _softmax_by_token(
 
 
 def gather(x: Float[Tensor, "T D"], dispatched: Dispatch) -> Float[Tensor, "R D"]:
-    """For each assignment, return the hidden state of its token. On a GPU, it has the type in which experts compute."""
+    """For each assignment, return the hidden state of its token, in the type in which experts compute."""
     return _Gather.apply(x, dispatched.token, dispatched.by_token, dispatched.each, product_type(x))
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
+from moe.model import experts as module
 from moe.model.experts import Experts, choose_kernel
 from moe.model.layer import Latent, MoELayer
 from moe.routers.default_moe import DefaultMoE
@@ -46,29 +47,63 @@ def test_gradients_of_experts_agree_with_finite_differences() -> None:
 
 @pytest.mark.parametrize("kind", ["silu", "swiglu"])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_both_kernels_give_the_same_output_and_gradients(
+def test_all_kernels_give_the_same_output_and_gradients(
     kind: str, contiguous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = randomize(Experts(E, D, hidden=H, kind=kind))
     results = []
-    for kernel in ("loop", "grouped"):
-        monkeypatch.setattr(Experts, "kernel", lambda self, dtype, kernel=kernel: kernel)
+    for kernel in ("loop", "grouped", "padded"):
+        monkeypatch.setattr(module, "choose_kernel", lambda *_, kernel=kernel: kernel)
         x = torch.linspace(-1, 1, 10 * D).view(10, D).requires_grad_()
         y = experts(x, torch.tensor([3, 0, 5, 2]))
         y.backward(torch.linspace(0, 1, 10 * D).view(10, D) if contiguous else torch.ones(1, 1).expand(10, D))
         results.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
         experts.zero_grad()
     assert results[1][-1].abs().sum() > 0
-    for loop, grouped in zip(*results, strict=True):
+    for loop, grouped, padded in zip(*results, strict=True):
         torch.testing.assert_close(loop, grouped)
+        torch.testing.assert_close(loop, padded)
 
 
-def test_the_grouped_kernel_works_under_autocast_and_without_rows() -> None:
+@pytest.mark.parametrize("sizes", [[32, 0, 40, 33], [3, 0, 200, 1]], ids=["batch", "loop"])
+@pytest.mark.parametrize("kind", ["silu", "geglu"])
+def test_padded_groups_change_nothing(sizes: list[int], kind: str) -> None:
+    """Even groups run in one batch, uneven ones in a loop; experts without rows get gradients of exactly 0."""
+    experts = randomize(Experts(E, D, hidden=H, kind=kind))
+    assert experts.kernel(torch.bfloat16) == "padded"
+    assert module._batch_pays(sizes, (E, H, D)) == (sizes[0] == 32)
+    rows = torch.linspace(-1, 1, sum(sizes) * D).view(-1, D).bfloat16()
+    gradient = torch.linspace(1, 2, sum(sizes) * D).view(-1, D).bfloat16()
+    x = rows.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, torch.tensor(sizes))
+    y.backward(gradient)
+    found = [y, x.grad, *(p.grad for p in experts.parameters())]
+    assert all((p[1] == 0).all() for p in found[2:])
+    experts.zero_grad()
+    x = rows.float().requires_grad_()
+    exact = experts(x, torch.tensor(sizes))
+    exact.backward(gradient.float())
+    for one, other in zip(found, [exact, x.grad, *(p.grad for p in experts.parameters())], strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=0.02 * other.abs().max().item())
+
+
+def test_a_batch_is_padded_only_where_that_costs_less_than_separate_products() -> None:
+    """Padding is limited in FLOPs, and in rows; one expert has nothing to be padded to."""
+    assert module._batch_pays([600, 400], (2, 512, 128))
+    assert not module._batch_pays([800, 200], (2, 512, 128))  # 300 rows of padding on average, 131,072 FLOPs each
+    assert not module._batch_pays([520, 480], (2, 2048, 1024))
+    assert not module._batch_pays([100] + [0] * 7, (8, 16, 8))
+    assert not module._batch_pays([600], (1, 16, 8))
+    assert not module._batch_pays([0, 0], (2, 16, 8))
+
+
+def test_the_grouped_kernel_works_under_autocast_and_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, outputs are bf16 and correct within its rounding of 2^-8. Gradients keep the precision of the
     weights. Without rows, the output is empty.
     """
+    monkeypatch.setattr(module, "choose_kernel", lambda *_: "grouped")
     experts = randomize(Experts(64, D, hidden=16, kind="swiglu"))
-    assert experts.kernel(torch.bfloat16) == experts.kernel(torch.float32) == "grouped"
     counts = torch.arange(64) % 2
     x = torch.randn(32, D)
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,6 +123,7 @@ def test_the_grouped_kernel_works_under_autocast_and_without_rows() -> None:
         ("cpu", torch.float32, (128, 16, 8), "grouped"),
         ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes, not a multiple of 16
         ("cpu", torch.float64, (128, 16, 8), "loop"),
+        ("cpu", torch.bfloat16, (128, 16, 8), "padded"),
         ("cuda", torch.bfloat16, (8, 16, 8), "grouped"),
         ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
         ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # with one expert, both kernels run one matrix product
