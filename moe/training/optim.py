@@ -220,7 +220,7 @@ class Muon(torch.optim.Optimizer):
         """
         gradients = _concatenated([local_part(gradient) for gradient in _gradients(params)])
         momenta = [local_part(momentum) for momentum in self._momenta(params)]
-        active = torch.linalg.vector_norm(gradients, ord=math.inf, dim=(-2, -1), keepdim=True) != 0
+        active = gradients.abs().flatten(1).amax(1)[:, None, None] != 0  # the maximum norm takes ten times as long
         after = _concatenated(momenta).lerp(gradients, (1 - group["momentum"]) * active.to(gradients.dtype))
         torch._foreach_copy_(momenta, after.chunk(len(params)))
         return (gradients.lerp(after, group["momentum"]) if group["nesterov"] else after), active

@@ -138,7 +138,7 @@ def test_muon_runs_as_many_operators_for_ten_parameters_of_a_shape_as_for_two(
         with Operators() as operators:
             muon.step()
         numbers.append(operators.number)
-    assert numbers[0] == numbers[1] < 90
+    assert numbers[0] == numbers[1] <= 90
 
 
 def test_muon_refuses_vectors() -> None:
