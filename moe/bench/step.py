@@ -159,7 +159,7 @@ def step_variants(config: Config) -> list[Variant]:
 def part_variants(config: Config, events: EventLog) -> list[Variant]:
     """Return functions that carry out one part of a training step each. Statistics and losses cover one batch."""
     model, domains = _model(config), len(prepare_data(config).domains)
-    optimizers = build_optimizers(model, config.optimizer, precision=config.precision)
+    optimizers = build_optimizers(model, config.optimizer)
     step = bare_step(model, config, domains=domains)
     step()  # Leaves gradients for the optimizers.
     ids = _random_ids(model, config)
@@ -190,7 +190,7 @@ def bare_step(model: nn.Module, config: Config, *, domains: int = 1, all_logits:
 
     Gradients stay until the next call.
     """
-    optimizers = build_optimizers(model, config.optimizer, precision=config.precision)
+    optimizers = build_optimizers(model, config.optimizer)
     model.train()
 
     def run() -> None:

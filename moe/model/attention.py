@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 
 from moe.fused import fused, product_type
 
-LONGEST = 512  # tokens of a sequence up to which products of all scores are faster than SDPA, in bf16 on a CPU
+LONGEST = 256  # tokens of a sequence up to which products of all scores are faster than SDPA, in bf16 on a CPU
 Rotary = tuple[Float[Tensor, "#B S N"], Float[Tensor, "#B S N"]]
 
 
@@ -47,7 +47,7 @@ class _Norm(torch.autograd.Function):
         product = gradient * normed
         mean = (product @ weight).div_(len(weight))[..., None]
         of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
-        return of_x, product.flatten(0, -2).sum(0), None
+        return of_x, product.sum_to_size(weight.shape), None
 
 
 class Attention(LlamaAttention):
@@ -70,7 +70,7 @@ class Attention(LlamaAttention):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         elif mask is None and self._multiplies_all(query, key):
-            attended = _Attended.apply(query * self.scaling, key, value)
+            attended = _Attended.apply(query, key, value, self.scaling)
             return self.o_proj(attended.flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -85,27 +85,33 @@ class Attention(LlamaAttention):
 
 
 class _Attended(torch.autograd.Function):
-    """Causal attention of scaled queries. Scores of later tokens are computed too, and masked."""
+    """Causal attention. Scores of later tokens are computed too, and masked. Scores and softmax are in fp32 or fp64."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Float[Tensor, "B H S N"], key: Float[Tensor, "B H S N"], value: Float[Tensor, "B H S N"]
+        ctx: Any,
+        query: Float[Tensor, "B H S N"],
+        key: Float[Tensor, "B H S N"],
+        value: Float[Tensor, "B H S N"],
+        scaling: float,
     ) -> Float[Tensor, "B S H N"]:
-        ctx.heads, length = query.shape[1:3]
+        ctx.scaling, ctx.heads, length = scaling, *query.shape[1:3]
+        exact = torch.promote_types(query.dtype, torch.float32)
         query, key, value = (each.flatten(0, 1) for each in (query, key, value))
-        later = query.new_full((length, length), -torch.inf).triu_(1)
-        shares = torch.baddbmm(later, query, key.mT).softmax(-1)
+        later = torch.full((length, length), -torch.inf, dtype=exact).triu_(1)
+        scores = torch.baddbmm(later, query.to(exact), key.to(exact).mT, alpha=scaling)
+        shares = scores.softmax(-1).to(value.dtype)
         ctx.save_for_backward(query, key, value, shares)
         return (shares @ value).unflatten(0, (-1, ctx.heads)).transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Float[Tensor, "B S H N"]) -> tuple[Float[Tensor, "B H S N"], ...]:
+    def backward(ctx: Any, gradient: Float[Tensor, "B S H N"]) -> tuple[Float[Tensor, "B H S N"] | None, ...]:
         query, key, value, shares = ctx.saved_tensors
         gradient = gradient.transpose(1, 2).flatten(0, 1)
         of_scores = torch._softmax_backward_data(gradient @ value.mT, shares, -1, shares.dtype)
-        gradients = of_scores @ key, of_scores.mT @ query, shares.mT @ gradient
-        return tuple(each.unflatten(0, (-1, ctx.heads)) for each in gradients)
+        products = (of_scores @ key).mul_(ctx.scaling), (of_scores.mT @ query).mul_(ctx.scaling), shares.mT @ gradient
+        return *(each.unflatten(0, (-1, ctx.heads)) for each in products), None
 
 
 def rotated(

@@ -92,14 +92,13 @@ def _run_local(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., 
     """Return the outputs of the experts on this rank."""
     dtype, last = product_type(x), stacks[-1]
     assert last is not None
-    kernel = choose_kernel(x.device.type, dtype, last.shape)
     x, stacks = x.to(dtype), tuple(None if stack is None else stack.to(dtype) for stack in stacks)
-    if kernel == "grouped" and len(x):
+    in_bf16_on_cpu = (x.device.type, dtype) == ("cpu", torch.bfloat16)
+    if in_bf16_on_cpu and _batch_pays(counts.tolist(), last.shape):
+        return _run_batch(x, counts.tolist(), stacks, expert)
+    if len(x) and choose_kernel(x.device.type, dtype, last.shape) == "grouped":
         return _run_grouped(x, counts, stacks, expert)
-    sizes = counts.tolist()
-    if kernel == "padded" and _batch_pays(sizes, last.shape):
-        return _run_batch(x, sizes, stacks, expert)
-    return _run_loop(x, sizes, stacks, expert, multiple=ROWS if kernel == "padded" else 1)
+    return _run_loop(x, counts.tolist(), stacks, expert, multiple=ROWS if in_bf16_on_cpu else 1)
 
 
 def _run_grouped(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
@@ -119,12 +118,13 @@ def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[...,
     for rows, *weights in zip(x.split(sizes), *columns, strict=True):
         missing = -len(rows) % multiple
         padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows
-        outputs.append(expert(padded, F.linear, *weights)[: len(rows)])
+        if len(rows) or not len(x):  # without any rows, all experts run on none, and get a gradient of 0
+            outputs.append(expert(padded, F.linear, *weights)[: len(rows)])
     return torch.cat(outputs)
 
 
 def _run_batch(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
-    """Run all experts at once, each on as many rows as the largest group has, rounded up to a multiple of ROWS."""
+    """Run all experts at once, each on as many rows as the largest group has, rounded up to a multiple of 8."""
     each = _rounded_up(max(sizes))
     begins = [0, *itertools.accumulate(sizes)][:-1]
     shift = torch.tensor([number * each - begin for number, begin in enumerate(begins)])
@@ -138,17 +138,17 @@ def _run_batch(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[...
 def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
     """Return whether padding all groups to the size of the largest costs less than separate products.
 
-    It does as long as the FLOPs of the padding are less than PADDING for each product, and the rows that are added
-    are not more than the rows, ROWS per expert left aside.
+    It does if the rows at most double, and the FLOPs of the padding are less than PADDING for each product that is
+    saved: one for each expert that has rows.
     """
     experts, *matrix = stack
-    mean, each = sum(sizes) / experts, _rounded_up(max(sizes))
-    affordable = 2 * (each - mean) * math.prod(matrix) < PADDING and each <= 2 * mean + ROWS
-    return experts > 1 and each > 0 and affordable
+    rows, products = sum(sizes), sum(size > 0 for size in sizes)
+    added = experts * _rounded_up(max(sizes)) - rows
+    return products > 1 and added <= rows and 2 * added * math.prod(matrix) < PADDING * products
 
 
 def _rounded_up(rows: int) -> int:
-    return -(-rows // ROWS) * ROWS
+    return -(-rows // 8) * 8
 
 
 class _Spread(torch.autograd.Function):
@@ -192,11 +192,10 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     grouped: one `F.grouped_mm` for all experts. On CUDA in bf16 it starts one kernel instead of E and does not wait for
         group sizes. Otherwise it is a loop too (on CUDA, it waits), but one without Python calls and copies, which
         pays from about 64 experts. Rows must be multiples of 16 bytes.
-    padded: on a CPU in bf16. Groups are padded with rows of zeros, so that few sizes occur. One batched product runs
-        for all experts if their loads are about even (`_batch_pays`). Otherwise, it is a loop.
+
+    On a CPU in bf16, one batched product for all experts takes the place of either where loads are about even, see
+    `_batch_pays`. Otherwise, the loop pads groups with rows of zeros, so that few sizes occur.
     """
-    if (device, dtype) == ("cpu", torch.bfloat16):
-        return "padded"
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     least = 2 if (device, dtype) == ("cuda", torch.bfloat16) else 64

@@ -26,20 +26,17 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 CACHED = 2**20  # bytes of matrices that a CPU updates at a time, so that they stay in its cache from product to product
 
 
-def orthogonalize(
-    gradients: Float[Tensor, "N rows cols"], *, steps: int = 5, precision: str = "fp32"
-) -> Float[Tensor, "N rows cols"]:
+def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) -> Float[Tensor, "N rows cols"]:
     """Return the N matrices with singular values moved towards 1, to between about 0.7 and 1.2.
 
     Uses the quintic Newton-Schulz iteration (Jordan 2024). A GPU iterates all N matrices in one batch, in bf16. A CPU
-    iterates as many at a time as its cache holds, in `precision`: fp32 or bf16. CPUs without instructions for bf16
-    emulate its products, which takes 80 times as long.
+    iterates as many at a time as its cache holds, in fp32: most CPUs emulate bf16 products, which takes 80 times as
+    long.
     """
     if gradients.is_cuda:
         return _orthogonalize(gradients.to(torch.bfloat16, copy=True), steps)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     parts = gradients.split(_number_in_cache(gradients.shape[-2:]))
-    return _concatenated([_orthogonalize(part.to(dtype), steps) for part in parts])
+    return _concatenated([_orthogonalize(part.to(torch.float32), steps) for part in parts])
 
 
 def _orthogonalize(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
@@ -47,9 +44,7 @@ def _orthogonalize(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor,
     if x.dtype == torch.float32 and 2 * max(rows, cols) >= 3 * min(rows, cols):
         return _iterate_gram(x, steps)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if rows <= cols:
-        return _iterate(x, steps)
-    return _iterate(x.mT if x.is_cuda else x.mT.contiguous(), steps).mT
+    return _iterate(x.mT, steps).mT if rows > cols else _iterate(x, steps)
 
 
 def _iterate(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:
@@ -116,7 +111,6 @@ class Muon(torch.optim.Optimizer):
         gradient: by min(1, n_e / n) of that length. n_e is the norm of the expert's momentum, n the mean over the
             experts of the stack that have seen a token in this step. The momentum adds up over tokens, so an expert
             with few tokens moves less.
-    precision: as in `orthogonalize`.
     """
 
     def __init__(
@@ -129,9 +123,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ns_steps: int = 5,
         expert_step: str = "equal",
-        precision: str = "fp32",
     ) -> None:
-        self.precision = precision
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         settings["expert_step"] = expert_step
         super().__init__(params, {**settings, "ns_steps": ns_steps})
@@ -179,7 +171,7 @@ class Muon(torch.optim.Optimizer):
             directions, active = self._stack_directions(params, group)
         else:
             directions = self._matrix_directions(params, group)
-        updates = orthogonalize(directions, steps=group["ns_steps"], precision=self.precision)
+        updates = orthogonalize(directions, steps=group["ns_steps"])
         length, decay = -math.sqrt(max(1, rows / cols)), group["lr"] * group["weight_decay"]
         share: Tensor | float = 1.0
         if stacked:
@@ -273,9 +265,7 @@ def _relative_norms(
     return (norms * number[:, None] / total[:, None]).clamp(max=1.0).view(-1, 1, 1)
 
 
-def build_optimizers(
-    model: nn.Module, settings: OptimizerConfig, *, precision: str = "fp32"
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizers of all trainable parameters: AdamW, and Muon in front of it unless `muon_lr` is None.
 
     Muon updates matrices, without weight decay: those of attention and experts, and those of a router that the router
@@ -283,8 +273,7 @@ def build_optimizers(
     updates the token embedding, the output layer, the gains of norms
     and the rest of the routers, or everything if `muon_lr` is None. It applies weight decay to all of them except to
     parameters that a router declares, or by default treats, as a scale. In AdamW, routers and experts are separate
-    parameter groups, which may have their own learning rates. Without a matrix that trains there is no Muon. On a CPU
-    it multiplies in `precision`, see `orthogonalize`.
+    parameter groups, which may have their own learning rates. Without a matrix that trains there is no Muon.
     """
     role = roles(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -312,14 +301,9 @@ def build_optimizers(
     adamw = torch.optim.AdamW(groups, betas=betas, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if settings.muon_lr is not None and matrices:
-        muon = Muon(
-            matrices,
-            lr=settings.muon_lr,
-            momentum=settings.momentum,
-            expert_step=settings.expert_step,
-            precision=precision,
+        optimizers.insert(
+            0, Muon(matrices, lr=settings.muon_lr, momentum=settings.momentum, expert_step=settings.expert_step)
         )
-        optimizers.insert(0, muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # the peak of the learning-rate curve

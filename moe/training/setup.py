@@ -100,7 +100,7 @@ def set_up(config: Config) -> Training:
     routers = [layer.router for layer in (*model.moe_layers, *model.beside_layers)]
     learning = learning_routers(model, routers, str(config.trains))
     wrapped = parallel.distribute(model, accelerator, expert_parallel=config.expert_parallel)
-    optimizers = build_optimizers(model, config.optimizer, precision=config.precision)
+    optimizers = build_optimizers(model, config.optimizer)
     scale_learning_rates(config, optimizers, step=0)
     tell_text(routers, data)
     options: dict[str, Any] = {"fallback_random": True}  # draws the same noise and dropout as without compilation
