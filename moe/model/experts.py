@@ -138,13 +138,13 @@ def _run_batch(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[...
 def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
     """Return whether padding all groups to the size of the largest costs less than separate products.
 
-    It does if the rows at most double, and the FLOPs of the padding are less than PADDING for each product that is
-    saved: one for each expert that has rows.
+    It does if there are then at most three times as many rows, and if the FLOPs of the padding are less than PADDING
+    for each product that is saved: one for each expert that has rows.
     """
     experts, *matrix = stack
     rows, products = sum(sizes), sum(size > 0 for size in sizes)
     added = experts * _rounded_up(max(sizes)) - rows
-    return products > 1 and added <= rows and 2 * added * math.prod(matrix) < PADDING * products
+    return products > 1 and added <= 2 * rows and 2 * added * math.prod(matrix) < PADDING * products
 
 
 def _rounded_up(rows: int) -> int:
