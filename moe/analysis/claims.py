@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from moe.analysis.comparisons import compared
+from moe.analysis.comparisons import as_spelled, compared
 from moe.analysis.estimates import NAN, Comparison
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
@@ -248,6 +248,7 @@ def _judge_alone(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | N
 
 def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None) -> dict[str, Any]:
     """Return the columns about the comparisons of the named levels of a claim with their rivals."""
+    claim = as_spelled(claim, runs)
     found = compared(claim, runs, evals)
     named, rivals, pairs, absent = found
     if absent:

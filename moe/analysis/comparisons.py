@@ -1,5 +1,6 @@
 """What a planned claim compares: each level that it names with each rival, paired by seed. `claims.py` judges it."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -73,6 +74,18 @@ def compared(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None 
         return Compared(named, rivals, _pairs_at_cost(claim, runs, named, rivals, evals), [])
     except NoEqualCostError as error:
         return Compared(named, rivals, [], [str(error)])
+
+
+def as_spelled(claim: ClaimConfig, runs: pd.DataFrame) -> ClaimConfig:
+    """Return the claim with its levels as the runs have them: 0.0 for a 0 that a claim may write for it."""
+
+    def spelled(factor: str, wanted: list[Any]) -> list[Any]:
+        present = {each: each for each in levels(runs[factor])} if factor in runs else {}
+        return [present.get(level(each), each) for each in wanted]
+
+    named, than = (spelled(claim.factor, each) for each in (claim.levels, claim.than))
+    within = {factor: spelled(factor, wanted) for factor, wanted in claim.within.items()}
+    return replace(claim, levels=named, than=than, within=within)
 
 
 def _sides(claim: ClaimConfig, runs: pd.DataFrame) -> tuple[list[Any], list[Any]]:

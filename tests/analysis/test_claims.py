@@ -18,7 +18,7 @@ from small_runs import OUT
 from statsmodels.stats.multitest import multipletests
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, judge, judge_planned, planned_claims
-from moe.analysis.comparisons import compared
+from moe.analysis.comparisons import as_spelled, compared
 from moe.analysis.estimates import NO_SPREAD, ONE_SEED
 from moe.analysis.power import Prediction, detectable_effect, seeds_for
 from moe.analysis.report.judgments import judgments
@@ -681,6 +681,19 @@ def test_compared_routers_are_labeled_causal_or_not() -> None:
     runs = runs.assign(causal=runs["router"] != "expert_choice")
     [equivalence] = [each for each in experiment_claims("experiment_c") if each.kind == "equivalent"]
     assert judge_first(runs, equivalence)["compared"] == "router expert_choice (not causal) vs softk"
+
+
+def test_a_claim_has_the_spelling_of_levels_that_the_runs_have() -> None:
+    """A report says 0.0 everywhere, also if a claim says 0. Contrasts within the levels of a claim are found too."""
+    runs = pd.concat(
+        [runs_with_means({0.0: 100, 0.5: 103}, draw=each).assign(lb=lb) for each, lb in enumerate((0.0, 1.0))]
+    )
+    claimed = claim("higher", [0.5], [0], within={"lb": [0]})
+    assert judge_first(runs, claimed)["compared"] == "noise 0.5 vs 0.0 at lb=0.0"
+    table = contrasts(runs, PPL, ["noise", "lb"])
+    left = contrasts_without_claim(table, [as_spelled(claimed, runs)])
+    assert "lb=0.0" not in [*left.loc[left["factor"] == "noise", "within"]]
+    assert len(left) == len(table) - 1
 
 
 def test_contrasts_without_a_claim_are_post_hoc() -> None:

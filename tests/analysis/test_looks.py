@@ -34,7 +34,7 @@ from moe.analysis.looks import (
     share_of_look,
     spent,
 )
-from moe.analysis.recorded import record_look, study_of
+from moe.analysis.recorded import _seen, record_look, study_of
 from moe.analysis.report.blocks import Cards
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
@@ -955,6 +955,11 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten="a_b: no"))
     assert warning.startswith("**This look was not written down** (a_b: no). A later report will not know of it")
+
+
+def test_a_look_that_was_written_before_a_verdict_changed_its_name_has_the_new_name() -> None:
+    look = Look("2026-01-01T00:00:00+00:00", [1], 1.0, 1.0, {}, decided={"a vs b": "deterministic", "c": "better"})
+    assert _seen(look, Path(), {}).decided == {"a vs b": "the same in every seed", "c": "better"}
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:

@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 
 from moe.analysis.pages import BEGIN, FINDINGS
+from moe.analysis.report.sections.headline import NO_COMPARISON
 from moe.results.shipped import RUNS, STUDIES
 
 CAPACITY, NOISE, LEAGUE, SPECTRA = "capacity_factorial", "noise_lb_seed", "router_league", "spectra_ablation"
@@ -289,6 +290,17 @@ NUMBERS: list[tuple[str, str, Callable[[], Iterable[object]]]] = [
     ),
     (FINDINGS, "{} claims are about speed", lambda: [word(sum(map(claims_on_speed, STUDIES_OF_FINDINGS)))]),
 ]
+
+
+def test_findings_say_which_losses_are_not_comparable_as_the_pages_of_studies_do() -> None:
+    quotes = re.findall(r"(?m)^<!-- (\w+): (.*) -->\n(> .*)$", text_of(FINDINGS))
+    warned = []
+    for study, text, quote in quotes:
+        lines = [line for line in text_of(study).splitlines() if line.startswith(f"- {text} (")]
+        if any(NO_COMPARISON in line for line in lines):
+            warned.append(study)
+            assert NO_COMPARISON in quote, text
+    assert {*warned} == {"experiment_c", "spectra_ablation"}
 
 
 @pytest.mark.parametrize(("page", "sentence", "numbers"), NUMBERS, ids=[f"{page}: {text}" for page, text, _ in NUMBERS])

@@ -191,7 +191,7 @@ def test_findings_hold_the_verdicts_of_the_claims_that_they_name(
         before, mark, verdict, *after = findings.read_text().splitlines()
         assert (before, mark) == ("Before.", "<!-- one: noise helps -->")
         assert after == ["> my own words", "", "After."]
-        assert verdict.startswith("> “noise helps”: **supported**; noise 0.5 vs 0: validation loss 2.5")
+        assert verdict.startswith("> “noise helps”: **supported**; noise 0.5 vs 0.0: validation loss 2.5")
     findings.write_text("<!-- one: noise hurts -->\n")
     capsys.readouterr()
     assert pages.main(["write", str(folder)]) == 2

@@ -86,7 +86,7 @@ def later_tokens(metric: str, compared: str, inputs: ReportInputs) -> str:
     there = inputs.condition.reindex(runs.index).map(lambda cell: set(place.split(", ")) <= set(str(cell).split(", ")))
     names, members = runs[factor].map(without_causality).map(str), []
     for side in map(without_causality, sides.split(" vs ")):
-        named = names.isin([side, f"{side}.0", side.removesuffix(".0")])  # a claim writes 0 for 0.0
+        named = names == side
         members.append(runs[named & there if (named & there).any() else named])
     return NO_COMPARISON if other_causality(members[0], members[-1]) else ""
 

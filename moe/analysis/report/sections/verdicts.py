@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from moe.analysis.claims import contrasts_without_claim, evidence_sentence, planned_claims
+from moe.analysis.comparisons import as_spelled
 from moe.analysis.learned import NO_VERDICT, without_doubt
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.report.blocks import (
@@ -184,7 +185,7 @@ def contrast_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     if inputs.contrasts.empty:
         yield Paragraph("None: no factor varies among the runs with results.")
         return
-    rows = contrasts_without_claim(inputs.contrasts, [claim for claim, _ in planned_claims(inputs.loaded)])
+    rows = contrasts_without_claim(inputs.contrasts, [as_spelled(*each) for each in planned_claims(inputs.loaded)])
     references = rows if len(rows) else inputs.contrasts
     names = dict.fromkeys(f"{row.factor}={row.reference}" for row in references.itertuples())
     yield Paragraph(POST_HOC.format(references=literal(", ".join(names))))
