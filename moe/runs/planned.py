@@ -67,9 +67,9 @@ class Look(NamedTuple):
     text. results: folder of a run -> its result, see `result_of`; if the look tested a speed, followed by the time at
     which the run started, because a run that is trained again has the same loss and another speed. metrics: those that
     were tested. references: factor -> the level that the others were compared with, as text. decided: the words of each
-    claim with its fingerprint, and the levels of each comparison -> its verdict, if it was decided. share: of the
-    level, that the look had for its new tests. tests: name of a family of claims, or metric of the analysis of variance
-    -> how many tests the look made of it.
+    claim with its fingerprint, and the metric and levels of each comparison -> its verdict, if a test decided it.
+    share: of the level, that the look had for its new tests. tests: name of a family of claims, or metric of the
+    analysis of variance -> how many tests the look made of it.
     """
 
     time: str

@@ -38,7 +38,7 @@ from moe.analysis.recorded import _seen, record_look, study_of
 from moe.analysis.report.blocks import Cards
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
-from moe.analysis.report.judgments import cards
+from moe.analysis.report.judgments import cards, on_contrast
 from moe.analysis.report.markdown import block_as_markdown
 from moe.analysis.report.report import _with_look, write_report
 from moe.analysis.report.sections.answer import answer
@@ -60,7 +60,7 @@ from moe.analysis.report.sections.planned import (
 )
 from moe.analysis.report.sections.verdicts import claim_verdicts, contrast_verdicts, how_it_decides
 from moe.analysis.report.tested import with_comparisons
-from moe.analysis.sentences import DETERMINISTIC, level_text, levels_compared
+from moe.analysis.sentences import DETERMINISTIC, level_text
 from moe.bench.candidates import RULES, p_of_looks
 from moe.bench.errors import null_runs, write_record
 from moe.config.cell import Grid
@@ -687,6 +687,27 @@ def test_a_verdict_of_an_earlier_look_is_said_if_this_one_has_another(runs: pd.D
     assert claim not in "".join(warnings_of_decisions(again)), "it has the same verdict"
 
 
+@pytest.mark.parametrize("planned", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("reference", [0.0, 0.5])
+def test_a_verdict_of_an_earlier_look_is_found_whatever_is_claimed_and_whichever_level_is_the_reference(
+    planned: tuple[bool, bool], reference: float, runs: pd.DataFrame
+) -> None:
+    """With three seeds noise 0.5 has the lower perplexity, and with all of them a higher one."""
+    claim = json.dumps([asdict(replace(CLAIM, text="a beats b", metric="val/perplexity", levels=[0.5], than=[0.0]))])
+    runs = runs[(runs["lb"] == 0.0) & (runs["noise"] != 0.1)]
+    early = runs["seed"] < 3
+    lower = np.where(runs["noise"] == 0.5, np.where(early, 80.0, 300.0), 100.0)
+    lower += np.random.default_rng(0).normal(0, 0.01, size=len(runs))
+    claims = np.where(early, *(claim if each else "[]" for each in planned))
+    runs = runs.assign(**{"val/perplexity": lower}, claims=claims)
+    _with_look(collect_inputs(runs[early])[0])
+    second = collect_inputs(runs, ReportOptions({"noise": reference}))[0]
+    verdict = "better" if reference == 0.0 else "worse"
+    levels = f"noise {0.5 - reference} vs {reference}"
+    said = " ".join(" ".join(warnings_of_decisions(second)).split())
+    assert re.search(f"{levels}” was {verdict}", said)
+
+
 def test_a_difference_that_is_the_same_in_every_seed_is_no_verdict_of_a_look(runs: pd.DataFrame) -> None:
     """Nothing was tested, so more seeds may refute it, and no later report says that it stays valid."""
     runs = runs[(runs["lb"] == 0.0) & (runs["noise"] != 0.1)].assign(claims="[]")
@@ -754,7 +775,7 @@ def test_a_verdict_on_a_metric_that_was_asked_for_is_said_once_if_a_later_look_h
     runs = runs.assign(**{"train/routing/drop_rate": rate})
     first = _with_look(collect_inputs(runs[runs["seed"] < 3], options)[0])
     name = "drop rate, in training: lb 0.01 vs 0.0 at noise=0.5"
-    assert decisions(first)[name] == "better"
+    assert decisions(first)["train/routing/drop_rate: lb 0.01 vs 0 at noise=0.5"] == "better"
     [look] = study_of(runs).earlier
     second = collect_inputs(runs, options)[0]
     second = second._replace(study=replace(second.study, earlier=[look, look._replace(time="2026-12-31")]))
@@ -773,13 +794,14 @@ def test_a_verdict_on_a_second_metric_is_recorded_and_said_if_a_later_look_has_a
     assert "comparisons that nobody planned show more than chance: lb 0.01 instead of 0.0" in headline(first)
     _with_look(first)
     name = "load CV (layers pooled): lb 0.01 vs 0.0 at noise=0.5"
-    assert decisions(first)[name] == "more balanced"
+    assert decisions(first)["routing/load_cv/pooled: lb 0.01 vs 0 at noise=0.5"] == "more balanced"
     second = collect_inputs(runs)[0]
     text = " ".join(" ".join(warnings_of_decisions(second)).split())
     assert f"“{name}” was more balanced" in text
     page = " ".join(str(block) for block in contrast_verdicts(second))
     assert "but an earlier look found it more balanced, which stays valid" in page
-    names = [f"load CV (layers pooled): {name}" for name in second.contrasts.apply(levels_compared, axis=1).unique()]
+    rows = second.contrasts[second.contrasts["metric"] == "routing/load_cv/pooled"]
+    names = [name_in_looks(on_contrast(row), second) for _, row in rows.iterrows()]
     earlier = [look._replace(decided=dict.fromkeys(names, "odd")) for look in second.study.earlier]
     [warning] = warnings_of_decisions(second._replace(study=replace(second.study, earlier=earlier)))
     assert warning.count("” was odd") == 5

@@ -57,6 +57,7 @@ class Judgment(NamedTuple):
         number decides it because only some of its comparisons are estimated as claimed.
     row: of a claim, the number of its row in the table of claims. changed: whether a later command has another claim in
         the same words. against: whether p is that of the test that the claim does not hold.
+    levels: of a comparison, the factor, its level, its reference, and the levels of the other factors.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Judgment(NamedTuple):
     row: int | None = None
     choice: str = ""
     changed: bool = False
+    levels: tuple[object, ...] = ()
     against: bool = False
 
     @property
@@ -225,6 +227,7 @@ def on_contrast(row: pd.Series, tests_later: float | None = None) -> Judgment:
         metric=row["metric"],
         within=within,
         beyond=beyond,
+        levels=(row["factor"], row["level"], row["reference"], row["within"]),
     )
 
 

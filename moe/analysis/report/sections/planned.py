@@ -7,14 +7,14 @@ from datetime import datetime
 
 import pandas as pd
 
-from moe.analysis.looks import FURTHER, Looks, Question, Study
+from moe.analysis.looks import FURTHER, Looks, Question, Study, level_as_text
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.report.sections.commands import claims_of
-from moe.analysis.sentences import DETERMINISTIC, enumerated, noun
+from moe.analysis.sentences import DETERMINISTIC, directions, enumerated, noun
 from moe.checks import printable
 from moe.config.claim import ClaimConfig
 from moe.config.words import as_word
@@ -102,15 +102,20 @@ def decisions(inputs: ReportInputs) -> dict[str, str]:
     A difference that is the same in every seed was not tested, so that more seeds may refute it.
     """
     decided = [each for each in _judged(inputs) if each.decided and each.verdict != DETERMINISTIC]
-    return {name_in_looks(each, inputs): each.verdict for each in decided}
+    return {name_in_looks(each, inputs): _as_in_looks(each.verdict, each) for each in decided}
 
 
 def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
-    """Return the name under which a look records a verdict: the words; of a claim also the fingerprint.
+    """Return the name under which a look records a verdict: of a claim, the words and the fingerprint.
 
+    A comparison has the name of its metric and levels, whatever claims there are and whichever level is the reference.
     A later command may change a claim and keep its words. A field that has its default does not change the fingerprint,
     so that later code can add fields.
     """
+    if judged.levels:
+        factor, *levels, within = judged.levels
+        first, second = sorted(map(level_as_text, levels))
+        return f"{judged.metric}: {factor} {second} vs {first}" + (f" at {within}" if within else "")
     known, defaults = claims_of(inputs) if judged.planned else [], asdict(ClaimConfig())
     if judged.row is None or judged.row >= len(known):
         return _title(judged, inputs)
@@ -118,12 +123,23 @@ def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
     return f"{judged.text} [{short(digest_of(claim))}]"
 
 
+def _as_in_looks(verdict: str, judged: Judgment) -> str:
+    """Return a verdict on a comparison in the order of levels that its name in looks has, or back from there."""
+    if not judged.levels:
+        return verdict
+    up, down = directions(judged.metric)
+    _, level, reference, _ = judged.levels
+    turned = level_as_text(level) < level_as_text(reference)
+    return {up: down, down: up}.get(verdict, verdict) if turned else verdict
+
+
 def earlier_verdict(judged: Judgment, inputs: ReportInputs) -> str:
     """Return what the looks that decided a claim or comparison said of it, if this one does not; "" if none did."""
     if judged.decided or not inputs.study.earlier:
         return ""
     name = name_in_looks(judged, inputs)
-    found = dict.fromkeys(look.decided[name] for look in inputs.study.earlier if name in look.decided)
+    verdicts = [look.decided[name] for look in inputs.study.earlier if name in look.decided]
+    found = dict.fromkeys(_as_in_looks(verdict, judged) for verdict in verdicts)
     if not found:
         return ""
     if len(found) > 1:
@@ -154,7 +170,8 @@ def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
         return
     said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
     for look in inputs.study.earlier:
-        earlier = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
+        known = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
+        earlier = [(now, _as_in_looks(verdict, now)) for now, verdict in known]
         lost = {_title(now, inputs): verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
         if lost and (lost, look.runs) not in said:
             said.append((lost, look.runs))
