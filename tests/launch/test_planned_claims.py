@@ -33,6 +33,15 @@ CLAIM = {
 }
 
 
+def short_runs(*words: str) -> list[Cell]:
+    """Return the cells of a sweep over noise whose runs take one step, after making their folders."""
+    short = ["model.layers=1", "steps=1", "save_model=none"]
+    cells = read_cells(["-m", "noise=0.0,0.5", *words, *short]) or []
+    for cell in cells:
+        cell.folder.mkdir(parents=True)
+    return cells
+
+
 def read(*command: str, **changed: str) -> int:
     """Read a command with one claim and return its number of cells."""
     claim = ", ".join(f"{key}: {value}" for key, value in (CLAIM | changed).items())
@@ -172,11 +181,8 @@ def test_a_run_that_has_ended_is_written_into_its_sweep_folder(
     small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its folder may be deleted later. A run that was stopped or failed is not written down."""
-    words = ["model.layers=1", "steps=1", "save_model=none", f"out={tmp_path}"]
-    cells = read_cells(["-m", "noise=0.0,0.5", "seed=1,2", *small, *words]) or []
+    cells = short_runs("seed=1,2", *small, f"out={tmp_path}")
     sweep = cells[0].folder.parent
-    for cell in cells:
-        cell.folder.mkdir(parents=True)
     assert ended_in(sweep) is None
     record_plan(cells, "a")
     [plan] = plans_in(sweep)
@@ -213,11 +219,8 @@ def test_a_run_that_was_killed_at_its_very_end_is_written_down_by_the_next_comma
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its record comes first: a report would take a run that has a line alone for one that it leaves out."""
-    words = ["model.layers=1", "steps=1", "save_model=none", f"out={tmp_path}"]
-    cells = read_cells(["-m", "noise=0.0,0.5", "seed=1", *small, *words]) or []
+    cells = short_runs("seed=1", *small, f"out={tmp_path}")
     sweep = cells[0].folder.parent
-    for cell in cells:
-        cell.folder.mkdir(parents=True)
     record_plan(cells, "a")
     with monkeypatch.context() as patched:
         patched.setattr("moe.launch.run.record_end", lambda *arguments, **options: sys.exit("killed"))
