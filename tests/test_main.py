@@ -91,10 +91,13 @@ def test_usage_and_errors_name_the_other_ways_to_call_a_command(
     assert program("moe analyze") == "analyze.py"
 
 
+DEFAULT = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Install the handlers of signals again after a test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Let a test begin with the handlers of a command in the foreground, and install the present ones again after it."""
+    before = {number: signal.signal(number, default) for number, default in DEFAULT.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -12,7 +12,6 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from moe.analysis.looks import ENDED, Known, Seen, Study, group_of, is_testable, place_of
-from moe.analysis.sentences import DETERMINISTIC
 from moe.analysis.statistics import name_cell
 from moe.checks import first_line
 from moe.files import shared_mode
@@ -33,7 +32,6 @@ from moe.runs.planned import (
 )
 from moe.runs.record import RecordError, SweepRecord
 
-RENAMED = {"deterministic": DETERMINISTIC}  # verdicts of looks that were written before the name changed
 LONGEST_WAIT = 60  # seconds until another report has written its look down, which takes a moment
 
 
@@ -149,7 +147,7 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
         look.margins,
         look.metrics,
         look.references,
-        {name: RENAMED.get(verdict, verdict) for name, verdict in look.decided.items()},
+        look.decided,
         look.share,
         look.tests,
     )

@@ -34,7 +34,7 @@ from moe.analysis.looks import (
     share_of_look,
     spent,
 )
-from moe.analysis.recorded import _seen, record_look, study_of
+from moe.analysis.recorded import record_look, study_of
 from moe.analysis.report.blocks import Cards
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
@@ -47,6 +47,7 @@ from moe.analysis.report.sections.asked import asked
 from moe.analysis.report.sections.commands import command_for_more
 from moe.analysis.report.sections.headline import headline
 from moe.analysis.report.sections.planned import (
+    _judged,
     decisions,
     error_of_more,
     look_in_words,
@@ -808,6 +809,41 @@ def test_a_verdict_on_a_second_metric_is_recorded_and_said_if_a_later_look_has_a
     assert f" and {len(names) - 5} more were decided" in warning
 
 
+def test_a_verdict_on_a_comparison_that_a_second_factor_splits_is_said(runs: pd.DataFrame) -> None:
+    """The first look saw one load-balancing weight, so that its comparisons have no "at lb=0.01" in their names."""
+    rng = np.random.default_rng(0)
+    rise = np.where((runs["noise"] == 0.5) & (runs["seed"] < 3), 9.0, 0.0) + rng.normal(0, 0.01, size=len(runs))
+    runs = runs.assign(**{"val/perplexity": 100 + rise})
+    one = runs[(runs["lb"] == 0.01) & (runs["seed"] < 3)]
+    first = _with_look(collect_inputs(one)[0])
+    assert decisions(first)["val/perplexity: noise 0.5 vs 0"] == "worse"
+    second = _with_look(collect_inputs(runs)[0])
+    said = " ".join(" ".join(warnings_of_decisions(second)).split())
+    assert "**An earlier look decided what this report does not compare.** On " in said
+    assert said.count("“validation perplexity: noise 0.5 vs 0” was worse") == 1
+    assert "the levels are others, or a comparison is made at each level of another factor" in said
+    again = collect_inputs(runs, ReportOptions(metrics=("val/perplexity",)))[0]
+    assert " ".join(" ".join(warnings_of_decisions(again)).split()) == said
+    look = again.study.earlier[0]
+    other = look._replace(decided={"val/never: noise 0.5 vs 0": "worse", "a beats b [0123456789ab]": "supported"})
+    [warning] = warnings_of_decisions(again._replace(study=replace(again.study, earlier=[other])))
+    assert "on average, “a beats b” was supported. That" in " ".join(warning.split()), "val/never is not asked for here"
+
+
+def test_a_comparison_at_a_level_keeps_its_name_if_the_level_is_spelled_otherwise(runs: pd.DataFrame) -> None:
+    """A level 0 becomes 0.0 as soon as the sweep gets a level 0.5."""
+    inputs = collect_inputs(runs)[0]
+    judged = next(each for each in _judged(inputs) if each.levels and each.levels[0] == "lb")
+    names = {
+        name_in_looks(judged._replace(levels=(*judged.levels[:-1], within)), inputs)
+        for within in ("noise=0, router=v2.0 x", "noise=0.0, router=v2.0 x")
+    }
+    [name] = names
+    assert name.endswith(" at noise=0, router=v2.0 x")
+    other = name_in_looks(judged._replace(levels=(*judged.levels[:-1], "noise=1e-3, router=v2.0 x")), inputs)
+    assert other.endswith("at noise=0.001, router=v2.0 x")
+
+
 def test_what_earlier_reports_asked_counts_among_the_tests_of_later_ones(runs: pd.DataFrame) -> None:
     """Otherwise one report about three metrics, and three reports about one of them each, would have 15 %."""
     names = [f"val/m{number}" for number in range(3)]
@@ -977,11 +1013,6 @@ def test_a_report_says_which_looks_leave_it_less() -> None:
     assert list(warnings_of_looks(study(both(2, 1, 0), both(0, 1, 2)))) == []
     [warning] = warnings_of_looks(replace(study(both(0, 1, 2)), unwritten="a_b: no"))
     assert warning.startswith("**This look was not written down** (a_b: no). A later report will not know of it")
-
-
-def test_a_look_that_was_written_before_a_verdict_changed_its_name_has_the_new_name() -> None:
-    look = Look("2026-01-01T00:00:00+00:00", [1], 1.0, 1.0, {}, decided={"a vs b": "deterministic", "c": "better"})
-    assert _seen(look, Path(), {}).decided == {"a vs b": "the same in every seed", "c": "better"}
 
 
 def test_advice_says_what_more_seeds_cost_once_the_planned_ones_are_there() -> None:

@@ -1,13 +1,14 @@
 """What was planned before the runs, and what follows from earlier looks at their results."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from datetime import datetime
 
 import pandas as pd
 
-from moe.analysis.looks import FURTHER, Looks, Question, Study, level_as_text
+from moe.analysis.looks import FURTHER, Looks, Question, Seen, Study, level_as_text
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.recorded import alike
 from moe.analysis.report.blocks import literal
@@ -44,6 +45,8 @@ ENDS_UNKNOWN = """\
 **There is no `ended.jsonl` beside `plans.json`.** So this report does not know which runs had ended before a later
 command, and its tests may have too large a share of the 5 %. If the runs are a copy, copy this file too."""
 NO_CLAIMS = pd.DataFrame()  # for judgments on comparisons alone
+FINGERPRINT = r" \[[0-9a-f]+\]$"  # ends the name of a claim in looks
+NUMBER = r"(?<==)-?\d+(\.\d+)?(e[-+]?\d+)?(?=,|$)"  # a level in the name of a combination of levels
 MOST_LOST = 5  # verdicts of an earlier look that a warning names
 REACHED = "the planned number of seeds ({planned}) was reached"
 FIRST_LOOK = "the {seeds}, which decide because no number was planned"
@@ -72,6 +75,10 @@ DECIDED = """\
 **An earlier look decided what this one does not.** On {time}, with {seeds:.3g} seeds on average, {found}. That verdict
 stays valid: the looks share the 5 %, so that each may decide. If you quote it, quote its date, its seeds and this
 report too."""
+NOT_COMPARED = """\
+**An earlier look decided what this report does not compare.** On {time}, with {seeds:.3g} seeds on average, {found}.
+That verdict is about the levels of that look, and stays valid. In this report the levels are others, or a comparison is
+made at each level of another factor. If you quote one of them, quote both."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
@@ -115,12 +122,17 @@ def name_in_looks(judged: Judgment, inputs: ReportInputs) -> str:
     if judged.levels:
         factor, *levels, within = judged.levels
         first, second = sorted(map(level_as_text, levels))
-        return f"{judged.metric}: {factor} {second} vs {first}" + (f" at {within}" if within else "")
+        return f"{judged.metric}: {factor} {second} vs {first}" + (f" at {_numbers_alike(within)}" if within else "")
     known, defaults = claims_of(inputs) if judged.planned else [], asdict(ClaimConfig())
     if judged.row is None or judged.row >= len(known):
         return _title(judged, inputs)
     claim = {key: value for key, value in asdict(known[judged.row][0]).items() if value != defaults[key]}
     return f"{judged.text} [{short(digest_of(claim))}]"
+
+
+def _numbers_alike(cell: object) -> str:
+    """Return "lb=0.0, router=topk" with each level as `level_as_text` has it: "lb=0, router=topk"."""
+    return re.sub(NUMBER, lambda number: level_as_text(float(number[0])), str(cell))
 
 
 def _as_in_looks(verdict: str, judged: Judgment) -> str:
@@ -165,20 +177,46 @@ def _title(judged: Judgment, inputs: ReportInputs) -> str:
 
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
-    """Yield each look whose verdict on some claim or comparison of this report is another than the present one."""
+    """Yield each look whose verdict on some claim or comparison is another than the present one, or has none here.
+
+    A comparison of a metric that this report does not test is passed over.
+    """
     if not any(look.decided for look in inputs.study.earlier):
         return
     said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
+    here = {*judged}
     for look in inputs.study.earlier:
         known = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
         earlier = [(now, _as_in_looks(verdict, now)) for now, verdict in known]
         lost = {_title(now, inputs): verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
         if lost and (lost, look.runs) not in said:
             said.append((lost, look.runs))
-            found = [f"“{text}” was {verdict}" for text, verdict in lost.items()]
-            found[MOST_LOST:] = [f"{len(found) - MOST_LOST} more were decided"] if found[MOST_LOST:] else []
-            seeds = len(look.runs) / len({*look.runs.values()})
-            yield DECIDED.format(time=_to_second(look.time), seeds=seeds, found=literal(enumerated(found)))
+            yield _decided_then(DECIDED, look, lost)
+        gone = [name for name in look.decided if name not in here and _tested_here(name, inputs)]
+        here |= {*gone}
+        if gone:
+            yield _decided_then(NOT_COMPARED, look, {_without_id(name): look.decided[name] for name in gone})
+
+
+def _tested_here(name: str, inputs: ReportInputs) -> bool:
+    """Return whether a name of looks is that of a claim, or of a comparison of a metric that the report tests."""
+    return bool(re.search(FINGERPRINT, name)) or name.partition(": ")[0] in inputs.tested
+
+
+def _without_id(name: str) -> str:
+    """Return a name of looks as a text: a claim without its fingerprint, or a comparison with its metric in words."""
+    if re.search(FINGERPRINT, name):
+        return re.sub(FINGERPRINT, "", name)
+    metric, _, levels = name.partition(": ")
+    return f"{noun(metric)}: {levels}"
+
+
+def _decided_then(warning: str, look: Seen, verdicts: Mapping[str, str]) -> str:
+    """Return a warning about verdicts of an earlier look, by the claims and comparisons that it names."""
+    found = [f"“{text}” was {verdict}" for text, verdict in verdicts.items()]
+    found[MOST_LOST:] = [f"{len(found) - MOST_LOST} more were decided"] if found[MOST_LOST:] else []
+    seeds = len(look.runs) / len({*look.runs.values()})
+    return warning.format(time=_to_second(look.time), seeds=seeds, found=literal(enumerated(found)))
 
 
 def planned_facts(study: Study) -> list[tuple[str, str]]:
