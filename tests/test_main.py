@@ -96,7 +96,7 @@ DEFAULT = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_han
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Let a test begin with the handlers of a command in the foreground, and install the present ones again after it."""
+    """Begin with the handlers of a command in the foreground, and install the present ones again after the test."""
     before = {number: signal.signal(number, default) for number, default in DEFAULT.items()}
     yield
     for number, handler in before.items():
