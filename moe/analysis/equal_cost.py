@@ -21,7 +21,7 @@ from moe.analysis.statistics import NAMES, comparisons, name_cell, table_of_comp
 from moe.results.comparable import LATER_TOKENS, TEXT, TOKENIZER, incomparable, other_causality
 from moe.results.conditions import conditions
 from moe.results.conditions import levels as levels_of
-from moe.results.table import read_event_tables
+from moe.results.table import read_event_tables, values_without_limit
 from moe.results.training_flops import CLOSE, SPENT, of_step_as_evaluated, tokens_of_step, training_flops
 
 LOSS = "val/loss"
@@ -243,6 +243,10 @@ def metric_curves(
     """
     finished = runs[runs["status"] == "finished"]
     evals = read_event_tables(finished["folder"].unique()).evals if evals is None else evals
+    if "capacity" in finished and len(evals):
+        capacity = finished.drop_duplicates("folder").set_index("folder")["capacity"]
+        evals = evals.assign(capacity=evals["folder"].map(capacity))
+        evals = evals.assign(**values_without_limit(evals))
     found = {}
     for metric in metrics:
         _check_known_early(metric, evals[evals["folder"].isin(finished["folder"])] if len(evals) else evals)

@@ -112,12 +112,12 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     gaps = [column for column in factors if table[column].isna().any()]
     texts = [column for column in table if isinstance(inferred[column].dtype, pd.StringDtype)]
     table = inferred.assign(**table[[*dict.fromkeys(gaps + texts)]]).astype(dict.fromkeys(metrics, float))
-    table = table.assign(**_without_limit(table))
+    table = table.assign(**values_without_limit(table))
     return table.reindex(columns=[*FACTS, *factors, *metrics]).copy()  # in one block: a block per column would be slow
 
 
-def _without_limit(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return the metrics under the capacity limit with their values in runs that have no limit.
+def values_without_limit(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the metrics under the capacity limit, in a table of runs or evaluations, also of runs without a limit.
 
     Such a run is not evaluated a second time, because that would give the same. Only a table with runs that have a
     limit has these metrics.

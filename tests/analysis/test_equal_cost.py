@@ -57,7 +57,8 @@ from moe.checks import plain
 from moe.config.claim import ClaimConfig
 from moe.results.comparable import NOT_COMPARABLE, TOKENIZER
 from moe.results.shipped import read_shipped, ship
-from moe.results.table import load_runs, read_event_tables
+from moe.results.table import level, load_runs, read_event_tables
+from moe.results.training_flops import SPENT
 
 STEPS = (0, 10, 20, 40)
 
@@ -468,6 +469,22 @@ def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
     assert at_flops["compared"].endswith(", read at equal training FLOPs")
     [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
     assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
+
+
+def test_a_claim_at_equal_cost_reads_the_loss_under_a_limit_from_runs_without_one_too(tmp_path: Path) -> None:
+    """A run without a limit is not evaluated a second time."""
+    runs, evals = made_up(flops={"a": 100, "b": 160})
+    of_step, limit = {"a": 3 * 64 * 100, "b": 3 * 64 * 160}, {"a": level(None), "b": 1.25}
+    under = (evals["val/loss"] + 0.5).where(evals["folder"].str.startswith("b"))
+    evals = evals.assign(**{"val_capacity/loss": under, SPENT: evals["step"] * evals["folder"].str[0].map(of_step)})
+    runs = write_runs(tmp_path, runs, evals)
+    spent = 40 * runs["router"].map(of_step)
+    final = {"val_capacity/loss": runs["val/loss"], SPENT: spent}
+    runs = runs.assign(capacity=runs["router"].map(limit), router="topk", **final)
+    words = {"factor": "capacity", "levels": [1.25], "than": [level(None)], "kind": "higher", "at": "flops"}
+    claims = [ClaimConfig(text=metric, metric=metric, **words) for metric in ("val/loss", "val_capacity/loss")]
+    plain, limited = judge(runs, claims)["difference"]
+    assert limited == pytest.approx(plain + 0.5)
 
 
 def test_a_claim_at_equal_cost_reads_each_budget_at_its_own_cost(tmp_path: Path) -> None:
