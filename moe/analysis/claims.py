@@ -274,7 +274,8 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         shown_sides = (f"{claim.moderator}={level(second)}", f"{claim.moderator}={level(first)}")
     shown = pairs[a][b]
     row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
-    predicted = _predicted(shown if estimates != "mixed" else shown._replace(mean=NAN))._replace(
+    open_ = estimates == "mixed" or abs(shown.favor) <= shown.off  # more seeds would not tell it
+    predicted = _predicted(shown._replace(mean=NAN) if open_ else shown)._replace(
         named=len(named), rivals=len(rivals), freedom=shown.freedom, best=best
     )
     shown_ends = dict(zip(("level", "reference"), shown_sides, strict=True))

@@ -5,8 +5,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe.analysis.equal_cost import FLOPS, SECONDS, NoEqualCostError, at_common_cost, metric_curves, unknown_flops
-from moe.analysis.estimates import Comparison, Sides, as_change, in_all_runs, of_pairs
+from moe.analysis.equal_cost import (
+    FLOPS,
+    SECONDS,
+    NoEqualCostError,
+    at_common_cost,
+    at_cost,
+    bounds_at_cost,
+    metric_curves,
+    unknown_flops,
+)
+from moe.analysis.estimates import Comparison, Sides, as_change, in_all_runs, of_pairs, widened
 from moe.analysis.looks import group_of, place_of
 from moe.analysis.sentences import null_everywhere
 from moe.analysis.statistics import name_cell
@@ -131,7 +140,7 @@ def _pairs_at_cost(
             raise NoEqualCostError(f"{claim.factor}={each}: {reason}")
     curves = metric_curves(runs, _metrics(claim), cost, evals)
     if claim.kind == "mixed":
-        found = _pairs(claim, at_common_cost(runs, _others(claim, runs), curves), named, rivals)
+        found = _pairs_of_curves(claim, runs, curves, named, rivals)
         return [[pair._replace(runs=group_of(runs)) for pair in line] for line in found]
     runs = runs[runs[claim.factor].isin([*named, *rivals])]
     others = _others(claim, runs)
@@ -144,10 +153,62 @@ def _pairs_at_cost(
             metric: {folder: curve for folder, curve in known.items() if folder in paired}
             for metric, known in curves.items()
         }
-        [[found]] = _pairs(claim, at_common_cost(both, others, of_pairs), [a], [b])
+        [[found]] = _pairs_of_curves(claim, both, of_pairs, [a], [b])
         return found._replace(runs=group_of(both[sides == 2]))
 
     return [[pair(a, b) for b in rivals] for a in named]
+
+
+def _pairs_of_curves(
+    claim: ClaimConfig,
+    runs: pd.DataFrame,
+    curves: dict[str, dict[str, pd.DataFrame]],
+    named: list[Any],
+    rivals: list[Any],
+) -> list[list[Comparison]]:
+    """Compare as `_pairs` does, with metrics that are read from curves at a common cost.
+
+    Between two evaluations a metric is not known exactly. So the levels are also compared with the least values that
+    one side may have and the largest ones of the other, and the other way round; see `widened`.
+    """
+    others = _others(claim, runs)
+    read, least, most = (
+        at_common_cost(runs, others, curves, how)
+        for how in (at_cost, lambda *at: bounds_at_cost(*at)[0], lambda *at: bounds_at_cost(*at)[1])
+    )
+    found = _pairs(claim, read, named, rivals)
+    if least.equals(most):
+        return found
+    far = [
+        _pairs(claim, _apart(claim, read, *ends, named, rivals), named, rivals)
+        for ends in ((least, most), (most, least))
+    ]
+    return [[widened(*same) for same in zip(*lines, strict=True)] for lines in zip(found, *far, strict=True)]
+
+
+def _apart(
+    claim: ClaimConfig,
+    runs: pd.DataFrame,
+    of_named: pd.DataFrame,
+    of_rivals: pd.DataFrame,
+    named: list[Any],
+    rivals: list[Any],
+) -> pd.DataFrame:
+    """Return the runs with the metrics of two tables: those of one at the levels `named`, of the other at `rivals`.
+
+    At the first of the two levels of an interaction, it is the other way round, so that the change is as large, or as
+    small, as it can be.
+    """
+    one, other = (runs[claim.factor].isin(levels) for levels in (named, rivals))
+    moderator = claim.moderator if claim.kind == "interaction" else None
+    moved = {}
+    for metric in (metrics := _metrics(claim)):
+        first = pd.Series(moderator == DOMAIN and metric == metrics[0], runs.index)
+        if moderator not in (None, DOMAIN):
+            first = runs[moderator] == level(claim.within[moderator][0])
+        a, b = of_named[metric].mask(first, of_rivals[metric]), of_rivals[metric].mask(first, of_named[metric])
+        moved[metric] = runs[metric].mask(one, a).mask(other, b)
+    return runs.assign(**moved)
 
 
 def timed(claim: ClaimConfig) -> bool:

@@ -8,7 +8,7 @@ how early that is.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ they are older than the record of training FLOPs, and their evaluation does not 
 another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = ": a run ends before the first evaluation of another"
 OFTEN_ENOUGH = "train with eval_every={every} or less"
+STEEPEST = 2.0  # see `bounds_at_cost`; docs/statistics.md says how curves of real runs compare with it
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run
 
@@ -225,6 +226,23 @@ def at_cost(curve: pd.DataFrame, cost: float) -> float:
     return float(PchipInterpolator(known, curve["loss"].to_numpy())(np.clip(wanted, known[0], known[-1])))
 
 
+def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float]:
+    """Return the least and the largest loss that a curve may have at a cost. At a point, both are the loss there.
+
+    Between two points, the loss lies between those of the points. In the log of the cost, it changes at most `STEEPEST`
+    times as fast as on average from one to the other.
+    """
+    known, loss, read = np.log(curve["cost"].to_numpy()), curve["loss"].to_numpy(), at_cost(curve, cost)
+    place = float(np.interp(math.log(cost), known, np.arange(len(known))))
+    if math.isclose(place, round(place), abs_tol=1e-9):
+        return read, read
+    first, second = loss[math.floor(place)], loss[math.ceil(place)]
+    since, until = (STEEPEST * abs(first - second) * part for part in (place % 1, 1 - place % 1))
+    least = max(min(first, second), first - since, second - until)
+    most = min(max(first, second), first + since, second + until)
+    return min(least, read), max(most, read)
+
+
 def _gap(curve: pd.DataFrame, cost: float) -> float:
     """Return how far the losses of a curve's neighboring points differ at a cost, and 0 at a point."""
     known, loss = curve["cost"].to_numpy(), curve["loss"].to_numpy()
@@ -276,18 +294,23 @@ def unknown_flops(runs: pd.DataFrame) -> str:
     return f"{len(unknown)} of {len(finished)} runs{of_routers} are left out at equal FLOPs: {NOT_RECORDED}."
 
 
-def at_common_cost(runs: pd.DataFrame, others: list[str], curves: dict[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
+def at_common_cost(
+    runs: pd.DataFrame,
+    others: list[str],
+    curves: dict[str, dict[str, pd.DataFrame]],
+    read: Callable[[pd.DataFrame, float], float] = at_cost,
+) -> pd.DataFrame:
     """Return the runs with these metrics as they were at the largest cost that all runs of their cell have reached.
 
-    A cell is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. Raises
-    NoEqualCostError if the runs of a cell have no cost in common.
+    A cell is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. read: returns
+    the metric of a curve at a cost. Raises NoEqualCostError if the runs of a cell have no cost in common.
     """
     cells = []
     for levels, members in conditions(runs, others):
         for metric, of_run in curves.items():
             known = {folder: of_run[folder] for folder in members["folder"] if folder in of_run}
             most = _largest_common([*known.values()], name_cell(levels)) if known else math.nan
-            found = {folder: at_cost(curve, most) for folder, curve in known.items()}
+            found = {folder: read(curve, most) for folder, curve in known.items()}
             members = members.assign(**{metric: members["folder"].map(found).astype(float)})
         cells.append(members)
     return pd.concat(cells) if cells else runs

@@ -21,6 +21,9 @@ ONE_SEED_CONNECTS = "without one of its seeds the others cannot tell the differe
 NO_WEIGHT = 1e-9  # of a run in an estimate, which rounding may give it
 NO_SPREAD = "the difference is the same in every seed, so nothing tells how far chance could move it"
 
+TOO_FAR_APART = """\
+the evaluations beside the common cost are too far apart to tell the difference there; a smaller eval_every would"""
+
 # The estimate of so many times a difference minus a share of the mean of the values with which it is compared
 Estimate = Callable[[float, float], Contrast]
 
@@ -37,6 +40,7 @@ class Comparison(NamedTuple):
     deterministic: whether the difference is the same in every seed. It is then tested only against a share of a mean.
     note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
+    off: how far the difference may be off, because it is read between evaluations; see `widened`.
     runs: the folders of the runs on which the test depends.
     """
 
@@ -55,6 +59,7 @@ class Comparison(NamedTuple):
     deterministic: bool = False
     note: str = ""
     doubt: str = ""
+    off: float = 0.0
     runs: frozenset[str] = frozenset()
 
 
@@ -113,6 +118,32 @@ def of_pairs(claim: ClaimConfig, sides: Sides) -> Comparison:
 
     used = [_used(each[kept], pairs.notna().to_numpy()) for each in (treated_runs, reference_runs)]
     return _estimated(claim, estimate, reference, base, note)._replace(runs=used[0] | used[1])
+
+
+def widened(found: Comparison, *extremes: Comparison) -> Comparison:
+    """Return a comparison that holds also if the true values are those of the extremes.
+
+    Its interval contains theirs, and its p-values are the largest. So a claim about values that are read between two
+    evaluations is decided only if no reading would leave it open.
+    """
+    every = found, *extremes
+    if untested := [each for each in every if math.isnan(each.p_for)]:
+        return found._replace(p_for=NAN, p_against=NAN, doubt=untested[0].doubt)
+    p_for, p_against = max(each.p_for for each in every), max(each.p_against for each in every)
+    off = max(abs(each.mean - each.reference_mean - (found.mean - found.reference_mean)) for each in extremes)
+    note = "; ".join(
+        filter(None, (found.note, f"read between evaluations, so that the difference may be off by {off:.2g}"))
+    )
+    alone = min(found.p_for, found.p_against) <= SIGNIFICANCE < min(p_for, p_against)
+    return found._replace(
+        low=min(each.low for each in every),
+        high=max(each.high for each in every),
+        p_for=p_for,
+        p_against=p_against,
+        note=note,
+        doubt=TOO_FAR_APART if alone else found.doubt,
+        off=off,
+    )
 
 
 def in_all_runs(claim: ClaimConfig, sides: Sides, rest: list[pd.Series], rest_runs: list[pd.Series]) -> Comparison:

@@ -25,6 +25,7 @@ from moe.analysis.equal_cost import (
     ONLY_AT_THE_END,
     SECONDS,
     TOTAL,
+    bounds_at_cost,
     difference,
     equal_cost,
     paired_sides,
@@ -468,7 +469,70 @@ def test_a_claim_can_compare_at_equal_cost(tmp_path: Path) -> None:
     assert at_seconds["difference"] == pytest.approx(at_the_end["difference"]), "both took 4 s"
     assert at_flops["compared"].endswith(", read at equal training FLOPs")
     [table] = [equal_cost(runs, training_curves(runs, read_event_tables(runs["folder"]).evals), ["router"], {}, FLOPS)]
-    assert at_flops[["difference", "ci_low"]].tolist() == pytest.approx(table.iloc[0][["value", "low"]].tolist())
+    assert at_flops["difference"] == pytest.approx(table["value"].iloc[0])
+    off = table["gap"].iloc[0] * math.log2(40 / 32)  # b is read there, a third of the way from step 20 to step 40
+    assert at_flops["ci_low"] == pytest.approx(table["low"].iloc[0] - off, abs=1e-6)
+    assert f"read between evaluations, so that the difference may be off by {off:.2g}" in at_flops["reason"]
+
+
+def evaluated(
+    steps: list[int], cost: float, *, more: float = 0.0, random: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return runs of settings a and b with one law. b has `cost` times the FLOPs of a, and a loss higher by `more`."""
+    rng, runs, evals = np.random.default_rng(random), [], []
+    for name, times, above in (("a", 1.0, 0.0), ("b", cost, more)):
+        for seed in range(5):
+            run = {"folder": f"/x/{name}{seed}", "v": name, "seed": seed, "steps": steps[-1], "status": "finished"}
+            flops = 4e10 * times * np.array(steps)
+            losses = 3 + 1.2 * (flops / 4e12) ** -0.3 + above + rng.normal(0, 0.001, len(steps))
+            of_run = {"folder": run["folder"], "step": steps, "val/loss": losses, SPENT: flops}
+            runs.append(run | {"val/loss": losses[-1], SPENT: flops[-1], "causal": True, "experiment": "made up"})
+            evals.append(pd.DataFrame(of_run))
+    return pd.DataFrame(runs), pd.concat(evals)
+
+
+@pytest.mark.parametrize("kind", ["higher", "mixed"])
+def test_a_claim_at_equal_cost_is_open_if_evaluations_are_too_far_apart(kind: str) -> None:
+    """Otherwise each of two equal settings is worse than the other one: interpolated losses are too high."""
+    direction = {"direction": "higher"} if kind == "mixed" else {}
+    claim = ClaimConfig("b is worse", "val/loss", "v", ["b"], kind, than=["a"], at="flops", **direction)
+    [[far]] = compared(claim, *evaluated([50, 100], cost=1.5)).pairs
+    assert far.mean - far.reference_mean == pytest.approx(0.006, abs=0.002), "a straight line is too high"
+    assert min(far.p_for, far.p_against) > 0.5
+    assert far.low < 0 < far.high
+    assert far.doubt.startswith("the evaluations beside the common cost are too far apart")
+    [[near]] = compared(claim, *evaluated([*range(2, 101, 2)], cost=1.5, more=0.02)).pairs
+    assert near.p_for < 0.001
+    assert near.off < 0.005
+    [[same]] = compared(claim, *evaluated([50, 100], cost=1.0, more=0.02)).pairs
+    assert (same.off, same.p_for < 0.001) == (0, True), "both are read at an evaluation"
+
+
+def test_bounds_of_a_curve_contain_its_losses_between_two_evaluations() -> None:
+    """Fast and slow laws, and a loss that falls faster at the end, as with a learning rate that falls to zero."""
+    costs = np.linspace(1, 4, 301)
+    for law in (costs**-0.3, costs**-1.5, 5 - 0.2 * np.log(costs), np.cos(costs / 4), 1 - costs**-0.3):
+        curve = pd.DataFrame({"cost": costs[::100], "loss": law[::100]})
+        for cost, loss in zip(costs, law, strict=True):
+            least, most = bounds_at_cost(curve, cost)
+            assert least <= loss + 1e-12
+            assert most >= loss - 1e-12
+    assert bounds_at_cost(curve, 2.0) == (law[100], law[100])
+    assert bounds_at_cost(curve, 9.0) == (law[-1], law[-1])
+    near = bounds_at_cost(pd.DataFrame({"cost": [1.0, math.e], "loss": [5.0, 4.0]}), math.exp(0.9))
+    assert near == pytest.approx((4.0, 4.2)), "shortly before the second evaluation"
+
+
+def test_a_change_at_equal_cost_counts_what_interpolation_can_do_at_both_levels() -> None:
+    """At each level, b may be better or worse than it is read. The change may be off by both together."""
+    parts = [evaluated([50, 100], cost=1.5, random=random) for random in range(2)]
+    runs = pd.concat([each[0].assign(w=w, folder=each[0]["folder"] + str(w)) for w, each in enumerate(parts)])
+    evals = pd.concat([each[1].assign(folder=each[1]["folder"] + str(w)) for w, each in enumerate(parts)])
+    words = {"metric": "val/loss", "factor": "v", "levels": ["b"], "than": ["a"], "at": "flops"}
+    change = ClaimConfig(text="x", kind="interaction", direction="higher", within={"w": [0, 1]}, **words)
+    [[both]] = compared(change, runs.reset_index(drop=True), evals).pairs
+    [[one]] = compared(ClaimConfig(text="y", kind="higher", **words), *parts[0]).pairs
+    assert both.off == pytest.approx(2 * one.off, rel=0.01)
 
 
 def test_a_claim_at_equal_cost_reads_the_loss_under_a_limit_from_runs_without_one_too(tmp_path: Path) -> None:
