@@ -134,11 +134,11 @@ def _seen(look: Look, sweep: Path, known: Mapping[str, Known]) -> Seen:
     A run that was trained again, with another result, is another run. So is one that was trained again with the same
     result, if the look tested a speed.
     """
-    runs = {}
+    runs: dict[str, str] = {}
     for setting, names in look.runs.items():
-        for name in names:
-            runs[_place(place_of(sweep / name), look.results.get(name), known)] = setting
-    runs |= {folder: known[folder].setting for folder in runs.keys() & known.keys()}
+        places = [_place(place_of(sweep / name), look.results.get(name), known) for name in names]
+        present = next((known[place].setting for place in places if place in known), setting)
+        runs |= {place: known[place].setting if place in known else present for place in places}
     return Seen(
         look.time,
         runs,
@@ -361,15 +361,22 @@ def _locked(folder: Path) -> FileLock:
 
 
 def _add(look: Look, folder: Path, name: str) -> bool:
-    """Add a look at an experiment to looks.json of a sweep folder, and return whether it was not there.
+    """Add a look at an experiment to looks.json of a sweep folder, and return whether that changed the file.
 
-    Raises OSError or NotImplementedError if the folder cannot be written to, or has no locks.
+    A look that is there gets the verdicts that it lacks: a report about these runs alone may decide what one about them
+    and other runs left open. Raises OSError or NotImplementedError if the folder cannot be written to, or has no locks.
     """
 
     def with_look() -> dict[str, list[Look]] | None:
         looks = looks_in(folder)
         known = looks.get(name, [])
-        return None if any(_same(each, look) for each in known) else looks | {name: [*known, look]}
+        place = next((place for place, each in enumerate(known) if _same(each, look)), None)
+        if place is None:
+            return looks | {name: [*known, look]}
+        decided = look.decided | known[place].decided
+        if decided == known[place].decided:
+            return None
+        return looks | {name: [*known[:place], known[place]._replace(decided=decided), *known[place + 1 :]]}
 
     if with_look() is None:
         return False

@@ -27,7 +27,7 @@ from moe.analysis.sentences import enumerated
 from moe.results.comparable import NOT_COMPARABLE
 
 SAVES, COSTS_MORE, NOT_APART = "saves compute", "costs more", "not told apart"
-NOT_SHOWN = "not shown"  # the interval leaves out 1, but no runs of the reference confirm it
+NOT_SHOWN = "not shown"  # no interval, or it leaves out 1, but no runs of the reference confirm it
 NOT_REACHED = "no run of the reference has this loss, so nothing shows that the setting costs more"
 NOT_CHECKED = "no run of the reference ended at this compute, so nothing shows that compute is saved"
 STILL_TRAINED = """\
@@ -68,14 +68,17 @@ class SpeedUp(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the interval says of the arm, if it is comparable; `NOT_SHOWN` if the baseline's runs do not show it."""
+        """What the interval says of the arm, if it is comparable.
+
+        `NOT_SHOWN` if there is no interval, or if the baseline's runs do not show what it says.
+        """
         if not self.comparable:
             return NOT_COMPARABLE
         if self.times.low > 1:
             return SAVES if self.checked else NOT_SHOWN
         if self.times.high < 1:
             return COSTS_MORE if self.reached else NOT_SHOWN
-        return NOT_APART
+        return NOT_APART if self.times.low <= 1 <= self.times.high else NOT_SHOWN
 
 
 class EndedRuns(NamedTuple):

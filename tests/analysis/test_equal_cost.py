@@ -61,6 +61,7 @@ from moe.results.shipped import read_shipped, ship
 from moe.results.table import level, load_runs, read_event_tables
 from moe.results.training_flops import SPENT
 
+ROOT = Path(__file__).parents[2]
 STEPS = (0, 10, 20, 40)
 
 
@@ -521,6 +522,23 @@ def test_bounds_of_a_curve_contain_its_losses_between_two_evaluations() -> None:
     assert bounds_at_cost(curve, 9.0) == (law[-1], law[-1])
     near = bounds_at_cost(pd.DataFrame({"cost": [1.0, math.e], "loss": [5.0, 4.0]}), math.exp(0.9))
     assert near == pytest.approx((4.0, 4.2)), "shortly before the second evaluation"
+
+
+def test_evaluations_of_the_shipped_studies_lie_within_the_bounds_from_their_neighbors() -> None:
+    """docs/statistics.md has these numbers."""
+    outside, number = list[tuple[str, float]](), 0
+    for file in sorted((ROOT / "docs" / "studies").glob("*/evals.csv.gz")):
+        evals = pd.read_csv(file, usecols=["folder", "step", "val/loss"]).query("step > 0").dropna()
+        for _, run in evals.sort_values("step").groupby("folder"):
+            cost, loss = run["step"].to_numpy(dtype=float), run["val/loss"].to_numpy()
+            curve = pd.DataFrame({"cost": cost, "loss": loss})
+            for place in range(1, len(run) - 1):
+                least, most = bounds_at_cost(curve.iloc[[place - 1, place + 1]], cost[place])
+                number += 1
+                if (off := max(least - loss[place], loss[place] - most)) > 0:
+                    outside.append((file.parent.name, off))
+    assert (number, len(outside), {name for name, _ in outside}) == (4554, 47, {"scaling"})
+    assert 0.021 < max(off for _, off in outside) < 0.022
 
 
 def test_a_change_at_equal_cost_counts_what_interpolation_can_do_at_both_levels() -> None:

@@ -34,7 +34,7 @@ from moe.analysis.looks import (
     share_of_look,
     spent,
 )
-from moe.analysis.recorded import record_look, study_of
+from moe.analysis.recorded import Written, record_look, study_of, take_back
 from moe.analysis.report.blocks import Cards
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import OF_CLAIMS, EarlierTests, ReportInputs, ReportOptions
@@ -821,13 +821,44 @@ def test_a_verdict_on_a_comparison_that_a_second_factor_splits_is_said(runs: pd.
     said = " ".join(" ".join(warnings_of_decisions(second)).split())
     assert "**An earlier look decided what this report does not compare.** On " in said
     assert said.count("“validation perplexity: noise 0.5 vs 0” was worse") == 1
-    assert "the levels are others, or a comparison is made at each level of another factor" in said
+    assert "or makes a comparison at each level of another factor" in said
     again = collect_inputs(runs, ReportOptions(metrics=("val/perplexity",)))[0]
     assert " ".join(" ".join(warnings_of_decisions(again)).split()) == said
     look = again.study.earlier[0]
-    other = look._replace(decided={"val/never: noise 0.5 vs 0": "worse", "a beats b [0123456789ab]": "supported"})
-    [warning] = warnings_of_decisions(again._replace(study=replace(again.study, earlier=[other])))
-    assert "on average, “a beats b” was supported. That" in " ".join(warning.split()), "val/never is not asked for here"
+    name = "val/accuracy: noise 0.5 vs 0"  # not tested here
+    claims = {"a beats b [0123456789ab]": "supported", "a beats b [ba9876543210]": "contradicted"}
+    looks = [
+        look._replace(decided={name: "worse"} | claims),
+        look._replace(decided={name: "better"} | claims, time="2026-12-30T00:00:00+00:00"),
+    ]
+    first, second = warnings_of_decisions(again._replace(study=replace(again.study, earlier=looks)))
+    assert "“validation accuracy: noise 0.5 vs 0” was worse, “a beats b” was supported and “a beats b” was" in (
+        " ".join(first.split())
+    )
+    assert "on average, “validation accuracy: noise 0.5 vs 0” was better. That" in " ".join(second.split())
+
+
+def test_a_report_about_the_same_runs_alone_adds_its_verdicts_to_the_look(runs: pd.DataFrame, tmp_path: Path) -> None:
+    """A report about them and another experiment has more tests, so it may leave open what the one alone decides."""
+    path = tmp_path / "sweeps" / "noise" / "looks.json"
+    study = study_of(runs)
+    assert record_look(runs, study, decided={"a": "better"}) == ""
+    written = list[Written]()
+    assert record_look(runs, study, decided={"a": "worse", "b": "supported"}, written=written) == ""
+    [look] = LooksRecord.read(path).looks["noise_lb_seed"]
+    assert look.decided == {"a": "better", "b": "supported"}
+    take_back(written)
+    assert LooksRecord.read(path).looks["noise_lb_seed"] == [look], "the report that wrote the look was shown"
+
+
+def test_runs_that_are_gone_keep_the_setting_of_those_that_are_there(runs: pd.DataFrame) -> None:
+    """A second factor gives the runs that are there longer names. Both have one setting, so seeds are counted right."""
+    first = runs[(runs["lb"] == 0.01) & (runs["seed"] < 3)]
+    _with_look(collect_inputs(first)[0])
+    gone = (runs["lb"] == 0.01) & (runs["noise"] == 0.5) & (runs["seed"] == 1)
+    [look] = study_of(runs[~gone]).earlier
+    assert len({*look.runs.values()}) == runs["noise"].nunique()
+    assert all(setting.startswith("lb=0.01, noise=") for setting in look.runs.values())
 
 
 def test_a_comparison_at_a_level_keeps_its_name_if_the_level_is_spelled_otherwise(runs: pd.DataFrame) -> None:

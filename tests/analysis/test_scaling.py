@@ -200,7 +200,7 @@ def test_a_speed_up_says_what_the_data_do_not_carry() -> None:
     [flat_one] = speed_up(flat, far)
     assert any("no interval, because" in doubt and "at a bound" in doubt for doubt in flat_one.doubts)
     assert np.isnan(flat_one.times[1:]).all()
-    assert flat_one.verdict == NOT_APART
+    assert flat_one.verdict == NOT_SHOWN
     assert speed_up_row(flat_one)["times the compute"] == NOWHERE, "no number of 300 digits"
 
 

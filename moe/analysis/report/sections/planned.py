@@ -77,8 +77,8 @@ stays valid: the looks share the 5 %, so that each may decide. If you quote it, 
 report too."""
 NOT_COMPARED = """\
 **An earlier look decided what this report does not compare.** On {time}, with {seeds:.3g} seeds on average, {found}.
-That verdict is about the levels of that look, and stays valid. In this report the levels are others, or a comparison is
-made at each level of another factor. If you quote one of them, quote both."""
+That verdict is about what that look compared, and stays valid. This report has other metrics, claims or levels, or
+makes a comparison at each level of another factor. If you quote one of them, quote both."""
 LATE_MARGIN = """\
 **The margin {margin} of {metric} was not given at the first look at these runs**, before {time}. Results may have
 chosen it, so there is no verdict on it. A claim of kind `equivalent` states a margin before the runs."""
@@ -177,30 +177,23 @@ def _title(judged: Judgment, inputs: ReportInputs) -> str:
 
 
 def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
-    """Yield each look whose verdict on some claim or comparison is another than the present one, or has none here.
-
-    A comparison of a metric that this report does not test is passed over.
-    """
+    """Yield each look whose verdict on some claim or comparison is another than the present one, or has none here."""
     if not any(look.decided for look in inputs.study.earlier):
         return
     said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
-    here = {*judged}
+    gone_before = set[tuple[str, str]]()
     for look in inputs.study.earlier:
         known = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
         earlier = [(now, _as_in_looks(verdict, now)) for now, verdict in known]
-        lost = {_title(now, inputs): verdict for now, verdict in earlier if not now.decided or now.verdict != verdict}
+        lost = [(_title(now, inputs), verdict) for now, verdict in earlier if not now.decided or now.verdict != verdict]
         if lost and (lost, look.runs) not in said:
             said.append((lost, look.runs))
             yield _decided_then(DECIDED, look, lost)
-        gone = [name for name in look.decided if name not in here and _tested_here(name, inputs)]
-        here |= {*gone}
-        if gone:
-            yield _decided_then(NOT_COMPARED, look, {_without_id(name): look.decided[name] for name in gone})
-
-
-def _tested_here(name: str, inputs: ReportInputs) -> bool:
-    """Return whether a name of looks is that of a claim, or of a comparison of a metric that the report tests."""
-    return bool(re.search(FINGERPRINT, name)) or name.partition(": ")[0] in inputs.tested
+        gone = [(name, verdict) for name, verdict in look.decided.items() if name not in judged]
+        new = [each for each in gone if each not in gone_before]
+        gone_before.update(new)
+        if new:
+            yield _decided_then(NOT_COMPARED, look, [(_without_id(name), verdict) for name, verdict in new])
 
 
 def _without_id(name: str) -> str:
@@ -211,9 +204,9 @@ def _without_id(name: str) -> str:
     return f"{noun(metric)}: {levels}"
 
 
-def _decided_then(warning: str, look: Seen, verdicts: Mapping[str, str]) -> str:
+def _decided_then(warning: str, look: Seen, verdicts: Sequence[tuple[str, str]]) -> str:
     """Return a warning about verdicts of an earlier look, by the claims and comparisons that it names."""
-    found = [f"“{text}” was {verdict}" for text, verdict in verdicts.items()]
+    found = [f"“{text}” was {verdict}" for text, verdict in verdicts]
     found[MOST_LOST:] = [f"{len(found) - MOST_LOST} more were decided"] if found[MOST_LOST:] else []
     seeds = len(look.runs) / len({*look.runs.values()})
     return warning.format(time=_to_second(look.time), seeds=seeds, found=literal(enumerated(found)))
