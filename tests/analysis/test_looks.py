@@ -648,7 +648,7 @@ def test_a_report_with_another_metric_or_reference_is_a_look(runs: pd.DataFrame)
     assert tests["val/accuracy"] == pytest.approx(tests["val/perplexity"] / FURTHER)
     assert more.claims["tests"].equals(alone.claims["tests"])
     [warning] = (" ".join(text.split()) for text in warnings_of_looks(more.study))
-    assert "No earlier look at these runs had asked for val/accuracy. In this look, the comparisons that are" in warning
+    assert "No earlier look at these runs had asked for val/accuracy. In this look, all new comparisons" in warning
     assert "To keep 5 %, name all metrics and references in the first report." in warning
     two = report(lb=0.01)
     assert two.study.looks.place == 0, "of two levels, one as the reference asks the same as the other"

@@ -285,7 +285,7 @@ def warnings_of_looks(study: Study) -> Iterator[str]:
         "absent": _absent(study, looks.place),
         "error": _error_of_planned(study),
         "share": 100 * SIGNIFICANCE * looks.share(),
-        "tests": "the comparisons that are new" if before else "the tests of a report",
+        "tests": "all new comparisons" if before else "the tests of a report",
         "old": OLD if before else "",
         "new": NEW.format(what=_asked(study.new)) if study.new else "",
         "keep": KEEP_QUESTIONS if study.new else "" if _is_planned(study) else KEEP_RUNS,
