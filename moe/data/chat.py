@@ -27,6 +27,9 @@ class LabeledTokens(NamedTuple):
     labels: Int[np.ndarray, " N"]
 
 
+TEMPLATE_OF = "the conversation with the id {id}: the chat template of data.tokenizer"  # begins messages
+
+
 def set_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Give a tokenizer that has no chat template the ChatML template of SmolLM2.
 
@@ -68,7 +71,7 @@ def tokenize_conversations(
                 words, after = words + after[:1], after[1:]
             elif turn.role == "assistant":
                 raise ValueError(
-                    f"{conversation.id}: the chat template of data.tokenizer does not end the words of the assistant "
+                    f"{TEMPLATE_OF.format(id=conversation.id)} does not end the words of the assistant "
                     "with a special token, so a model could not learn to stop"
                 )
             ids += words + after
@@ -99,9 +102,9 @@ def _markup(conversation: Document, tokenizer: PreTrainedTokenizerFast) -> list[
     try:
         rendered = tokenizer.apply_chat_template(placeholders, tokenize=False)
     except TemplateError as error:
-        raise ValueError(f"{conversation.id}: the chat template of data.tokenizer refuses it: {error}") from None
+        raise ValueError(f"{TEMPLATE_OF.format(id=conversation.id)} refuses it: {error}") from None
     assert isinstance(rendered, str)
     parts = re.split("\ue000(\\d+)\ue001", rendered)
     if parts[1::2] != [str(n) for n in range(len(placeholders))]:
-        raise ValueError(f"{conversation.id}: the chat template of data.tokenizer leaves out or reorders its turns")
+        raise ValueError(f"{TEMPLATE_OF.format(id=conversation.id)} leaves out or reorders its turns")
     return parts[::2]

@@ -79,9 +79,9 @@ class Hub(_Rows):
             raise ValueError(f"data.source.max_documents={self.max_documents}: must be at least 1")
 
     def _rows(self, percent: int) -> Iterator[Document | str]:
-        for id, row, beyond in _hub_rows(self, [self.text], self.max_documents, percent):
-            if text := _text(row, self.text, key="data.source.text", id=id):
-                domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
+        for id, where, row, beyond in _hub_rows(self, [self.text], self.max_documents, percent):
+            if text := _text(row, self.text, key="data.source.text", where=where):
+                domain = _domain(row, self.domain, default=Path(self.path).stem, where=where)
                 yield Document(domain, id, text, id, beyond=beyond)
             else:
                 yield EMPTY
@@ -124,9 +124,9 @@ class Conversations(_Rows):
             raise ValueError(f"data.source.max_samples={self.max_samples}: must be at least 1")
 
     def _rows(self, percent: int) -> Iterator[Document | str]:
-        for id, row, beyond in _hub_rows(self, [self.messages], self.max_samples, percent):
-            if turns := _turns(row, self.messages, id=id):
-                domain = _domain(row, self.domain, default=Path(self.path).stem, id=id)
+        for id, where, row, beyond in _hub_rows(self, [self.messages], self.max_samples, percent):
+            if turns := _turns(row, self.messages, where=where):
+                domain = _domain(row, self.domain, default=Path(self.path).stem, where=where)
                 yield Document.conversation(domain, id, turns)._replace(beyond=beyond)
             else:
                 yield EMPTY
@@ -178,10 +178,11 @@ class Files:
                 text = readers.read_text(file, PATHS)
                 yield Document(folder, name, text, name) if text.strip() else EMPTY
                 continue
-            for number, row in enumerate(readers.read_rows(file, PATHS)):
+            for number, (where, row) in enumerate(_named(readers.read_rows(file, PATHS), file)):
                 id = f"{name}:{number}"
-                if row_text := _text(row, self.column, key="data.source.column", id=id):
-                    yield Document(_domain(row, self.domain, default=readers.stem(file), id=id), id, row_text, id)
+                if row_text := _text(row, self.column, key="data.source.column", where=where):
+                    domain = _domain(row, self.domain, default=readers.stem(file), where=where)
+                    yield Document(domain, id, row_text, id)
                 else:
                     yield EMPTY
 
@@ -220,20 +221,26 @@ def on_the_hub(path: str) -> bool:
 
 def _hub_rows(
     source: Hub | Conversations, columns: list[str], limit: int, percent: int
-) -> Iterator[tuple[str, dict[str, Any], bool]]:
+) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
     """Yield the first `limit` rows of a data set on the hub or of local files, and `percent` percent more.
 
-    Each has its id, its content, and whether it is beyond the limit.
+    Each has its id, where it is, for messages, its content, and whether it is beyond the limit.
     """
-    rows: Iterator[dict[str, Any]]
+    rows: Iterator[tuple[str, dict[str, Any]]]
     count = limit + math.ceil(limit * percent / 100)
     if files := _local_files(source.path):
-        rows = chain.from_iterable(readers.read_rows(file, "data.source.path") for file in files)
+        rows = chain.from_iterable(_named(readers.read_rows(file, "data.source.path"), file) for file in files)
     else:
         wanted = columns if source.domain is None else [*columns, source.domain]
-        rows = hub.rows(source.path, source.name, source.split, source.revision, wanted, count)
-    for number, row in enumerate(islice(rows, count)):
-        yield f"{source.split}/{number}", row, number >= limit
+        rows = _named(hub.rows(source.path, source.name, source.split, source.revision, wanted, count), source.split)
+    for number, (where, row) in enumerate(islice(rows, count)):
+        yield f"{source.split}/{number}", where, row, number >= limit
+
+
+def _named(rows: Iterator[dict[str, Any]], place: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its name for messages, which count from 1. Ids count from 0."""
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number} of {place}", row
 
 
 def _check_revision(path: str, revision: str | None) -> None:
@@ -261,12 +268,12 @@ def _local_files(name: str) -> list[Path]:
     return files
 
 
-def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
+def _turns(row: dict[str, Any], column: str, *, where: str) -> list[Turn]:
     """Return the turns in one column; none if it is null or an empty list.
 
     Raises ValueError, naming the configuration key and the row, if they are wrong.
     """
-    where = f"data.source.messages={column}: {id}"
+    where = f"data.source.messages={column}: {where}"
     if column not in row:
         raise ValueError(f"{where} has no such column, only {', '.join(row)}")
     if row[column] is None or row[column] == []:
@@ -285,34 +292,34 @@ def _turns(row: dict[str, Any], column: str, *, id: str) -> list[Turn]:
     return turns
 
 
-def _text(row: dict[str, Any], column: str, *, key: str, id: str) -> str | None:
+def _text(row: dict[str, Any], column: str, *, key: str, where: str) -> str | None:
     """Return the text in one column; None if it is null or blank.
 
     Raises ValueError, naming the configuration key and the row, if there is no such column or no text in it.
     """
     if column not in row:
-        raise ValueError(f"{key}={column}: {id} has no such column, only {', '.join(row)}")
+        raise ValueError(f"{key}={column}: {where} has no such column, only {', '.join(row)}")
     value = row[column]
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{key}={column}: {id} holds {value!r:.40} there, which is no text; name another column")
+        raise ValueError(f"{key}={column}: {where} holds {value!r:.40} there, which is no text; name another column")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             half = value[error.start : error.end]
-            raise ValueError(f"{key}={column}: {id} holds half a character, {half!a}; repair that row") from None
+            raise ValueError(f"{key}={column}: {where} holds half a character, {half!a}; repair that row") from None
     return value if value.strip() else None
 
 
-def _domain(row: dict[str, Any], column: str | None, *, default: str, id: str) -> str:
+def _domain(row: dict[str, Any], column: str | None, *, default: str, where: str) -> str:
     """Return the domain in one column; whole numbers and truth values are names too. Without a column: `default`."""
     if column is None:
         return default
     value = row.get(column)
     named = {**row, column: str(value)} if isinstance(value, int) else row
-    domain = _text(named, column, key="data.source.domain", id=id)
+    domain = _text(named, column, key="data.source.domain", where=where)
     if domain is None:
-        raise ValueError(f"data.source.domain={column}: {id} holds no domain; give it one or drop the row")
+        raise ValueError(f"data.source.domain={column}: {where} holds no domain; give it one or drop the row")
     return domain

@@ -172,7 +172,9 @@ def test_the_chat_template_of_the_tokenizer_is_used_and_saved(file, tmp_path):
 def test_a_template_that_does_not_show_every_turn_or_how_it_ends_is_refused(template, message):
     tokenizer = train_bpe(["one"], 259)
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=f"row: the chat template of data.tokenizer {message}"):
+    with pytest.raises(
+        ValueError, match=f"the conversation with the id row: the chat template of data.tokenizer {message}"
+    ):
         tokenize_conversations([make_conversation("Hi", "Ahoy")], tokenizer, "")
 
 
@@ -461,16 +463,22 @@ def test_a_shared_system_message_does_not_make_conversations_duplicates(tmp_path
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "user", "content": "Hi"}], "train/0 has no message of an assistant"),
+        ([{"role": "user", "content": "Hi"}], r"row 1 of .*bad\.jsonl has no message of an assistant"),
         (
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}],
-            "train/0 has no message of an assis",
+            r"row 1 of .*bad\.jsonl has no message of an assis",
         ),
-        ([{"role": "tool", "content": "Hi"}], "train/0 has a message of role 'tool'; known: system, user, assistant"),
-        ([{"role": "assistant", "content": None}], "train/0 has a message of assistant whose content is not text"),
-        ([{"from": "human", "value": "Hi"}], "train/0 holds no list of messages with role and content"),
-        ("Hi", "train/0 holds no list of messages with role and content"),
-        (3, "train/0 holds no list of messages with role and content"),
+        (
+            [{"role": "tool", "content": "Hi"}],
+            r"row 1 of .*bad\.jsonl has a message of role 'tool'; known: system, user, assistant",
+        ),
+        (
+            [{"role": "assistant", "content": None}],
+            r"row 1 of .*bad\.jsonl has a message of assistant whose content is not text",
+        ),
+        ([{"from": "human", "value": "Hi"}], r"row 1 of .*bad\.jsonl holds no list of messages with role and content"),
+        ("Hi", r"row 1 of .*bad\.jsonl holds no list of messages with role and content"),
+        (3, r"row 1 of .*bad\.jsonl holds no list of messages with role and content"),
     ],
 )
 def test_wrong_messages_get_a_one_line_error(tmp_path, messages, message):
@@ -498,10 +506,10 @@ def test_rows_without_messages_are_left_out_and_counted(tmp_path, suffix, domain
 
 def test_missing_columns_files_and_samples_are_named(file, tmp_path):
     with pytest.raises(
-        ValueError, match=r"data\.source\.messages=chat: train/0 has no such column, only messages, source"
+        ValueError, match=r"data\.source\.messages=chat: row 1 of .* has no such column, only messages, source"
     ):
         list(source(file, messages="chat").documents())
-    with pytest.raises(ValueError, match=r"data\.source\.domain=topic: train/0 has no such column"):
+    with pytest.raises(ValueError, match=r"data\.source\.domain=topic: row 1 of .* has no such column"):
         list(source(file, domain="topic").documents())
     with pytest.raises(ValueError, match=r"data\.source\.path=gone\.parquet: no such file"):
         list(source(Path("gone.parquet")).documents())

@@ -71,7 +71,9 @@ def test_the_description_of_local_data_sets_depends_on_their_bytes(tmp_path):
 
 def test_errors_of_hub_name_the_missing_column_or_file(tmp_path):
     file = cosmopedia(tmp_path / "shard.parquet", 10)
-    with pytest.raises(ValueError, match=r"data\.source\.text=body: train/0 has no such column, only prompt, "):
+    with pytest.raises(
+        ValueError, match=r"data\.source\.text=body: row 1 of .*shard\.parquet has no such column, only prompt, "
+    ):
         list(hub(file, text="body").documents())
     with pytest.raises(ValueError, match=r"data\.source\.domain=topic: "):
         list(hub(file, domain="topic").documents())
@@ -103,6 +105,8 @@ def test_files_reads_text_jsonl_and_parquet(tmp_path):
     assert read(["chat.jsonl"], "topic") == [(row["topic"], row["body"]) for row in rows]
     assert read(["p.parquet"], "topic") == [(row["topic"], row["body"] + " end") for row in rows]
     assert len(read(["chat.jsonl", "p.parquet", "chat.jsonl"], None)) == 2, "copies are dropped across files"
+    ids = [document.id for document in Files([str(tmp_path / "chat.jsonl")], "body", None).documents()]
+    assert ids == [f"{tmp_path.name}/chat.jsonl:{row}" for row in range(2)], "they decide the split"
 
 
 def test_the_description_of_files_depends_on_their_bytes(tmp_path):
@@ -141,12 +145,12 @@ TORN_PARQUET = b"PAR1" + bytes(40)
         ("a.csv", 'text\n"torn', r"data\.source\.paths=.*a\.csv: cannot be read: unexpected end of data"),
         ("a.csv", "text\na,b\n", r"data\.source\.paths=.*a\.csv: cannot be read: line 2 has more values"),
         ("a.parquet", TORN_PARQUET, r"data\.source\.paths=.*a\.parquet: cannot be read: "),
-        ("a.jsonl", '{"body": "x"}\n', r"data\.source\.column=text: .*a\.jsonl:0 has no such column, only body"),
-        ("a.jsonl", '{"text": 3}\n', r"data\.source\.column=text: .*a\.jsonl:0 holds 3 there, which is no text"),
+        ("a.jsonl", '{"body": "x"}\n', r"data\.source\.column=text: row 1 of .*a\.jsonl has no such column, only body"),
+        ("a.jsonl", '{"text": 3}\n', r"data\.source\.column=text: row 1 of .*a\.jsonl holds 3 there, which is no text"),
         (
             "a.jsonl",
             GOOD + r'{"text": "a \ud83d"}',
-            r"data\.source\.column=text: .*a\.jsonl:1 holds half a character, '\\ud83d'",
+            r"data\.source\.column=text: row 2 of .*a\.jsonl holds half a character, '\\ud83d'",
         ),
     ],
 )
