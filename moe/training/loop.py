@@ -49,6 +49,7 @@ def train(
     training = set_up(config)
     unigram = unigram_perplexity(training.data)
     text = text_lines(config, training.data, unigram, remarks(config))
+    text += ["precision=auto: {precision}, because {precision_reason}".format(**precision)] if precision else []
     done, clock = resume(folder, training)
     milestones, latest = traces.milestones(config.steps), dict[str, Any]()
     with (

@@ -797,6 +797,18 @@ def test_a_report_names_the_effect_for_which_its_seeds_were_planned(tmp_path: Pa
     assert said[1][0].startswith(r"0.5%, but \*1\* for x: the smallest difference that matters")
 
 
+def test_a_report_names_what_precision_auto_was(tmp_path: Path) -> None:
+    """Runs with another precision, and those without facts, say nothing."""
+    for seed, process in enumerate([{}, {"precision": "fp32", "precision_reason": "of *speed*"}] * 2):
+        folder = tmp_path / f"seed={seed}"
+        write_run(folder, {"val/loss": 1.0}, seed=seed)
+        change_record(folder, facts=json.loads((folder / "run.json").read_text())["facts"] | {"process": process})
+    write_run(tmp_path / "seed=9", {}, status="failed", seed=9)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    said = [text for name, text in setup(inputs) if name == "What precision=auto was"]
+    assert said == [r"fp32, because of \*speed\*"]
+
+
 def test_a_report_names_domains_that_are_left_out_and_the_metrics_that_the_runs_have(tmp_path: Path) -> None:
     folder = tmp_path / "x" / "seed=1"
     source = {"domains": ["a", "b", "problems"]}

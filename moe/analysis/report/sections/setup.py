@@ -52,6 +52,8 @@ def setup(inputs: ReportInputs) -> list[tuple[str, str]]:
         facts.append(
             ("Training", f"{_range(pd.DataFrame({'tokens': tokens}), 'tokens', _count)} tokens in {steps} steps")
         )
+    if chosen := _chosen_precisions(inputs):
+        facts.append(("What precision=auto was", literal("; ".join(chosen))))
     source, tokenizer = (literal(_texts(runs, key)) for key in ("data", "data.tokenizer"))
     words = _range(runs, "data.vocab_size", lambda value: f"{value:,.0f}")
     if source:
@@ -91,6 +93,14 @@ def _replaced(runs: pd.DataFrame) -> list[str]:
     """Return what the commands of these runs replaced in the files of their experiments."""
     grids = [grid_of(members) for _, members in runs.groupby("experiment", sort=False)]
     return list(dict.fromkeys(word for grid in grids if grid for word in grid.replacements()))
+
+
+def _chosen_precisions(inputs: ReportInputs) -> list[str]:
+    """Return what `precision=auto` stood for in these runs, and why."""
+    records = [inputs.records[folder] for folder in inputs.runs["folder"] if folder in inputs.records]
+    processes = [record.facts.process for record in records if record.facts is not None]
+    told = [(each.get("precision"), each["precision_reason"]) for each in processes if "precision_reason" in each]
+    return list(dict.fromkeys(f"{precision}, because {reason}" for precision, reason in told))
 
 
 def _base(inputs: ReportInputs) -> list[tuple[str, str]]:
