@@ -1342,6 +1342,21 @@ def test_the_best_setting_is_chosen_by_validation_text_and_judged_by_test_text(t
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("seconds", "said"), [(2.0, ", 2.00 times as long as the fastest setting;"), (1.001, ";")])
+def test_the_cost_of_the_best_setting_is_compared_with_a_faster_one_alone(
+    seconds: float, said: str, tmp_path: Path
+) -> None:
+    for noise in (0.0, 0.1):
+        for seed in (1, 2):
+            values = {"val/perplexity": 100 + seed + noise, "time/tokens_per_s": 1000.0}
+            write_run(tmp_path / f"noise={noise},seed={seed}", values, seed=seed, noise=noise)
+    runs = load_runs([tmp_path])
+    [inputs] = collect_inputs(runs.assign(train_seconds=runs["noise"].map({0.0: seconds, 0.1: 1.0})))
+    [cost] = [text for text in best_setting(inputs) if text.startswith("**Its cost:**")]
+    assert f"of training a run{said} training of all runs" in cost
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_speeds_of_a_machine_that_did_other_work_say_nothing_about_settings(tmp_path: Path) -> None:
     for noise in (0.0, 0.1):
         for seed in (1, 2):

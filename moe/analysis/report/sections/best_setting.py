@@ -270,7 +270,8 @@ def _cost(inputs: ReportInputs, found: Ranking, best: pd.DataFrame) -> Iterator[
     if math.isfinite(seconds) and seconds > 0 and len(everything) == len(found.settings):
         total = _duration(inputs.runs.drop_duplicates("folder")["train_seconds"].sum())
         known = SPEED in inputs.runs and inputs.runs[SPEED].notna().all() and not about_speeds(inputs.runs)
-        times = f", {seconds / min(everything):.2f} times as long as the fastest setting" if known else ""
+        ratio = f"{seconds / min(everything):.2f}"
+        times = f", {ratio} times as long as the fastest setting" if known and ratio != "1.00" else ""
         trials = inputs.trials["train_seconds"].sum() if len(inputs.trials) else 0.0
         tuning = f", and {_duration(trials)} of the runs that tuned them" if trials else ""
         yield (
