@@ -557,6 +557,17 @@ def test_routing_metrics_are_reported_by_condition_where_they_were_measured(tmp_
     assert means.index.is_unique
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_routing_table_counts_the_seeds_of_a_model_without_routing(tmp_path: Path) -> None:
+    for seed in range(3):
+        for noise, metrics in ((0.0, {}), (0.1, {"routing/load_gini": 0.1 + 0.1 * seed})):
+            write_run(tmp_path / f"{noise},{seed}", {"val/loss": 1.0 + seed, **metrics}, seed=seed, noise=noise)
+    [inputs] = collect_inputs(load_runs([tmp_path]))
+    _, routing = (block.frame for block in condition_table(inputs) if isinstance(block, TableBlock))
+    assert routing["load_gini"].tolist() == ["– (n=0)", "0.20 ± 0.10"]
+    assert routing["n seeds"].tolist() == [3, 3]
+
+
 def test_the_option_replay_judges_the_published_numbers(analyze: Analyze, tmp_path: Path) -> None:
     done = analyze("--replay")
     assert done.returncode == 0, done.stderr
@@ -776,7 +787,7 @@ def test_a_report_of_fine_tuning_names_the_base_its_loss_and_how_far_routing_mov
     assert ("Base", f"lab/base; validation loss before the first step {losses}") in setup(inputs)
     _, routing, adapters = (block.frame for block in condition_table(inputs) if isinstance(block, TableBlock))
     assert routing[[column for column in routing if "drift_kl" in column]].to_numpy().tolist() == [["0.25 ± 0"]] * 2
-    assert adapters["load_cv/pooled"].tolist() == ["–", "0.125 ± 0"]
+    assert adapters["load_cv/pooled"].tolist() == ["– (n=0)", "0.125 ± 0"]
 
 
 def test_a_report_names_the_effect_for_which_its_seeds_were_planned(tmp_path: Path) -> None:

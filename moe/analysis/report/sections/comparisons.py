@@ -81,7 +81,8 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
     means = summary(inputs.runs, inputs.factors, dict.fromkeys((*inputs.metrics, *routing, *of_adapters)))
     yield Heading("Conditions")
     yield Paragraph(OBSERVED_EXPLAINED if inputs.observed else CONDITIONS_EXPLAINED)
-    yield TableBlock(spread_table(means[means["metric"].isin(inputs.metrics)]).rename(columns=_with_unit))
+    spreads = spread_table(means)  # of all metrics, because each counts the seeds of a condition
+    yield TableBlock(spreads[[*inputs.factors, *inputs.metrics, "n seeds"]].rename(columns=_with_unit))
     for metrics, title, prefix in (
         (routing, "Routing by condition", "routing/"),
         (of_adapters, "Routing of adapters by condition", "adapter/routing/"),
@@ -90,7 +91,7 @@ def condition_table(inputs: ReportInputs) -> Iterator[ReportBlock]:
             yield Paragraph(
                 f"**{title}**: the same for the metrics `{prefix}...`, means over layers{_pooled(metrics)}."
             )
-            table = spread_table(means[means["metric"].isin(metrics)])[[*inputs.factors, *metrics, "n seeds"]]
+            table = spreads[[*inputs.factors, *metrics, "n seeds"]]
             heads = {name: _with_unit(name).removeprefix(prefix) + _layers(name, metrics) for name in table}
             yield TableBlock(table.rename(columns=heads))
             if SPEED in metrics and (why := about_speeds(inputs.runs)):
