@@ -31,6 +31,11 @@ def test_a_card_says_when_its_interval_alone_would_decide_what_its_verdict_leave
     assert (ALONE in card.effect) == alone
 
 
+def test_more_seeds_do_not_decide_a_claim_that_only_some_differences_fit() -> None:
+    advice = CHANGE._replace(outcome="").advice
+    assert advice.startswith("more seeds would not decide it if the true differences are as estimated, because only ")
+
+
 def test_a_card_gives_what_was_measured_and_what_was_claimed_in_the_same_units() -> None:
     """Both have the unit of the metric and a percentage of the same mean; without such a mean, the unit alone."""
     claim = CHANGE._replace(kind="higher", claimed=(0.1, 0.3))

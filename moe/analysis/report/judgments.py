@@ -31,6 +31,8 @@ from moe.checks import plain
 
 CERTAINTY = [SIGNIFICANT, EQUIVALENT, DETERMINISTIC, UNDECIDED, UNTESTED]
 ALONE = "the interval alone would decide it, but not after the correction for all tests of the report and all looks"
+SOME_FAIL = """\
+more seeds would not decide it if the true differences are as estimated, because only some of them are as claimed"""
 BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
@@ -139,7 +141,7 @@ class Judgment(NamedTuple):
         if self.verdict != UNDECIDED:
             return ""
         if not self.outcome:
-            return "no number of seeds would decide it, if the true differences are as estimated: only some fit it"
+            return SOME_FAIL
         if math.isnan(self.needed):
             return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
         seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"
