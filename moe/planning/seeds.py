@@ -57,7 +57,7 @@ class Need(NamedTuple):
 
 
 NOT_GIVEN = """\
-`effect` is for metrics of quality, so say which difference in {metric} matters, such as --effect {metric}=10%"""
+`effect` is for metrics of quality, so say which difference in {metric} matters: --effect {metric}=SIZE"""
 TAKE_TURNS = "; the runs of a pilot do if they are trained one after another"
 NOT_TOLD = Spread(1.0, math.nan, math.nan, math.nan, "no runs tell the spread")
 NOT_IN_PLAN = "the plan lacks what the claim compares: {absent}"

@@ -705,7 +705,7 @@ def test_a_share_or_units_count_for_metrics_of_quality_alone(pilot: Path, monkey
         assert request.effect_on("test/loss") == request.effect
         found = need(load, Ahead(1), spread, request.effect_on(load.metric), **MORE)
         assert (found.seeds is not None) == told
-        assert ("--effect routing/load_gini/pooled=10%" in found.reason) != told
+        assert ("--effect routing/load_gini/pooled=SIZE" in found.reason) != told
         assert math.isnan(found.within_reach) == told
         assert need(ranged, Ahead(1), spread, request.effect_on(load.metric), **MORE).seeds is not None
     own = REQUEST._replace(effect=Effect("0.5%"), effects={load.metric: Effect("20%")})
