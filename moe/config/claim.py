@@ -100,7 +100,10 @@ class ClaimConfig:
         amounts = [amount_of(amount, key=f"{key}.{part}") for amount in ([self.margin] if bounded else self.size)]
         values = [amount.at(1.0) for amount in amounts]
         ok = all(value > 0 for value in values) and values == sorted(values)
-        require(ok, f"{key}.{part}", self.margin or self.size, "positive and rising")
+        allowed = "positive and rising"
+        if values[:1] == [0] and values[-1] > 0:
+            allowed += f"; up to {self.size[1]} is two claims: {self.kind}, and equivalent with margin={self.size[1]}"
+        require(ok, f"{key}.{part}", self.margin or self.size, allowed)
         in_one_unit = len({amount.share > 0 for amount in amounts}) < 2
         require(in_one_unit, f"{key}.size", self.size, "two amounts in one unit, such as [5%, 15%] or [5, 15]")
 

@@ -41,6 +41,11 @@ def claims_override(**changes: Any) -> str:
         ),
         ({"at": "flop"}, r"claims\[0\].at=flop: must be one of flops, seconds; nearest: flops"),
         ({"size": ["15%", "5%"]}, r"claims\[0\].size=.*: must be positive and rising"),
+        (
+            {"size": ["0%", "5%"]},
+            r"claims\[0\].size=.*: must be positive and rising; up to 5% is two claims: .* with margin=5%$",
+        ),
+        ({"size": [0, 0]}, r"claims\[0\].size=\[0, 0\]: must be positive and rising$"),
         ({"size": ["5%"]}, r"claims\[0\].size=.*: must be two amounts"),
     ],
 )
