@@ -1,7 +1,7 @@
 """Read from the Hugging Face Hub: which commit is the newest, and the first rows of a data set at one commit.
 
 The libraries of the hub would repeat a failed request for ten minutes and print two lines for each attempt. Here they
-give up after about a minute, and the log has one line.
+give up after half a minute to three minutes, and the log has one line.
 """
 
 import logging
@@ -84,13 +84,13 @@ def _patient(path: str) -> Iterator[None]:
     """Bound the retries of the libraries, replace their lines by one, and turn their errors into one line."""
     import datasets.config
 
-    said = False
+    said = ""
 
     def first_only(record: logging.LogRecord) -> bool:
         nonlocal said
         if not said:
-            log.warning("%s: the hub does not answer (%s); trying again for a minute", path, first_line(record.msg))
-        said = True
+            said = first_line(record.msg)
+            log.warning("%s: the hub does not answer (%s); trying again for up to three minutes", path, said)
         return False
 
     names = ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES")
@@ -102,8 +102,9 @@ def _patient(path: str) -> Iterator[None]:
             logging.getLogger(logger).addFilter(first_only)
         yield
     except Exception as error:  # of datasets, huggingface_hub, pyarrow, the HTTP library, or the operating system
+        why = first_line(error) + (f", after: {said}" if said else "")
         raise ValueError(
-            f"data.source.path={path}: cannot be read from the hub ({first_line(error)}); the same command tries again"
+            f"data.source.path={path}: cannot be read from the hub ({why}); the same command tries again"
         ) from error
     finally:
         for logger in RETRYING:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from moe.data.documents import Document, DuplicateFilter
+from moe.data.hub import RETRYING, _patient
 from moe.data.sources import Files, Hub
 
 
@@ -81,6 +84,22 @@ def test_errors_of_hub_name_the_missing_column_or_file(tmp_path):
         hub(tmp_path / "gone.parquet").describe()
     with pytest.raises(ValueError, match=r"data\.source\.max_documents=0"):
         hub(file, max_documents=0)
+
+
+@pytest.mark.parametrize(("logged", "why"), [((), "gone"), (("HTTP 429", "HTTP 503"), "gone, after: HTTP 429")])
+def test_a_hub_that_gives_up_names_what_it_answered_first(
+    logged: tuple[str, ...], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read() -> None:
+        for text in logged:
+            logging.getLogger(RETRYING[0]).warning(text)
+        raise ConnectionError("gone")
+
+    message = re.escape(f"data.source.path=a/b: cannot be read from the hub ({why}); the same command tries again")
+    with pytest.raises(ValueError, match=message), _patient("a/b"):
+        read()
+    said = "a/b: the hub does not answer (HTTP 429); trying again for up to three minutes"
+    assert caplog.messages == [said] * bool(logged)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------
