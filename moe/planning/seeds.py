@@ -23,7 +23,8 @@ class Spread(NamedTuple):
     """The spread of a claim's comparisons (`moe.analysis.power`), with its 95 % interval, and how it is known.
 
     mean: that of the metric (`moe.analysis.comparisons.mean_compared_with`); NaN if the spread is not known. Its value
-    is then 1. source: in words. freedom: its degrees of freedom; infinite if it is exact, or not known.
+    is then 1. source: in words. freedom: its degrees of freedom; infinite if it is exact, or not known. off: how far
+    the difference may be off, because it is read between evaluations (`moe.analysis.estimates.widened`).
     """
 
     value: float
@@ -32,6 +33,7 @@ class Spread(NamedTuple):
     mean: float
     source: str
     freedom: float = math.inf
+    off: float = 0.0
 
 
 class Need(NamedTuple):
@@ -58,6 +60,9 @@ class Need(NamedTuple):
 
 NOT_GIVEN = """\
 `effect` is for metrics of quality, so say which difference in {metric} matters: --effect {metric}=SIZE"""
+TOO_FAR_APART = """\
+{compared_with} is no larger than the {off:.2g} by which a difference may be off that is read between evaluations as \
+far apart as in these runs, so no number of seeds would tell it; a smaller eval_every would help"""
 TAKE_TURNS = "; the runs of a pilot do if they are trained one after another"
 NOT_TOLD = Spread(1.0, math.nan, math.nan, math.nan, "no runs tell the spread")
 NOT_IN_PLAN = "the plan lacks what the claim compares: {absent}"
@@ -87,7 +92,8 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
         value = math.sqrt(float(np.mean(np.square(spreads))))
         df = least.freedom.at(least.n) * _independent(len(spreads), len(claim.levels))
         low, high = map(float, spread_interval(value, df))
-        return Spread(value, low, high, mean, f"paired differences of {least.n} seeds", df)
+        off = max(pair.off for pair in pairs)
+        return Spread(value, low, high, mean, f"paired differences of {least.n} seeds", df, off)
     factors = [factor for factor in varied_factors(runs) if factor != "seed"]
     groups = [members[["seed", claim.metric]].dropna() for _, members in conditions(runs, factors)]
     values = pd.concat(groups, keys=range(len(groups)), names=["setting"]).reset_index("setting")
@@ -153,6 +159,10 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None
     effect_size = (high - low) / 2 if effect is None or ranged else effect.in_units(spread.mean, spread.value)
     if effect_size > (widest := span(claim.metric)):
         reason = f"{compared_with} is larger than {claim.metric} can change, which is {widest:g}"
+        return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)
+
+    if spread.off >= effect_size:
+        reason = TOO_FAR_APART.format(compared_with=compared_with, off=spread.off)
         return Need(claim, ahead.tests, spread, effect_size, None, None, None, reason)
 
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:

@@ -203,6 +203,24 @@ CLAIM = ClaimConfig("a", "val/loss", "noise", [0.5], "higher", than=[0.0])
 MORE = {"power": 0.8, "most": 32}
 
 
+def test_an_effect_that_is_lost_between_evaluations_is_out_of_reach_of_any_number_of_seeds() -> None:
+    """At equal FLOPs, b is read between its two evaluations, as it needs 1.5 times the FLOPs of a."""
+    runs, evals, rng = [], [], np.random.default_rng(0)
+    for noise, seed in product((0.0, 0.5), range(4)):
+        spent, losses = np.array([1.0, 2.0]) * (1.5 if noise else 1.0), np.array([5.0, 4.0]) + rng.normal(0, 0.01, 2)
+        run = {"folder": f"/x/{noise}{seed}", "noise": noise, "seed": seed, "status": "finished", "experiment": "x"}
+        runs.append(run | {"val/loss": losses[1], "train/flops": spent[1], "steps": 20})
+        of_run = {"folder": run["folder"], "step": [10, 20], "val/loss": losses, "train/flops": spent}
+        evals.append(pd.DataFrame(of_run))
+    claim = replace(CLAIM, at="flops")
+    spread = spread_of(claim, pd.DataFrame(runs), pd.concat(evals))
+    assert spread.off > 0.3
+    lost, kept = (need(claim, Ahead(1), spread, Effect(text), **MORE) for text in ("0.3", "0.9"))
+    assert lost.reason.startswith(f"an effect of 0.3 is no larger than the {spread.off:.2g} by which a difference may")
+    assert (lost.seeds, kept.reason) == (None, "")
+    assert spread_of(CLAIM, pd.DataFrame(runs)).off == 0
+
+
 def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:
     spread = NOT_TOLD._replace(value=0.1, low=0.05, high=0.6, mean=4.0)
     found = [need(CLAIM, Ahead(1), spread, Effect(text), **MORE).seeds for text in ("5%", "0.2", "2sd")]
