@@ -27,6 +27,11 @@ def program(usual: str) -> str:
     return name if name in SCRIPTS or name.startswith(("moe ", "python -m moe ")) else usual
 
 
+def train_command() -> str:
+    """Return how one trains from the present folder: with the file of a checkout, or with the installed package."""
+    return "python train.py" if os.path.isfile("train.py") else "python -m moe train"
+
+
 def ended(main: Callable[[], int | None], usual: str) -> int:
     """Carry out a command, and return its exit status. SIGTERM and Ctrl-C end it with one line; a second one at once.
 

@@ -13,7 +13,7 @@ from hatchling.builders.wheel import WheelBuilder
 from moe.__main__ import COMMANDS, main
 from moe.bench.questions import QUESTIONS
 from moe.config.options import CONF
-from moe.program import ended, program
+from moe.program import ended, program, train_command
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -89,6 +89,13 @@ def test_usage_and_errors_name_the_other_ways_to_call_a_command(
     assert program("python -m moe.specialization") == "python -m moe.specialization"
     monkeypatch.setattr(sys, "argv", ["../analyze.py", "multirun"])
     assert program("moe analyze") == "analyze.py"
+
+
+def test_commands_that_reports_print_run_in_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_command() == "python -m moe train"
+    (tmp_path / "train.py").touch()
+    assert train_command() == "python train.py"
 
 
 DEFAULT = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}

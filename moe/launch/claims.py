@@ -36,10 +36,14 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
     the runs left out have is warned of. Without `sweep`, the command trains one of the runs that a claim is about; then
     only its kind of level is known.
     """
+    from moe.metrics.catalog import without_limit
+
     leaves = [_factors(cell) for cell in cells]
     for number, claim in enumerate(cells[0].config.claims):
         key = f"claims[{number}]"
         _check_metric(f"{key}.metric", claim, cells)
+        # Tables give these metrics to runs without a limit too.
+        known_without_limit = without_limit(claim.metric) is not None
         for factor, named in claim.compared_levels.items():
             place = key if factor == claim.factor else f"{key}.within"
             known = [each[factor] for each in leaves if factor in each]
@@ -54,7 +58,7 @@ def check_claims(cells: Sequence[Cell], grid: Iterable[Override], *, sweep: bool
             for level in named:
                 require(level in known, f"{place}: {factor}", level, f"a level of this sweep: {listed}")
                 here = [cell for cell, each in zip(cells, leaves, strict=True) if (factor, level) in each.items()]
-                if here:  # not in the part of the grid that this command does not train
+                if here and not known_without_limit:  # no runs: in a part of the grid that this command does not train
                     _check_metric(f"{key}.metric", claim, here)
             require(len(known) > 1, f"{place}.factor", factor, f"a factor that varies; {factor} is always {listed}")
             if factor == claim.factor and claim.kind in ("highest", "lowest"):

@@ -17,6 +17,7 @@ from moe.planning.cost import Speed, tokens_of
 from moe.planning.report_ahead import tests_ahead
 from moe.planning.seeds import NOT_TOLD, Need, has_range, need
 from moe.planning.sources import Source, Sources
+from moe.program import train_command
 
 EFFECTS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # where no spread is known: standard deviations of the differences
 
@@ -44,7 +45,7 @@ class Request(NamedTuple):
         """Return the command of a sweep with these words. without: keys that are left out."""
         left_out = {*without, "planned_seeds", "planned_effect", "-m", "--multirun"}
         kept = [word for word in self.words if key_of(word) not in left_out]
-        return f"python train.py -m {shlex.join(with_words(kept, *words))}"
+        return f"{train_command()} -m {shlex.join(with_words(kept, *words))}"
 
 
 class Plan(NamedTuple):

@@ -84,7 +84,10 @@ def spread_of(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | None
         return NOT_TOLD
     if timed(claim) and not_poolable(claim.metric, runs, timed=True):
         return NOT_TOLD  # these runs did not take turns, so their spread would be that of the machine's load
-    pairs = [pair for pair in chain(*compared(claim, runs, evals).pairs) if pair.n > 1]
+    found = compared(claim, runs, evals)
+    if claim.at is not None and found.absent:
+        return NOT_TOLD._replace(source="; ".join(found.absent))
+    pairs = [pair for pair in chain(*found.pairs) if pair.n > 1]
     if pairs and all(pair.deterministic for pair in pairs):
         return NOT_TOLD._replace(mean=mean, source=NO_SPREAD)
     if spreads := [pair.spread for pair in pairs if not math.isnan(pair.spread)]:
@@ -146,6 +149,7 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None
     if math.isnan(spread.mean) and not in_spreads:
         unknown = f"{compared_with} can be compared only with a spread, and no runs tell that of {claim.metric}"
         unknown += TAKE_TURNS if timed(claim) else ""
+        unknown += f" ({spread.source})" if claim.at is not None and spread.source != NOT_TOLD.source else ""
     if not math.isnan(spread.mean) and math.isnan(spread.low):
         unknown = NO_SPREAD
     if absent := "; ".join(ahead.absent):

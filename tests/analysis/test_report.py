@@ -515,6 +515,9 @@ def test_an_added_metric_is_tested_only_in_experiments_that_have_it(tmp_path: Pa
     [line] = asked(with_metric)
     same = asked(with_metric._replace(contrasts=with_metric.contrasts.assign(deterministic=True)))
     assert "1 comparison (1 the same in every seed)" in next(iter(same))
+    columns = {"p": math.nan, "p Holm": math.nan, "verdict": "not tested"}
+    untested = asked(with_metric._replace(contrasts=with_metric.contrasts.assign(**columns)))
+    assert "surest" not in next(iter(untested)), "no test tells which is"
     assert line.count("Gini coefficient of the experts' load") == 2, "a heading and an effect name it by the same words"
     np.testing.assert_allclose(without_metric.contrasts["p"], with_metric.contrasts["p"][:2])
     pooled = [each for part in (with_metric, without_metric) for each in post_hoc_tests(part) if len(each[0])]

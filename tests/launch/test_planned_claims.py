@@ -364,3 +364,11 @@ def test_the_digest_of_a_run_stays_when_a_key_is_added_or_becomes_free() -> None
     identity = cell.identity()
     assert without_defaults(identity | {"cuda_graph": True}) == without_defaults(identity)
     assert without_defaults(identity | {"noise": 0.3})["noise"] == 0.3
+
+
+def test_a_claim_under_a_capacity_limit_may_compare_with_runs_without_one() -> None:
+    """Tables give these the loss without a limit, which is the same. Without any limit in the sweep, no run has it."""
+    words = {"metric": "val_capacity/loss", "factor": "capacity", "levels": "[1.0]", "than": "[null]"}
+    assert read("-m", "capacity=1.0,null", **words) == 2
+    with pytest.raises(ConfigError, match=r"without capacity=\.\.\."):
+        read("-m", "noise=0.0,0.5", metric="val_capacity/loss")

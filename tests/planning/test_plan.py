@@ -219,6 +219,9 @@ def test_an_effect_that_is_lost_between_evaluations_is_out_of_reach_of_any_numbe
     assert lost.reason.startswith(f"an effect of 0.3 is no larger than the {spread.off:.2g} by which a difference may")
     assert (lost.seeds, kept.reason) == (None, "")
     assert spread_of(CLAIM, pd.DataFrame(runs)).off == 0
+    late = pd.concat(evals).query("step == 20")  # b has its only evaluation after a has ended
+    nothing = need(claim, Ahead(1), spread_of(claim, pd.DataFrame(runs), late), Effect("1%"), **MORE)
+    assert "no runs tell that of val/loss (the two have no cost in common" in nothing.reason
 
 
 def test_effects_in_units_of_the_metric_and_of_the_spread() -> None:

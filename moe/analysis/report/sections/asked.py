@@ -23,7 +23,7 @@ def asked(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _found(inputs: ReportInputs, metric: str) -> str:
-    """Return the verdicts on the comparisons of a metric, and the surest one; without comparisons, its mean.
+    """Return the verdicts on the comparisons of a metric, and the surest one, if a test tells which; or its mean.
 
     Where only seeds vary, return the sources of its spread.
     """
@@ -36,7 +36,9 @@ def _found(inputs: ReportInputs, metric: str) -> str:
         return plain(f"{values.mean():.4g} in the mean of all runs; there is no comparison of it.")
     verdicts = Counter(each.verdict for each in judged)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    [card] = cards(judged[:1])
     number = "1 comparison" if len(judged) == 1 else f"{len(judged)} comparisons"
+    if math.isnan(judged[0].p):
+        return f"{number} ({counts})."
+    [card] = cards(judged[:1])
     found = f"{number} ({counts}). The surest is {card.text}: {card.effect}"
     return f"{'; '.join(filter(None, (found, earlier_verdict(judged[0], inputs))))}."

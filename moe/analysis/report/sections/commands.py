@@ -15,6 +15,7 @@ from moe.config.cell import Grid
 from moe.config.claim import ClaimConfig
 from moe.config.words import as_word, searched
 from moe.files import shown
+from moe.program import train_command
 from moe.results.conditions import levels
 from moe.runs.planned import digest_of
 from moe.runs.record import CommandsRecord, RecordError, SweepRecord
@@ -52,7 +53,7 @@ def training_command(
         if isinstance(values, range) and len(values) > MOST_LISTED:
             given = [f"range({values.start},{values.stop})"]
         words += [f"{factor}={','.join(given)}"] if given else []
-    return f"python train.py -m {shlex.join(words)}"
+    return f"{train_command()} -m {shlex.join(words)}"
 
 
 def _beside_settings(sweep: Path, grid: Grid) -> list[str]:
