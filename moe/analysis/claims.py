@@ -19,7 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from moe.analysis.comparisons import as_spelled, compared
-from moe.analysis.estimates import NAN, Comparison
+from moe.analysis.estimates import BETWEEN, NAN, Comparison
 from moe.analysis.learned import TOO_LITTLE
 from moe.analysis.power import SIGNIFICANCE, Prediction, detectable_effect, seeds_for
 from moe.analysis.sentences import (
@@ -169,11 +169,12 @@ def decided(
     only_before = (table["p"] <= SIGNIFICANCE) & ~significant
     before = table["verdict"] + " before the correction for other tests and looks, not after it"
     later = tests if tests_later is None else tests_later
-    spreads, predicted = table.pop("spread"), table.pop("predicted")
+    spreads, offs, predicted = (table.pop(name) for name in ("spread", "off", "predicted"))
     changes = table["kind"].map({"interaction": 2}).fillna(1)  # two differences differ by twice as much at most
     spans = table["metric"].map(span).astype(float) * changes
     units = table["metric"].map(noun)
-    known = zip(table.pop("doubt"), table["n"], spreads, _corrected_for(predicted, tests), units, spans, strict=True)
+    corrected = _corrected_for(predicted, tests)
+    known = zip(table.pop("doubt"), table["n"], spreads, offs, corrected, units, spans, strict=True)
     doubt = pd.Series([doubt or _detectable(*rest) for doubt, *rest in known], index=table.index, dtype=object)
     doubt = doubt.mask(only_before, before).mask(significant, "")
     reason = ["; ".join(filter(None, parts)) for parts in zip(table["reason"], doubt, strict=True)]
@@ -224,16 +225,16 @@ def _corrected_for(predicted: pd.Series, tests: np.ndarray) -> list[Prediction]:
     return [claim._replace(tests=max(number, 1)) for claim, number in zip(predicted, tests.tolist(), strict=True)]
 
 
-def _detectable(n: int, spread: float, claim: Prediction, unit: str, most: float) -> str:
+def _detectable(n: int, spread: float, off: float, claim: Prediction, unit: str, most: float) -> str:
     """Return which difference would have been detected; an empty text if there is no spread to tell it from.
 
-    most: how much the metric can change.
+    off: how far the difference may be off, see `Comparison`. most: how much the metric can change.
     """
     if math.isnan(spread):
         return ""
     effect = detectable_effect(n, tests=claim.tests, named=claim.named, rivals=claim.rivals, freedom=claim.freedom)
     low, high = spread_interval(spread, claim.freedom.at(n))
-    effects = effect * spread, effect * low, effect * high
+    effects = tuple(effect * each + off for each in (spread, low, high))
     return detectable_note(*effects, tests=claim.tests, unit=unit, most=most)
 
 
@@ -273,11 +274,12 @@ def _judge_levels(claim: ClaimConfig, runs: pd.DataFrame, evals: pd.DataFrame | 
         first, second = claim.within[claim.moderator]
         shown_sides = (f"{claim.moderator}={level(second)}", f"{claim.moderator}={level(first)}")
     shown = pairs[a][b]
-    row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
-    open_ = estimates == "mixed" or abs(shown.favor) <= shown.off  # more seeds would not tell it
-    predicted = _predicted(shown._replace(mean=NAN) if open_ else shown)._replace(
+    if shown.off and abs(shown.favor) <= shown.off:
+        estimates = BETWEEN
+    predicted = _predicted(shown if estimates in ("as claimed", "against") else shown._replace(mean=NAN))._replace(
         named=len(named), rivals=len(rivals), freedom=shown.freedom, best=best
     )
+    row = _row(text, shown, float(np.minimum(p_holds, p_fails)), verdict, estimates, _choice(claim, *labels))
     shown_ends = dict(zip(("level", "reference"), shown_sides, strict=True))
     return row | shown_ends | {"predicted": predicted, "own": found.runs}
 
@@ -307,9 +309,14 @@ def _deciding(
 
 
 def _predicted(comparison: Comparison) -> Prediction:
-    """Return what a claim predicts of a comparison whose true difference is the estimated one."""
+    """Return what a claim predicts of a comparison whose true difference is the estimated one.
+
+    The range is as narrow, or as wide, as the reading between evaluations may make it.
+    """
     c = comparison
-    low, high, true = (end / c.spread for end in (c.claimed_low, c.claimed_high, c.mean - c.reference_mean))
+    off = math.copysign(c.off, c.favor)
+    ends = c.claimed_low + off, c.claimed_high - off, c.mean - c.reference_mean
+    low, high, true = (end / c.spread for end in ends)
     return Prediction(low, high, true, freedom=c.freedom)
 
 
@@ -361,6 +368,7 @@ def _row(
         "estimates": estimates,
         "verdict": verdict,
         "spread": comparison.spread,
+        "off": comparison.off,
         "predicted": _predicted(comparison),
         "reason": comparison.note,
         "doubt": comparison.doubt,

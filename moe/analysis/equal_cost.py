@@ -218,12 +218,23 @@ def at_cost(curve: pd.DataFrame, cost: float) -> float:
 
     The interpolation is piecewise cubic and keeps the curve monotone between its points (Fritsch and Carlson 1980). A
     straight line lies above a loss that falls ever more slowly, which would favor the run that ends first. Between two
-    points that are all there are, it is a straight line.
+    points that are all there are, it is a straight line. At a point, it is exactly the loss there.
     """
-    known, wanted = np.log(curve["cost"].to_numpy()), math.log(cost)
-    if len(known) < 2:
-        return float(curve["loss"].iloc[0])
-    return float(PchipInterpolator(known, curve["loss"].to_numpy())(np.clip(wanted, known[0], known[-1])))
+    place, loss = _place(curve, cost), curve["loss"].to_numpy()
+    if place == round(place):
+        return float(loss[round(place)])
+    known, beside = np.log(curve["cost"].to_numpy()), loss[math.floor(place) : math.ceil(place) + 1]
+    return float(np.clip(PchipInterpolator(known, loss)(math.log(cost)), beside.min(), beside.max()))
+
+
+def _place(curve: pd.DataFrame, cost: float) -> float:
+    """Return at which point of a curve a cost lies, in the log of the cost, such as 1.5 halfway between the second two.
+
+    Before the first point it is 0, and beyond the last one the number of that. Rounding is passed over.
+    """
+    known = np.log(curve["cost"].to_numpy())
+    place = float(np.interp(math.log(cost), known, np.arange(len(known))))
+    return float(round(place)) if math.isclose(place, round(place), abs_tol=1e-9) else place
 
 
 def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float]:
@@ -232,15 +243,14 @@ def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float]:
     Between two points, the loss lies between those of the points. In the log of the cost, it changes at most `STEEPEST`
     times as fast as on average from one to the other.
     """
-    known, loss, read = np.log(curve["cost"].to_numpy()), curve["loss"].to_numpy(), at_cost(curve, cost)
-    place = float(np.interp(math.log(cost), known, np.arange(len(known))))
-    if math.isclose(place, round(place), abs_tol=1e-9):
+    place, loss, read = _place(curve, cost), curve["loss"].to_numpy(), at_cost(curve, cost)
+    if place == round(place):
         return read, read
     first, second = loss[math.floor(place)], loss[math.ceil(place)]
     since, until = (STEEPEST * abs(first - second) * part for part in (place % 1, 1 - place % 1))
     least = max(min(first, second), first - since, second - until)
     most = min(max(first, second), first + since, second + until)
-    return min(least, read), max(most, read)
+    return float(min(least, read)), float(max(most, read))
 
 
 def _gap(curve: pd.DataFrame, cost: float) -> float:

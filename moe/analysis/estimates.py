@@ -21,8 +21,10 @@ ONE_SEED_CONNECTS = "without one of its seeds the others cannot tell the differe
 NO_WEIGHT = 1e-9  # of a run in an estimate, which rounding may give it
 NO_SPREAD = "the difference is the same in every seed, so nothing tells how far chance could move it"
 
+BETWEEN = "between evaluations"  # the estimates of a claim for which `TOO_FAR_APART` holds
 TOO_FAR_APART = """\
-the evaluations beside the common cost are too far apart to tell the difference there; a smaller eval_every would"""
+the evaluations beside the common cost are too far apart to decide it, with any number of seeds; a smaller eval_every \
+may"""
 
 # The estimate of so many times a difference minus a share of the mean of the values with which it is compared
 Estimate = Callable[[float, float], Contrast]
@@ -33,6 +35,7 @@ class Comparison(NamedTuple):
 
     low, high: the 95 % t interval of the difference of the two means.
     p_for, p_against: p-value of the test that the claim holds, and of the test that it does not hold.
+    outside: the one-sided p-values of the tests that the difference lies below the claimed range, and above it.
     favor: how far inside the claimed range the difference lies; negative if it lies outside.
     spread: the standard error times the square root of n; with all runs, the standard deviation of the paired
     differences. freedom: its degrees of freedom, by the number of seeds.
@@ -51,6 +54,7 @@ class Comparison(NamedTuple):
     high: float = NAN
     p_for: float = NAN
     p_against: float = NAN
+    outside: tuple[float, float] = (1.0, 1.0)
     favor: float = NAN
     spread: float = NAN
     freedom: Freedom = PAIRED
@@ -123,27 +127,31 @@ def of_pairs(claim: ClaimConfig, sides: Sides) -> Comparison:
 def widened(found: Comparison, *extremes: Comparison) -> Comparison:
     """Return a comparison that holds also if the true values are those of the extremes.
 
-    Its interval contains theirs, and its p-values are the largest. So a claim about values that are read between two
-    evaluations is decided only if no reading would leave it open.
+    Its interval contains theirs, and each of its tests has the largest p-value. So a claim about values that are read
+    between two evaluations is decided only if every reading decides it alike.
     """
-    every = found, *extremes
-    if untested := [each for each in every if math.isnan(each.p_for)]:
-        return found._replace(p_for=NAN, p_against=NAN, doubt=untested[0].doubt)
-    p_for, p_against = max(each.p_for for each in every), max(each.p_against for each in every)
+    if math.isnan(found.p_for):
+        return found
+    every = [found, *(each if each.p_for <= 1 else _untested(each) for each in extremes)]
+    p_for, *outside = (max(column) for column in zip(*((each.p_for, *each.outside) for each in every), strict=True))
     off = max(abs(each.mean - each.reference_mean - (found.mean - found.reference_mean)) for each in extremes)
-    note = "; ".join(
-        filter(None, (found.note, f"read between evaluations, so that the difference may be off by {off:.2g}"))
-    )
-    alone = min(found.p_for, found.p_against) <= SIGNIFICANCE < min(p_for, p_against)
+    note = f"read between evaluations, so that the difference may be off by {off:.2g}"
     return found._replace(
         low=min(each.low for each in every),
         high=max(each.high for each in every),
         p_for=p_for,
-        p_against=p_against,
-        note=note,
-        doubt=TOO_FAR_APART if alone else found.doubt,
+        p_against=min(1.0, 2 * min(outside)),
+        outside=(outside[0], outside[1]),
+        note="; ".join(filter(None, (found.note, note))),
+        doubt=TOO_FAR_APART if abs(found.favor) <= off else found.doubt,
         off=off,
     )
+
+
+def _untested(found: Comparison) -> Comparison:
+    """Return a comparison without a test, such as one without spread, as one that decides nothing."""
+    difference = found.mean - found.reference_mean
+    return found._replace(low=difference, high=difference, p_for=1.0)
 
 
 def in_all_runs(claim: ClaimConfig, sides: Sides, rest: list[pd.Series], rest_runs: list[pd.Series]) -> Comparison:
@@ -232,7 +240,7 @@ def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estima
     }
     freedom = {end: _freedom(test, found.n) for end, test in tests.items()}
     inside = max(stats.t.sf(inward[end], freedom[end].at(found.n)) for end in ends)
-    outside = min(stats.t.cdf(inward[end], freedom[end].at(found.n)) for end in ends)
+    below, above = (float(stats.t.cdf(inward[end], freedom[end].at(found.n))) if end in ends else 1.0 for end in (0, 1))
     nearest = min(ends, key=inward.__getitem__)
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, found.freedom.at(found.n)) * difference.error
     two_ends = len(ends) == 2
@@ -240,7 +248,8 @@ def _tested(claim: ClaimConfig, found: Comparison, base: float, estimate: Estima
         low=difference.effect - reach,
         high=difference.effect + reach,
         p_for=max(of_share, float(inside if two_ends else min(1.0, 2 * inside))),
-        p_against=float(min(1.0, 2 * outside)),
+        p_against=min(1.0, 2 * min(below, above)),
+        outside=(below, above),
         spread=tests[nearest].error * math.sqrt(found.n),
         freedom=freedom[nearest],
         deterministic=difference.error == 0,

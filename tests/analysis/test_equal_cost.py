@@ -5,6 +5,7 @@ import json
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from run_folders import write_metrics, write_record
 from scipy import stats
 
 from moe.analysis.__main__ import main
-from moe.analysis.claims import judge, measured_claims
+from moe.analysis.claims import _detectable, _predicted, judge, measured_claims
 from moe.analysis.comparisons import compared
 from moe.analysis.equal_cost import (
     ACTIVE,
@@ -25,6 +26,7 @@ from moe.analysis.equal_cost import (
     ONLY_AT_THE_END,
     SECONDS,
     TOTAL,
+    at_cost,
     bounds_at_cost,
     difference,
     equal_cost,
@@ -35,8 +37,10 @@ from moe.analysis.equal_cost import (
     training_points,
     unknown_flops,
 )
+from moe.analysis.estimates import Comparison, widened
 from moe.analysis.figures.charts import charts
 from moe.analysis.figures.drawing import Drawing
+from moe.analysis.power import seeds_for
 from moe.analysis.report.blocks import Attachment, Paragraph, TableBlock
 from moe.analysis.report.collect import collect_inputs
 from moe.analysis.report.inputs import ReportOptions
@@ -518,10 +522,52 @@ def test_bounds_of_a_curve_contain_its_losses_between_two_evaluations() -> None:
             least, most = bounds_at_cost(curve, cost)
             assert least <= loss + 1e-12
             assert most >= loss - 1e-12
+    assert at_cost(pd.DataFrame({"cost": [1.0, 2.0, 3.0], "loss": [0.3, 0.0, 0.0]}), 2.0) == 0, "no rounding error"
+    assert at_cost(pd.DataFrame({"cost": [1.0, 2.0, 3.0], "loss": [0.3, 0.0, 0.0]}), 2.5) == 0
     assert bounds_at_cost(curve, 2.0) == (law[100], law[100])
     assert bounds_at_cost(curve, 9.0) == (law[-1], law[-1])
     near = bounds_at_cost(pd.DataFrame({"cost": [1.0, math.e], "loss": [5.0, 4.0]}), math.exp(0.9))
     assert near == pytest.approx((4.0, 4.2)), "shortly before the second evaluation"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"kind": "equivalent", "margin": "0.05%"},
+        {"kind": "mixed", "margin": "0.05%"},
+        {"kind": "higher", "size": [0.001, 0.002]},
+        {"kind": "lower", "size": [0.001, 0.002]},
+    ],
+)
+def test_a_range_that_lies_within_what_reading_leaves_open_is_not_contradicted(words: dict[str, Any]) -> None:
+    """One reading lies below the range and another one above it. Each of them alone would contradict the claim."""
+    claim = ClaimConfig("b", "val/loss", "v", ["b"], than=["a"], at="flops", **words)
+    [[found]] = compared(claim, *evaluated([50, 100], cost=1.5)).pairs
+    assert min(found.p_for, found.p_against) > 0.5
+    assert found.doubt.startswith("the evaluations beside the common cost")
+
+
+def test_what_more_seeds_can_tell_counts_what_reading_leaves_open() -> None:
+    """The evaluations leave 0.0098 open. So a difference of 0.016 needs as many seeds as one of 0.006 at a point."""
+    near, far = (
+        Comparison(5, 1.016, 1.0, favor=0.016, spread=0.01, claimed_low=0.0, claimed_high=math.inf, off=off)
+        for off in (0.0, 0.0098)
+    )
+    needed = [seeds_for(_predicted(each).deciding()) for each in (near, far)]
+    assert needed[1] > needed[0] + 10
+    inside = near._replace(claimed_low=-0.05, claimed_high=0.05, off=0.04)
+    assert _predicted(inside)[:2] == pytest.approx((-1, 1)), "in units of the spread"
+    wide = _detectable(5, 0.01, 0.0098, _predicted(far), "loss", math.inf)
+    narrow = _detectable(5, 0.01, 0.0, _predicted(near), "loss", math.inf)
+    assert wide != narrow
+
+
+def test_a_reading_without_spread_leaves_a_claim_open() -> None:
+    found = Comparison(5, 1.2, 1.0, 0.1, 0.3, p_for=0.001, p_against=1.0, favor=0.2, outside=(1.0, 1.0))
+    exact = Comparison(5, 1.5, 1.0, favor=0.5, deterministic=True)
+    wide = widened(found, found._replace(mean=1.1, low=0.0, high=0.2), exact)
+    assert (wide.p_for, wide.low, wide.high) == (1.0, 0.0, 0.5)
+    assert widened(exact, found) == exact, "not tested"
 
 
 def test_evaluations_of_the_shipped_studies_lie_within_the_bounds_from_their_neighbors() -> None:

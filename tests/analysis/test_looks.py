@@ -826,7 +826,7 @@ def test_a_verdict_on_a_comparison_that_a_second_factor_splits_is_said(runs: pd.
     assert " ".join(" ".join(warnings_of_decisions(again)).split()) == said
     look = again.study.earlier[0]
     name = "val/accuracy: noise 0.5 vs 0"  # not tested here
-    claims = {"a beats b [0123456789ab]": "supported", "a beats b [ba9876543210]": "contradicted"}
+    claims = {"a beats b [01234567]": "supported", "a beats b [76543210]": "contradicted"}
     looks = [
         look._replace(decided={name: "worse"} | claims),
         look._replace(decided={name: "better"} | claims, time="2026-12-30T00:00:00+00:00"),
@@ -836,6 +836,12 @@ def test_a_verdict_on_a_comparison_that_a_second_factor_splits_is_said(runs: pd.
         " ".join(first.split())
     )
     assert "on average, “validation accuracy: noise 0.5 vs 0” was better. That" in " ".join(second.split())
+    equivalent = look._replace(decided={"val/accuracy: x [2] vs [1]": "equivalent"}, margins={"val/accuracy": "1%"})
+    [third] = warnings_of_decisions(again._replace(study=replace(again.study, earlier=[equivalent])))
+    assert "“validation accuracy: x [2] vs [1]” was equivalent within 1%. That" in " ".join(third.split())
+    names = [name_in_looks(each, again) for each in _judged(again) if each.levels]
+    both = [look._replace(decided=dict.fromkeys(names, "odd")), look._replace(decided=dict.fromkeys(names[:1], "odd"))]
+    assert len(list(warnings_of_decisions(again._replace(study=replace(again.study, earlier=both))))) == 1, "said once"
 
 
 def test_a_report_about_the_same_runs_alone_adds_its_verdicts_to_the_look(runs: pd.DataFrame, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from moe.analysis.estimates import BETWEEN, TOO_FAR_APART
 from moe.analysis.learned import without_doubt
 from moe.analysis.power import Prediction, seeds_for
 from moe.analysis.report.blocks import Card, Interval, literal
@@ -36,7 +37,8 @@ more seeds would not decide it if the true differences are as estimated, because
 BEFORE = " (before it was changed)"  # follows a claim if a later one has the same words
 LONGEST_CLAIM = 120  # characters of a claim that the answer quotes
 OPEN = 0.1  # share of the axis of a picture beyond all values, in which a claim without an end goes on
-OUTCOMES = {"as claimed": "support", "against": "contradict", "mixed": "", "": ""}  # of more seeds, by the estimates
+EVALUATE = "evaluate"  # the outcome of a claim that evaluations which are too far apart leave open
+OUTCOMES = {"as claimed": "support", "against": "contradict", "mixed": "", "": "", BETWEEN: EVALUATE}  # of more seeds
 TONES = {
     **dict.fromkeys(("supported", "equivalent", "better", "more balanced"), "good"),
     **dict.fromkeys(("contradicted", "worse", "less balanced"), "bad"),
@@ -142,6 +144,8 @@ class Judgment(NamedTuple):
             return ""
         if not self.outcome:
             return SOME_FAIL
+        if self.outcome == EVALUATE:
+            return TOO_FAR_APART
         if math.isnan(self.needed):
             return "more than 1,000 seeds would be needed, if the true difference is the estimated one"
         seeds = "1 more seed" if self.more == 1 else f"{self.more} more seeds"

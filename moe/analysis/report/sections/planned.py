@@ -15,7 +15,7 @@ from moe.analysis.report.blocks import literal
 from moe.analysis.report.inputs import ReportInputs
 from moe.analysis.report.judgments import Judgment, judgments
 from moe.analysis.report.sections.commands import claims_of
-from moe.analysis.sentences import DETERMINISTIC, directions, enumerated, noun
+from moe.analysis.sentences import DETERMINISTIC, EQUIVALENT, directions, enumerated, noun
 from moe.checks import printable
 from moe.config.claim import ClaimConfig
 from moe.config.words import as_word
@@ -45,7 +45,7 @@ ENDS_UNKNOWN = """\
 **There is no `ended.jsonl` beside `plans.json`.** So this report does not know which runs had ended before a later
 command, and its tests may have too large a share of the 5 %. If the runs are a copy, copy this file too."""
 NO_CLAIMS = pd.DataFrame()  # for judgments on comparisons alone
-FINGERPRINT = r" \[[0-9a-f]+\]$"  # ends the name of a claim in looks
+FINGERPRINT = r" \[[0-9a-f]{8}\]$"  # ends the name of a claim in looks
 NUMBER = r"(?<==)-?\d+(\.\d+)?(e[-+]?\d+)?(?=,|$)"  # a level in the name of a combination of levels
 MOST_LOST = 5  # verdicts of an earlier look that a warning names
 REACHED = "the planned number of seeds ({planned}) was reached"
@@ -180,20 +180,32 @@ def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison is another than the present one, or has none here."""
     if not any(look.decided for look in inputs.study.earlier):
         return
-    said, judged = [], {name_in_looks(each, inputs): each for each in _judged(inputs)}
+    said, judged = (
+        set[tuple[str, str, frozenset[str]]](),
+        {name_in_looks(each, inputs): each for each in _judged(inputs)},
+    )
     gone_before = set[tuple[str, str]]()
     for look in inputs.study.earlier:
         known = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
         earlier = [(now, _as_in_looks(verdict, now)) for now, verdict in known]
-        lost = [(_title(now, inputs), verdict) for now, verdict in earlier if not now.decided or now.verdict != verdict]
-        if lost and (lost, look.runs) not in said:
-            said.append((lost, look.runs))
+        runs = frozenset(look.runs)
+        changed = [(now, verdict) for now, verdict in earlier if not now.decided or now.verdict != verdict]
+        lost = [(_title(now, inputs), _with_margin(verdict, now.metric, look)) for now, verdict in changed]
+        lost = [each for each in lost if (*each, runs) not in said]
+        said.update((*each, runs) for each in lost)
+        if lost:
             yield _decided_then(DECIDED, look, lost)
         gone = [(name, verdict) for name, verdict in look.decided.items() if name not in judged]
         new = [each for each in gone if each not in gone_before]
         gone_before.update(new)
         if new:
-            yield _decided_then(NOT_COMPARED, look, [(_without_id(name), verdict) for name, verdict in new])
+            found = [(name, _with_margin(verdict, name.partition(": ")[0], look)) for name, verdict in new]
+            yield _decided_then(NOT_COMPARED, look, [(_without_id(name), verdict) for name, verdict in found])
+
+
+def _with_margin(verdict: str, metric: str, look: Seen) -> str:
+    """Return a verdict of a look; one that two levels are equivalent with the margin that the look had."""
+    return f"{verdict} within {look.margins[metric]}" if verdict == EQUIVALENT and metric in look.margins else verdict
 
 
 def _without_id(name: str) -> str:
