@@ -141,9 +141,8 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None
     tests, named, rivals = ahead.tests, len(claim.levels), ahead.rivals
 
     def least_effect() -> float:
-        return spread.value * detectable_effect(
-            most, tests=tests, named=named, rivals=rivals, known_by=known_by, power_wanted=power
-        )
+        effect = detectable_effect(most, tests=tests, named=named, rivals=rivals, known_by=known_by, power_wanted=power)
+        return spread.value * effect + spread.off
 
     unknown = ""
     if math.isnan(spread.mean) and not in_spreads:
@@ -171,7 +170,7 @@ def need(claim: ClaimConfig, ahead: Ahead, spread: Spread, effect: Effect | None
 
     def seeds(of_spread: float, known_by: float = math.inf) -> int | None:
         true = (low + high) / 2 if ranged else math.copysign(effect_size, -1 if math.isinf(low) else 1)
-        ends = low / of_spread, high / of_spread, true / of_spread
+        ends = (low + spread.off) / of_spread, (high - spread.off) / of_spread, true / of_spread
         prediction = Prediction(*ends, tests, named, rivals, known_by=known_by)
         return seeds_for(prediction, power_wanted=power, most=most)
 

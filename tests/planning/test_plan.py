@@ -218,6 +218,9 @@ def test_an_effect_that_is_lost_between_evaluations_is_out_of_reach_of_any_numbe
     lost, kept = (need(claim, Ahead(1), spread, Effect(text), **MORE) for text in ("0.3", "0.9"))
     assert lost.reason.startswith(f"an effect of 0.3 is no larger than the {spread.off:.2g} by which a difference may")
     assert (lost.seeds, kept.reason) == (None, "")
+    wide = spread._replace(value=0.4, low=0.4, high=0.4)
+    near, far = (need(claim, Ahead(1), wide._replace(off=off), Effect("0.9"), **MORE) for off in (0.0, 0.4))
+    assert near.seeds < far.seeds, "what is left of the effect is 0.9 minus what reading leaves open"
     assert spread_of(CLAIM, pd.DataFrame(runs)).off == 0
     late = pd.concat(evals).query("step == 20")  # b has its only evaluation after a has ended
     nothing = need(claim, Ahead(1), spread_of(claim, pd.DataFrame(runs), late), Effect("1%"), **MORE)

@@ -60,7 +60,8 @@ interpolated. Settings whose FLOPs differ by less than 1 % are left out there: t
 elsewhere. "Read at 60 %" means that one side is read there before its end, when its learning rate is still high, so it
 looks worse than a run of that length would. "Between points 0.02 apart" means that a loss was interpolated between two
 that differ by 0.02 nats, which bounds the error of that if the loss falls steadily; evaluate more often (`eval_every`)
-to lower it. This table describes; a claim with `at` tests."""
+to lower it. This table describes, and its intervals take interpolated losses for exact ones; a claim with `at` tests,
+and its interval has all losses that may lie between two evaluations."""
 VERDICTS = """\
 A level is not told apart from the reference if its interval contains 1. If the interval lies above 1, the level saves
 compute, provided that runs of the reference ended at its compute, or, unless the curve goes through evaluations during

@@ -169,7 +169,9 @@ def claim_verdicts(inputs: ReportInputs) -> Iterator[ReportBlock]:
     for number, (_, row) in enumerate(judged.iterrows()):
         verdict = f"{literal(titles[number])} ({literal(row['source'])}): **{row['verdict']}**"
         doubt = later_tokens(row["metric"], row["compared"], inputs)
-        sentences.append("; ".join(filter(None, [verdict, literal(evidence_sentence(row)), doubt, advice[number]])))
+        evidence = evidence_sentence(row)
+        more = "" if advice[number] in evidence else advice[number]
+        sentences.append("; ".join(filter(None, [verdict, literal(evidence), doubt, more])))
     yield BulletList(sentences)
     yield csv_file("claims", inputs.claims, "every claim with its numbers.")
 
