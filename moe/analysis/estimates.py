@@ -43,7 +43,8 @@ class Comparison(NamedTuple):
     deterministic: whether the difference is the same in every seed. It is then tested only against a share of a mean.
     note: a remark for the reader, such as a run that is missing.
     doubt: why the comparison is undecided, if it is.
-    off: how far the difference may be off, because it is read between evaluations; see `widened`.
+    off: by how much the difference may be nearer to the end of the claimed range, or beyond it, because it is read
+    between evaluations; see `widened`.
     runs: the folders of the runs on which the test depends.
     """
 
@@ -134,8 +135,16 @@ def widened(found: Comparison, *extremes: Comparison) -> Comparison:
         return found
     every = [found, *(each if each.p_for <= 1 else _untested(each) for each in extremes)]
     p_for, *outside = (max(column) for column in zip(*((each.p_for, *each.outside) for each in every), strict=True))
-    off = max(abs(each.mean - each.reference_mean - (found.mean - found.reference_mean)) for each in extremes)
-    note = f"read between evaluations, so that the difference may be off by {off:.2g}"
+    differences = [(each, each.mean - each.reference_mean) for each in every]
+    apart = max(abs(difference - differences[0][1]) for _, difference in differences)
+    if not apart:
+        return found
+    note = f"read between evaluations, so that the difference may be off by {apart:.2g}"
+    favors = [each.favor for each in every]
+    off = found.favor - min(favors) if found.favor > 0 else max(favors) - found.favor
+    sides = {np.sign(max(d - each.claimed_high, 0) - max(each.claimed_low - d, 0)) for each, d in differences}
+    if len(sides) > 1:  # below, in and above the range
+        off = max(off, abs(found.favor))
     return found._replace(
         low=min(each.low for each in every),
         high=max(each.high for each in every),
@@ -143,7 +152,8 @@ def widened(found: Comparison, *extremes: Comparison) -> Comparison:
         p_against=min(1.0, 2 * min(outside)),
         outside=(outside[0], outside[1]),
         note="; ".join(filter(None, (found.note, note))),
-        doubt=TOO_FAR_APART if abs(found.favor) <= off else found.doubt,
+        spread=max((each.spread for each in every if not math.isnan(each.spread)), default=NAN),
+        doubt=TOO_FAR_APART if len(sides) > 1 else found.doubt,
         off=off,
     )
 

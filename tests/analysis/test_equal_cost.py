@@ -567,7 +567,21 @@ def test_a_reading_without_spread_leaves_a_claim_open() -> None:
     exact = Comparison(5, 1.5, 1.0, favor=0.5, deterministic=True)
     wide = widened(found, found._replace(mean=1.1, low=0.0, high=0.2), exact)
     assert (wide.p_for, wide.low, wide.high) == (1.0, 0.0, 0.5)
+    assert widened(found, found, found) == found, "all of it is read at evaluations"
     assert widened(exact, found) == exact, "not tested"
+
+
+def test_only_a_reading_on_the_other_side_makes_evaluations_too_far_apart() -> None:
+    """The loss may be lower by 0.08 or higher by 0.2, so that a difference of 0.14 is above zero at each reading."""
+    of = {"p_against": 1.0, "claimed_low": 0.0, "claimed_high": math.inf}
+    read, least, most = (
+        Comparison(3, 1 + d, 1.0, d - 0.2, d + 0.2, 0.1, favor=d, spread=0.1 + d, **of) for d in (0.14, 0.06, 0.34)
+    )
+    found = widened(read, least, most)
+    assert (found.doubt, found.off, found.spread) == ("", pytest.approx(0.08), pytest.approx(0.44))
+    assert found.note.endswith("may be off by 0.2")
+    across = least._replace(mean=0.99, favor=-0.01)
+    assert widened(read, across, most).doubt.startswith("the evaluations beside")
 
 
 def test_evaluations_of_the_shipped_studies_lie_within_the_bounds_from_their_neighbors() -> None:

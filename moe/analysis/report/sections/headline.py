@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from moe.analysis.report.inputs import ReportInputs
-from moe.analysis.report.judgments import Judgment, on_contrast
+from moe.analysis.report.judgments import EVALUATE, Judgment, on_contrast
 from moe.analysis.report.sections.experts import findings
 from moe.analysis.report.sections.planned import earlier_verdict
 from moe.analysis.report.sections.seed_components import spread_sentence
@@ -137,7 +137,8 @@ def _of_undecided(inputs: ReportInputs, judged: list[Judgment]) -> str:
         else f"about {largest.more} more {'seed' if largest.more == 1 else 'seeds'}"
     )
     text = f"{none}; the largest estimated difference is that of {_instead(largest)} ({_amount(largest)}); "
-    text += f"{needed} would decide it, if the true difference is that large"
+    decides = f"{needed} would decide it, if the true difference is that large"
+    text += largest.advice if largest.outcome in ("", EVALUATE) else decides
     text = "; ".join(filter(None, (text, earlier_verdict(largest, inputs)))) + "."
     if all(each.low <= 0 <= each.high for each in tested):
         units = " or the ".join(dict.fromkeys(each.unit for each in tested))
