@@ -33,8 +33,9 @@ OWN = "# A router of this test\n_target_: moe.routers.topk.TopK\nk: {k}\n"
 
 @pytest.fixture
 def labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return two folders of options, each with a router, below the working folder."""
+    """Return two folders of options, each with a router, below the working folder, which has a train.py."""
     monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()  # so that the commands name it
     monkeypatch.setenv("MOE_SEARCH_PATH", "")
     folders = [Path("my lab"), Path("other")]
     for number, folder in enumerate(folders):
