@@ -315,7 +315,7 @@ def _predicted(comparison: Comparison) -> Prediction:
     """
     c = comparison
     off = math.copysign(c.off, c.favor)
-    ends = c.claimed_low + off, c.claimed_high - off, c.mean - c.reference_mean
+    ends = c.claimed_low + off, c.claimed_high - off, c.difference
     low, high, true = (end / c.spread for end in ends)
     return Prediction(low, high, true, freedom=c.freedom)
 
@@ -357,7 +357,7 @@ def _row(
         "n": comparison.n,
         "mean": comparison.mean,
         "reference mean": comparison.reference_mean,
-        "difference": comparison.mean - comparison.reference_mean,
+        "difference": comparison.difference,
         "ci_low": comparison.low,
         "ci_high": comparison.high,
         "claimed_low": comparison.claimed_low,

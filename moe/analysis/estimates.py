@@ -67,6 +67,11 @@ class Comparison(NamedTuple):
     off: float = 0.0
     runs: frozenset[str] = frozenset()
 
+    @property
+    def difference(self) -> float:
+        """The difference of the two means."""
+        return self.mean - self.reference_mean
+
 
 class Sides(NamedTuple):
     """The values of two levels: a row for each seed, and a column for each combination of other factors.
@@ -135,15 +140,14 @@ def widened(found: Comparison, *extremes: Comparison) -> Comparison:
         return found
     every = [found, *(each if each.p_for <= 1 else _untested(each) for each in extremes)]
     p_for, *outside = (max(column) for column in zip(*((each.p_for, *each.outside) for each in every), strict=True))
-    differences = [(each, each.mean - each.reference_mean) for each in every]
-    apart = max(abs(difference - differences[0][1]) for _, difference in differences)
+    apart = max(abs(each.difference - found.difference) for each in every)
     if not apart:
         return found
     note = f"read between evaluations, so that the difference may be off by {apart:.2g}"
     favors = [each.favor for each in every]
     off = found.favor - min(favors) if found.favor > 0 else max(favors) - found.favor
-    sides = {np.sign(max(d - each.claimed_high, 0) - max(each.claimed_low - d, 0)) for each, d in differences}
-    if len(sides) > 1:  # below, in and above the range
+    places = {(each.difference < each.claimed_low, each.difference > each.claimed_high) for each in every}
+    if len(places) > 1:  # below, in and above the range
         off = max(off, abs(found.favor))
     return found._replace(
         low=min(each.low for each in every),
@@ -153,15 +157,14 @@ def widened(found: Comparison, *extremes: Comparison) -> Comparison:
         outside=(outside[0], outside[1]),
         note="; ".join(filter(None, (found.note, note))),
         spread=max((each.spread for each in every if not math.isnan(each.spread)), default=NAN),
-        doubt=TOO_FAR_APART if len(sides) > 1 else found.doubt,
+        doubt=TOO_FAR_APART if len(places) > 1 else found.doubt,
         off=off,
     )
 
 
 def _untested(found: Comparison) -> Comparison:
     """Return a comparison without a test, such as one without spread, as one that decides nothing."""
-    difference = found.mean - found.reference_mean
-    return found._replace(low=difference, high=difference, p_for=1.0)
+    return found._replace(low=found.difference, high=found.difference, p_for=1.0)
 
 
 def in_all_runs(claim: ClaimConfig, sides: Sides, rest: list[pd.Series], rest_runs: list[pd.Series]) -> Comparison:

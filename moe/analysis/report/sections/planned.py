@@ -180,11 +180,8 @@ def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
     """Yield each look whose verdict on some claim or comparison is another than the present one, or has none here."""
     if not any(look.decided for look in inputs.study.earlier):
         return
-    said, judged = (
-        set[tuple[str, str, frozenset[str]]](),
-        {name_in_looks(each, inputs): each for each in _judged(inputs)},
-    )
-    gone_before = set[tuple[str, str]]()
+    judged = {name_in_looks(each, inputs): each for each in _judged(inputs)}
+    said, gone_before = set[tuple[str, str, frozenset[str]]](), set[tuple[str, str]]()
     for look in inputs.study.earlier:
         known = [(judged[name], verdict) for name, verdict in look.decided.items() if name in judged]
         earlier = [(now, _as_in_looks(verdict, now)) for now, verdict in known]
@@ -199,8 +196,8 @@ def warnings_of_decisions(inputs: ReportInputs) -> Iterator[str]:
         new = [each for each in gone if each not in gone_before]
         gone_before.update(new)
         if new:
-            found = [(name, _with_margin(verdict, name.partition(": ")[0], look)) for name, verdict in new]
-            yield _decided_then(NOT_COMPARED, look, [(_without_id(name), verdict) for name, verdict in found])
+            found = [(_without_id(name), _with_margin(verdict, name.partition(": ")[0], look)) for name, verdict in new]
+            yield _decided_then(NOT_COMPARED, look, found)
 
 
 def _with_margin(verdict: str, metric: str, look: Seen) -> str:
