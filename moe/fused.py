@@ -1,6 +1,7 @@
-"""Few kernels on a GPU: join the operations of a function, and convert numbers once."""
+"""Few kernels on a GPU: join the operations of a function, or keep a function apart, and convert numbers once."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,6 +48,25 @@ def _can_compile() -> bool:
     from torch.utils._triton import has_triton
 
     return bool(has_triton())
+
+
+def uncompiled(function: Function) -> Function:
+    """Decorate a function that runs as it is, also where a compiled model calls it.
+
+    `torch.compiler.disable` does this, but imports the compiler at once, which takes most of a second. Whatever
+    compiles has imported it before.
+    """
+    apart: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal apart
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        apart = apart or torch.compiler.disable(function)
+        return apart(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:

@@ -182,7 +182,9 @@ def expand_start(
 
 
 def _check_model(config: Config) -> None:
-    if config.logger.to_wandb:
+    from moe.runs.wandb_mirror import mode_of
+
+    if mode_of(config.logger) != "disabled":
         # The run needs it later. But classes of W&B look for their source in every module that is already imported,
         # which takes a second longer after the thousands of modules of transformers.
         with suppress(Exception):  # an error of W&B stops no run, and the run names it

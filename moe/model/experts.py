@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from moe.distributed.exchange import run_distributed_experts
 from moe.distributed.sharding import local_part
-from moe.fused import product_type
+from moe.fused import product_type, uncompiled
 from moe.routers.seeding import seeded
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         return linear(F.dropout(hidden, self.dropout, self.training), down)
 
 
-@torch.compiler.disable  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
+@uncompiled  # group sizes change at every step, and compiled grouped_mm takes only bf16 (torch 2.13)
 def run_experts(
     x: Float[Tensor, "R D"], counts: Int[Tensor, " E"], stacks: Stacks, expert: Callable[..., Tensor]
 ) -> Float[Tensor, "R D"]:

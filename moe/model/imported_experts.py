@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe.distributed.sharding import local_part
+from moe.fused import uncompiled
 from moe.model.blocks import count_experts
 from moe.model.experts import Experts, Linear, Stacks, choose_kernel, run_experts
 
@@ -39,7 +40,7 @@ class ImportedExperts(Experts):
         matrices = inner.down_proj
         return choose_kernel(matrices.device.type, dtype, local_part(matrices).shape)  # type: ignore[arg-type]
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, x: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
         if _asks_registry(_inner(self.module)):
             outputs: Tensor = self.module(x, counts=counts)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from moe.distributed import ranks
+from moe.fused import uncompiled
 from moe.model.experts import Experts
 from moe.model.router_precision import decide, flips
 from moe.routers.base import Router
@@ -244,6 +245,6 @@ class MoELayer(nn.Module):
         return torch.einsum("te,etd->td", (others - others.detach()).to(outputs.dtype), outputs)
 
 
-@torch.compiler.disable
+@uncompiled
 def _load_of_earlier_ranks(offered: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
     return ranks.sum_of_lower_ranks(offered)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from moe.checks import ConfigError, first_line, require
 from moe.config.checkpoints import files, replayed
 from moe.files import require_files
+from moe.fused import uncompiled
 from moe.model.architecture import MoEConfig
 from moe.model.layer import MoELayer
 from moe.model.routed import build_router
@@ -51,7 +52,7 @@ def _loaded(run: str, digest: str | None, device: torch.device) -> Any:
     return model
 
 
-@torch.compiler.disable
+@uncompiled
 @torch.no_grad()
 def decisions(layers: list[MoELayer], context: Context, mask: Tensor | None) -> list[Routing] | None:
     """Return how the model that these layers replay routes the tokens, for each MoE layer; None if they replay none.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe.fused import uncompiled
 from moe.routers.base import LinearRouter
 from moe.routing.decision import Context, Routing
 from moe.routing.dispatch import capacity_per_expert
@@ -42,7 +43,7 @@ class BaseLayers(LinearRouter):
         return Routing.token_choice(expert[:, None], weight, probs=torch.softmax(noisy, -1), logits=logits)
 
 
-@torch.compiler.disable
+@uncompiled
 def balanced_assignment(scores: Float[Tensor, "T E"]) -> Int[Tensor, " T"]:
     """Return the expert of each token, so that the sum of scores is the largest and none has over ceil(T / E) tokens.
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe.checks import require
+from moe.fused import uncompiled
 from moe.routers.base import LinearRouter, check_k
 from moe.routing.decision import Context, Routing
 
@@ -45,7 +46,7 @@ class Matryoshka(LinearRouter):
         return Routing.token_choice(top.indices, weight, probs=torch.softmax(noisy, -1), logits=logits, aux=aux)
 
 
-@torch.compiler.disable
+@uncompiled
 def draw(least: int, most: int) -> int:
     """Return a whole number from `least` to `most`, all equally likely, from the generator of the CPU."""
     [number] = torch.randint(least, most + 1, (1,), device="cpu").tolist()

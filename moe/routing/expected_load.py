@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe.fused import uncompiled
+
 
 def bar(values: Float[Tensor, "T E"], k: int) -> Float[Tensor, "T E"]:
     """Return what an expert has to exceed to be among the k largest, if the others keep their values: -inf for k = E.
@@ -63,7 +65,7 @@ def cv_squared(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:
 
 # A plain function that computes this loss, a softmax and a top-k from the same logits of four experts gets half of its
 # gradient from inductor (torch 2.13 on a CPU), and all of it from the backend aot_eager_decomp_partition.
-@torch.compiler.disable
+@uncompiled
 def expected_load_cv(
     clean: Float[Tensor, "T E"], bar: Float[Tensor, "T E"], noise: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.checks import first_line
 from moe.config.cell import Cell
-from moe.config.sections import is_wandb_id
+from moe.config.sections import LoggerConfig, is_wandb_id
 from moe.files import read_text, write_text
 from moe.runs.events import RunListener
 from moe.runs.folder import grid_name
@@ -52,9 +52,8 @@ class WandbMirror(RunListener):
     """
 
     def __init__(self, cell: Cell) -> None:
-        mode = cell.config.logger.mode
         self._cell = cell
-        self._run = start_in(mode_of_environment() if mode == "auto" else mode, lambda attempt: _start(cell, attempt))
+        self._run = start_in(mode_of(cell.config.logger), lambda attempt: _start(cell, attempt))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log after `step` optimizer steps those of `values` that are numbers, and lists of numbers as histograms."""
@@ -84,6 +83,13 @@ def start_in(mode: str, start: Callable[[str], Any]) -> Any:
         except Exception as error:  # the errors of W&B have no other common class
             log.warning("W&B cannot start in %s mode: %s", attempt, first_line(error))
     return None
+
+
+def mode_of(logger: LoggerConfig) -> str:
+    """Return the mode that a configuration asks for: "disabled", "offline", or "online"."""
+    if not logger.to_wandb:
+        return "disabled"
+    return mode_of_environment() if logger.mode == "auto" else logger.mode
 
 
 def mode_of_environment() -> str:

@@ -478,6 +478,14 @@ def test_help_and_refusals_import_no_library_that_they_do_not_need(words: str) -
     assert answer.splitlines()[-1].split() == ["0" if "--help" in words else "2"]
 
 
+def test_a_refused_setting_of_a_router_imports_pytorch_without_its_compiler() -> None:
+    unneeded = {"torch._dynamo", "torch._inductor", "sympy", "scipy", "transformers", "wandb"}
+    code = f"import sys; from moe.launch.train import main; print(main(), *{unneeded | {'torch'}} & {{*sys.modules}})"
+    command = [sys.executable, "-c", code, "router.k=9"]
+    answer = subprocess.run(command, cwd=CONF.parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert answer.splitlines()[-1] == "2 torch"
+
+
 def test_the_users_single_command() -> None:
     [cell] = read_cells(["router=temperature", "router.temp=1.5"]) or []
     assert cell.config.temperature == 1.5

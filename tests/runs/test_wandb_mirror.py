@@ -1,7 +1,9 @@
 """Tests of the W&B mirror: it contains the events of a run, and its failures do not affect training."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from wandb_files import wandb_records
 
 from moe.checks import ConfigError
 from moe.config.cell import Grid
+from moe.config.options import CONF
 from moe.launch.command_line import read_cells
 from moe.launch.run import run
 from moe.launch.sweep import carry_out
@@ -184,6 +187,14 @@ def test_the_environment_and_a_login_decide_the_mode_as_in_wandb(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert mode_of_environment() == mode
+
+
+def test_a_run_that_copies_nothing_to_wandb_does_not_import_its_library(small: list[str], tmp_path: Path) -> None:
+    code = "import sys; from moe.launch.train import main; print(main(), *{'torch', 'wandb'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, *small, "logger.mode=auto", "steps=1", f"out={tmp_path}"]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    done = subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 torch"
 
 
 def test_project_and_entity_come_from_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
