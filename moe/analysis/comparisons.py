@@ -10,8 +10,6 @@ from moe.analysis.equal_cost import (
     SECONDS,
     NoEqualCostError,
     at_common_cost,
-    at_cost,
-    bounds_at_cost,
     metric_curves,
     unknown_flops,
 )
@@ -172,10 +170,7 @@ def _pairs_of_curves(
     one side may have and the largest ones of the other, and the other way round; see `widened`.
     """
     others = _others(claim, runs)
-    read, least, most = (
-        at_common_cost(runs, others, curves, how)
-        for how in (at_cost, lambda *at: bounds_at_cost(*at)[0], lambda *at: bounds_at_cost(*at)[1])
-    )
+    read, least, most = at_common_cost(runs, others, curves)
     found = _pairs(claim, read, named, rivals)
     if least.equals(most):
         return found

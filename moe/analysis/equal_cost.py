@@ -8,7 +8,7 @@ how early that is.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,20 +237,20 @@ def _place(curve: pd.DataFrame, cost: float) -> float:
     return float(round(place)) if math.isclose(place, round(place), abs_tol=1e-9) else place
 
 
-def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float]:
-    """Return the least and the largest loss that a curve may have at a cost. At a point, both are the loss there.
+def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float, float]:
+    """Return the loss of `at_cost`, and the least and the largest that a curve may have there. At a point, all are one.
 
     Between two points, the loss lies between those of the points. In the log of the cost, it changes at most `STEEPEST`
     times as fast as on average from one to the other.
     """
     place, loss, read = _place(curve, cost), curve["loss"].to_numpy(), at_cost(curve, cost)
     if place == round(place):
-        return read, read
+        return read, read, read
     first, second = loss[math.floor(place)], loss[math.ceil(place)]
     since, until = (STEEPEST * abs(first - second) * part for part in (place % 1, 1 - place % 1))
     least = max(min(first, second), first - since, second - until)
     most = min(max(first, second), first + since, second + until)
-    return float(min(least, read)), float(max(most, read))
+    return read, float(min(least, read)), float(max(most, read))
 
 
 def _gap(curve: pd.DataFrame, cost: float) -> float:
@@ -308,22 +308,24 @@ def at_common_cost(
     runs: pd.DataFrame,
     others: list[str],
     curves: dict[str, dict[str, pd.DataFrame]],
-    read: Callable[[pd.DataFrame, float], float] = at_cost,
-) -> pd.DataFrame:
+) -> list[pd.DataFrame]:
     """Return the runs with these metrics as they were at the largest cost that all runs of their cell have reached.
 
-    A cell is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. read: returns
-    the metric of a curve at a cost. Raises NoEqualCostError if the runs of a cell have no cost in common.
+    The three tables have the metrics as they are read, the least ones, and the largest ones (`bounds_at_cost`). A cell
+    is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. Raises
+    NoEqualCostError if the runs of a cell have no cost in common.
     """
     cells = []
     for levels, members in conditions(runs, others):
+        tables = [members] * 3
         for metric, of_run in curves.items():
             known = {folder: of_run[folder] for folder in members["folder"] if folder in of_run}
             most = _largest_common([*known.values()], name_cell(levels)) if known else math.nan
-            found = {folder: read(curve, most) for folder, curve in known.items()}
-            members = members.assign(**{metric: members["folder"].map(found).astype(float)})
-        cells.append(members)
-    return pd.concat(cells) if cells else runs
+            found = {folder: bounds_at_cost(curve, most) for folder, curve in known.items()}
+            values = pd.DataFrame.from_dict(found, "index", float, range(3)).reindex(members["folder"]).to_numpy().T
+            tables = [table.assign(**{metric: each}) for table, each in zip(tables, values, strict=True)]
+        cells.append(tables)
+    return [pd.concat(tables) for tables in zip(*cells, strict=True)] if cells else [runs] * 3
 
 
 def _curves(side: pd.DataFrame, curves: pd.DataFrame, cost: str) -> Curves:

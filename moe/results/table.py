@@ -218,7 +218,7 @@ def read_event_tables(folders: Iterable[Path | str], *, training: Sequence[str] 
             if not (by_kind["eval"] or unread):
                 problems.append(f"{folder}: no evaluation, because the run ended before its first one")
             for kind, by_step in by_kind.items():
-                rows[kind] += [by_step[step] | {"folder": str(folder)} for step in sorted(by_step)]
+                rows[kind] += [by_step[step] for step in sorted(by_step)]
         for kind, of_kind in rows.items():
             if of_kind:
                 tables[kind].append(pd.DataFrame(of_kind))
@@ -344,14 +344,16 @@ def _read_events(folder: Path, training: Sequence[str]) -> tuple[dict[str, dict[
     path = folder / events.FILE
     found: dict[str, dict[int, dict[str, Any]]] = {"eval": {}, "train": {}}
     problems = []
+    columns = ("kind", "step", *training, "folder")
     try:
         for number, event in enumerate(events.iterate_events(path), start=1):
             if event is None:
                 problems.append(f"{path}: line {number} skipped, incomplete or not an event")
-            elif event["kind"] == "eval":
+                continue
+            event["folder"] = str(folder)
+            if event["kind"] == "eval":
                 found["eval"][event["step"]] = event
             elif event["kind"] == "train" and training:
-                columns = ("kind", "step", *training)
                 found["train"][event["step"]] = {key: event[key] for key in columns if key in event}
     except FileNotFoundError:
         problems.append(f"{folder}: no {events.FILE}")

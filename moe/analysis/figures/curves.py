@@ -81,10 +81,11 @@ def draw_runs(axes: Axes, events: pd.DataFrame, column: str, look: dict[str, Any
 
 def draw_curves(axes: Axes, events: pd.DataFrame, column: str, by: str) -> None:
     """Draw a column of events against the step, in a style for each level of `by`: each run thin, their mean thick."""
+    of_level = dict(iter(events.dropna(subset=[column]).groupby(by)))
     for index, level in enumerate(levels(events[by])):
-        style, members = line_style(index), events[events[by] == level].dropna(subset=[column])
-        if members.empty:
+        if level not in of_level:
             continue
+        style, members = line_style(index), of_level[level]
         curves = members.pivot(index="step", columns="folder", values=column).astype(float)
         mean = curves.dropna().mean(axis=1)
         dot = "." if len(curves) < 30 else ""  # without a dot, a single evaluation would be invisible

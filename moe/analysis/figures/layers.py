@@ -21,7 +21,7 @@ from moe.analysis.figures.style import (
 )
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
-from moe.results.conditions import STD, levels
+from moe.results.conditions import STD, levels, narrowed
 from moe.routing.axes import DECILES
 
 METRICS = {metric.name: metric.axis for metric in select(shown="layer figures")}
@@ -37,9 +37,13 @@ def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
 
 
 def with_layer_values(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows (runs or events) with a value of `metric` in some layer. These columns become numbers."""
+    """Return the rows (runs or events) with a value of `metric` in some layer.
+
+    Of the metrics they have these values alone, as numbers: to select rows of hundreds of columns takes long.
+    """
     columns = list(layers_of(table.columns, metric).values())
-    return table.astype(dict.fromkeys(columns, float)).dropna(subset=columns, how="all") if columns else table.iloc[:0]
+    rows = narrowed(table, ("folder", "step", "condition", *columns)).astype(dict.fromkeys(columns, float))
+    return rows.dropna(subset=columns, how="all") if columns else rows[:0]
 
 
 @matplotlib.rc_context(RC)
@@ -115,6 +119,7 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
 
 def _draw_conditions(axes: Axes, runs: pd.DataFrame, columns: list[str], x: list[int]) -> None:
     """Draw the means over seeds of `columns` at `x`, with intervals. The lines of the conditions lie side by side."""
+    runs = narrowed(runs, ("condition", *columns))
     names = levels(runs["condition"])
     for index, name in enumerate(names):
         members, style = runs[runs["condition"] == name], dict[str, Any](line_style(index))

@@ -12,7 +12,7 @@ from moe.analysis.report.blocks import Heading, Paragraph, ReportBlock, TableBlo
 from moe.analysis.report.inputs import GRADIENT_METRICS, NOT_TRAINED, ReportInputs
 from moe.analysis.sentences import with_interval
 from moe.analysis.simultaneous import interval, over_time
-from moe.analysis.statistics import NAMES, comparisons, mean_difference, table_of_comparisons
+from moe.analysis.statistics import COMPARED, NAMES, comparisons, mean_difference, table_of_comparisons
 from moe.results.comparable import incomparable
 from moe.results.conditions import narrowed
 from moe.runs.traces import MILESTONES
@@ -67,7 +67,8 @@ def contrasts_at_shares(inputs: ReportInputs) -> pd.DataFrame:
     if len(shares) < 2:
         return pd.DataFrame()  # the last evaluation alone: the final values, which other tables have
     rows = []
-    for names, treated, baseline in comparisons(runs, inputs.factors, references):
+    compared = narrowed(runs, (VALIDATION_LOSS, *inputs.factors, *COMPARED))
+    for names, treated, baseline in comparisons(compared, inputs.factors, references):
         if not incomparable(VALIDATION_LOSS, treated, baseline):
             sides = [_by_seed(side, by_run, shares) for side in (treated, baseline)]
             rows += [names | row for row in _at_shares(sides[0] - sides[1])]
@@ -101,7 +102,8 @@ def _at_shares(differences: pd.DataFrame) -> Iterator[dict[str, float]]:
 
 def _by_share(losses: pd.Series) -> dict[float, float]:
     """Return the losses of a run, given by step, by share of its training in whole percent, without those at 0 %."""
-    found = {round(step / max(1, losses.index.max()), 2): loss for step, loss in losses.items()}
+    last = max(1, losses.index.max())
+    found = {round(step / last, 2): loss for step, loss in losses.items()}
     return {share: loss for share, loss in found.items() if share > 0}
 
 

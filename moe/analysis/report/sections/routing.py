@@ -97,9 +97,9 @@ def _routing_drawings(inputs: ReportInputs) -> Iterator[Drawing]:
 
 
 def _layer_trends(inputs: ReportInputs) -> Iterator[Drawing]:
-    events, panels = inputs.with_condition(inputs.past.evals), inputs.condition.nunique()
+    panels = inputs.condition.nunique()
     for metric, label in layers.METRICS.items():
-        rows = layers.with_layer_values(events, metric)
+        rows = inputs.with_condition(layers.with_layer_values(inputs.past.evals, metric))
         if rows.empty:
             result: Figure | str = f"no evaluation has {metric} by layer"
         elif not inputs.trained:
