@@ -6,7 +6,7 @@ import pandas as pd
 
 from moe.analysis.power import SIGNIFICANCE
 from moe.analysis.simultaneous import ranks, to_reference
-from moe.results.conditions import by_seed, conditions, levels
+from moe.results.conditions import by_seed, conditions, levels, narrowed
 
 ROUTER, LEAST = "router", 3  # the factor, and the smallest number of its levels that make a league
 PLAIN = "topk"  # the reference, unless the reader names another one
@@ -29,6 +29,7 @@ class League(NamedTuple):
 
 def losses_by_seed(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the values of a metric, a row for each seed and a column for each router that has one."""
+    runs = narrowed(runs, (ROUTER, metric, "seed", "folder"))
     table = pd.DataFrame({cell[ROUTER]: by_seed(members, metric) for cell, members in conditions(runs, [ROUTER])})
     return table.dropna(how="all", axis=1)
 
