@@ -238,10 +238,10 @@ def _place(curve: pd.DataFrame, cost: float) -> float:
 
 
 def bounds_at_cost(curve: pd.DataFrame, cost: float) -> tuple[float, float, float]:
-    """Return the loss of `at_cost`, and the least and the largest that a curve may have there. At a point, all are one.
+    """Return the loss of a curve at a cost (`at_cost`), and the least and the largest that it may have there.
 
-    Between two points, the loss lies between those of the points. In the log of the cost, it changes at most `STEEPEST`
-    times as fast as on average from one to the other.
+    At a point, the three are equal. Between two points, the loss lies between those of the points. In the log of the
+    cost, it changes at most `STEEPEST` times as fast as on average from one to the other.
     """
     place, loss, read = _place(curve, cost), curve["loss"].to_numpy(), at_cost(curve, cost)
     if place == round(place):
@@ -311,7 +311,7 @@ def at_common_cost(
 ) -> list[pd.DataFrame]:
     """Return the runs with these metrics as they were at the largest cost that all runs of their cell have reached.
 
-    The three tables have the metrics as they are read, the least ones, and the largest ones (`bounds_at_cost`). A cell
+    One table has the metrics as they are read, one the least values, and one the largest (`bounds_at_cost`). A cell
     is a combination of levels of the factors `others`. A metric is NaN for a run without a curve. Raises
     NoEqualCostError if the runs of a cell have no cost in common.
     """

@@ -344,17 +344,15 @@ def _read_events(folder: Path, training: Sequence[str]) -> tuple[dict[str, dict[
     path = folder / events.FILE
     found: dict[str, dict[int, dict[str, Any]]] = {"eval": {}, "train": {}}
     problems = []
-    columns = ("kind", "step", *training, "folder")
+    columns, of_run = ("kind", "step", *training), {"folder": str(folder)}
     try:
         for number, event in enumerate(events.iterate_events(path), start=1):
             if event is None:
                 problems.append(f"{path}: line {number} skipped, incomplete or not an event")
-                continue
-            event["folder"] = str(folder)
-            if event["kind"] == "eval":
-                found["eval"][event["step"]] = event
+            elif event["kind"] == "eval":
+                found["eval"][event["step"]] = event | of_run
             elif event["kind"] == "train" and training:
-                found["train"][event["step"]] = {key: event[key] for key in columns if key in event}
+                found["train"][event["step"]] = {key: event[key] for key in columns if key in event} | of_run
     except FileNotFoundError:
         problems.append(f"{folder}: no {events.FILE}")
     except OSError as error:

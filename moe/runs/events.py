@@ -19,7 +19,7 @@ def iterate_events(path: Path) -> Iterator[dict[str, Any] | None]:
 
     An event is a flat dict with at least "kind" ("train" or "eval") and "step". Raises OSError.
     """
-    with open_file(path, "rb", buffering=2**20) as lines:  # a line is long, so a usual buffer ends within most lines
+    with open_file(path, "rb", buffering=2**20) as lines:  # lines may be as long as the usual buffer
         for line in lines:
             try:
                 event = orjson.loads(line)

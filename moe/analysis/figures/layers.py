@@ -37,9 +37,9 @@ def layers_of(columns: pd.Index, metric: str) -> dict[int, str]:
 
 
 def with_layer_values(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows (runs or events) with a value of `metric` in some layer.
+    """Return the rows (runs or events) with a value of `metric` in some layer, and of their metrics only these values.
 
-    Of the metrics they have these values alone, as numbers: to select rows of hundreds of columns takes long.
+    The values become numbers. To select rows of hundreds of columns would take long.
     """
     columns = list(layers_of(table.columns, metric).values())
     rows = narrowed(table, ("folder", "step", "condition", *columns)).astype(dict.fromkeys(columns, float))
