@@ -1,7 +1,6 @@
 """Experts: E feed-forward networks with stacked weights. Each processes its own group of rows."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +20,9 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 Stacks = tuple[Tensor | None, ...]
 
 # In bf16, a CPU compiles a kernel for each new number of rows, which takes ten times as long as the product of such a
-# group. Group sizes differ at every step, so they are rounded up to a multiple of ROWS.
-ROWS = 32
-PADDING = 2**25  # FLOPs that such a CPU spends on padding in the time that the call of one product takes
+# group. Group sizes differ at every step, so they are rounded up to a multiple of ROWS, and small ones to one of FEW.
+ROWS, FEW = 32, 8
+PADDING = 2**22  # FLOPs that such a CPU spends on padding in the time that the call of one product takes
 
 
 class Experts(nn.Module):
@@ -90,15 +89,33 @@ def run_experts(
 
 def _run_local(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
     """Return the outputs of the experts on this rank."""
-    dtype, last = product_type(x), stacks[-1]
-    assert last is not None
+    dtype = product_type(x)
     x, stacks = x.to(dtype), tuple(None if stack is None else stack.to(dtype) for stack in stacks)
-    in_bf16_on_cpu = (x.device.type, dtype) == ("cpu", torch.bfloat16)
-    if in_bf16_on_cpu and _batch_pays(counts.tolist(), last.shape):
-        return _run_batch(x, counts.tolist(), stacks, expert)
-    if len(x) and choose_kernel(x.device.type, dtype, last.shape) == "grouped":
+    padded = (x.device.type, dtype) == ("cpu", torch.bfloat16) and len(x) > ROWS
+    return (_run_padded if padded else _run_groups)(x, counts, stacks, expert)
+
+
+def _run_padded(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    """Run all experts, each on so many rows that few sizes occur. The rows that are added are 0."""
+    sizes, last = counts.tolist(), stacks[-1]
+    assert last is not None
+    evenly = _batch_pays(sizes, last.shape)
+    largest = _rounded_up(max(sizes), FEW)
+    padded = [largest if evenly else _rounded_up(size, FEW if size < ROWS else ROWS) for size in sizes]
+    added = torch.tensor(padded) - counts
+    place = torch.arange(len(x)) + (added.cumsum(0) - added).repeat_interleave(counts)
+    rows = _Spread.apply(x, place, sum(padded))
+    if evenly:
+        outputs = _run_batch(rows.unflatten(0, (len(sizes), -1)), stacks, expert).flatten(0, 1)
+    else:
+        outputs = _run_groups(rows, torch.tensor(padded), stacks, expert)
+    return _Pick.apply(outputs, place)
+
+
+def _run_groups(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    if len(x) and choose_kernel(x.device.type, x.dtype, stacks[-1].shape) == "grouped":  # type: ignore[union-attr]
         return _run_grouped(x, counts, stacks, expert)
-    return _run_loop(x, counts.tolist(), stacks, expert, multiple=ROWS if in_bf16_on_cpu else 1)
+    return _run_loop(x, counts.tolist(), stacks, expert)
 
 
 def _run_grouped(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
@@ -110,29 +127,20 @@ def _run_grouped(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[...
     return expert(x, linear, *(_for_each_row(stack, counts) for stack in stacks))
 
 
-def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor], *, multiple: int) -> Tensor:
-    """Run one expert after another, each on a number of rows that is a multiple of `multiple`."""
+def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
     # unbind, because indexing would create E gradients of full size; unbind stacks the E slices once
     columns = [[None] * len(sizes) if stack is None else stack.unbind() for stack in stacks]
     outputs = []
     for rows, *weights in zip(x.split(sizes), *columns, strict=True):
-        missing = -len(rows) % multiple
-        padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows
         if len(rows) or not len(x):  # without any rows, all experts run on none, and get a gradient of 0
-            outputs.append(expert(padded, F.linear, *weights)[: len(rows)])
+            outputs.append(expert(rows, F.linear, *weights))
     return torch.cat(outputs)
 
 
-def _run_batch(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
-    """Run all experts at once, each on as many rows as the largest group has, rounded up to a multiple of 8."""
-    each = _rounded_up(max(sizes))
-    begins = [0, *itertools.accumulate(sizes)][:-1]
-    shift = torch.tensor([number * each - begin for number, begin in enumerate(begins)])
-    place = torch.arange(len(x)) + shift.repeat_interleave(torch.tensor(sizes))
-    rows = _Spread.apply(x, place, len(sizes) * each).unflatten(0, (len(sizes), each))
+def _run_batch(x: Float[Tensor, "E R D"], stacks: Stacks, expert: Callable[..., Tensor]) -> Float[Tensor, "E R D"]:
+    """Run all experts at once, each on R rows."""
     weights = (stack if stack is None or stack.ndim == 3 else stack[:, None] for stack in stacks)
-    outputs = expert(rows, lambda rows, stack: rows @ stack.mT, *weights)
-    return _Pick.apply(outputs.flatten(0, 1), place)
+    return expert(x, lambda rows, stack: rows @ stack.mT, *weights)
 
 
 def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
@@ -143,12 +151,12 @@ def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
     """
     experts, *matrix = stack
     rows, products = sum(sizes), sum(size > 0 for size in sizes)
-    added = experts * _rounded_up(max(sizes)) - rows
+    added = experts * _rounded_up(max(sizes), FEW) - rows
     return products > 1 and added <= 2 * rows and 2 * added * math.prod(matrix) < PADDING * products
 
 
-def _rounded_up(rows: int) -> int:
-    return -(-rows // 8) * 8
+def _rounded_up(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
 
 
 class _Spread(torch.autograd.Function):
@@ -191,14 +199,14 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     loop: one matrix product per expert, one after another.
     grouped: one `F.grouped_mm` for all experts. On CUDA in bf16 it starts one kernel instead of E and does not wait for
         group sizes. Otherwise it is a loop too (on CUDA, it waits), but one without Python calls and copies, which
-        pays from about 64 experts. Rows must be multiples of 16 bytes.
+        pays in bf16, and in fp32 from about 64 experts. Rows must be multiples of 16 bytes.
 
-    On a CPU in bf16, one batched product for all experts takes the place of either where loads are about even, see
-    `_batch_pays`. Otherwise, the loop pads groups with rows of zeros, so that few sizes occur.
+    On a CPU in bf16, both pad groups with rows of zeros, so that few sizes occur. One batched product for all experts
+    takes their place where loads are about even, see `_batch_pays`.
     """
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    least = 2 if (device, dtype) == ("cuda", torch.bfloat16) else 64
+    least = 2 if dtype == torch.bfloat16 else 64
     return "grouped" if aligned and experts >= least and dtype in (torch.float32, torch.bfloat16) else "loop"
 
 

@@ -64,12 +64,18 @@ def test_all_kernels_give_the_same_output_and_gradients(
         torch.testing.assert_close(loop, grouped)
 
 
-@pytest.mark.parametrize("sizes", [[32, 0, 40, 33], [3, 0, 200, 1]], ids=["batch", "loop"])
+@pytest.mark.parametrize("sizes", [[32, 0, 40, 33], [3, 0, 200, 1]], ids=["even", "uneven"])
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
 @pytest.mark.parametrize("kind", ["silu", "geglu"])
-def test_padded_groups_change_nothing(sizes: list[int], kind: str) -> None:
-    """Even groups run in one batch, uneven ones in a loop; experts without rows get gradients of exactly 0."""
-    experts = randomize(Experts(E, D, hidden=H, kind=kind))
-    assert module._batch_pays(sizes, (E, H, D)) == (sizes[0] == 32)
+def test_padded_groups_change_nothing(
+    sizes: list[int], kernel: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even groups run in one batch, uneven ones by either kernel; experts without rows get gradients of exactly 0."""
+    monkeypatch.setattr(
+        module, "choose_kernel", lambda device, dtype, *_: kernel if dtype == torch.bfloat16 else "loop"
+    )
+    experts = randomize(Experts(E, D, hidden=16, kind=kind))
+    assert module._batch_pays(sizes, (E, 16, D)) == (sizes[0] == 32)
     rows = torch.linspace(-1, 1, sum(sizes) * D).view(-1, D).bfloat16()
     gradient = torch.linspace(1, 2, sum(sizes) * D).view(-1, D).bfloat16()
     x = rows.clone().requires_grad_()
@@ -88,9 +94,9 @@ def test_padded_groups_change_nothing(sizes: list[int], kind: str) -> None:
 
 def test_a_batch_is_padded_only_where_that_costs_less_than_separate_products() -> None:
     """Padding is limited in FLOPs for each expert that has rows, and in rows; one product cannot be joined."""
-    assert module._batch_pays([600, 400], (2, 512, 128))
-    assert not module._batch_pays([800, 200], (2, 512, 128))  # 300 rows of padding on average, 131,072 FLOPs each
-    assert not module._batch_pays([520, 480], (2, 2048, 1024))
+    assert module._batch_pays([520, 480], (2, 512, 128))
+    assert not module._batch_pays([560, 440], (2, 512, 128))  # 60 rows of padding on average, 131,072 FLOPs each
+    assert not module._batch_pays([502, 498], (2, 2048, 1024))
     assert not module._batch_pays([100] + [0] * 7, (8, 16, 8))
     assert not module._batch_pays([1, 1] + [0] * 6, (8, 16, 8))  # as in a single token
     assert module._batch_pays([16] * 60 + [0] * 4, (64, 16, 8))
@@ -124,6 +130,8 @@ def test_the_grouped_kernel_works_under_autocast_and_without_rows(monkeypatch: p
         ("cpu", torch.float32, (128, 16, 8), "grouped"),
         ("cpu", torch.float32, (128, 16, 6), "loop"),  # rows of 24 bytes, not a multiple of 16
         ("cpu", torch.float64, (128, 16, 8), "loop"),
+        ("cpu", torch.bfloat16, (8, 16, 8), "grouped"),
+        ("cpu", torch.bfloat16, (8, 16, 6), "loop"),
         ("cuda", torch.bfloat16, (8, 16, 8), "grouped"),
         ("cuda", torch.bfloat16, (8, 16, 12), "loop"),
         ("cuda", torch.bfloat16, (1, 16, 8), "loop"),  # with one expert, both kernels run one matrix product
