@@ -15,7 +15,7 @@ from moe.model import vocabulary_loss
 from moe.model.causal_lm import MoEConfig, MoEForCausalLM
 from moe.model.vocabulary_loss import cross_entropy, linear_cross_entropy
 
-T, D, V = 600, 16, 50  # three chunks, the last one shorter
+T, D, V = 2 * vocabulary_loss.ROWS + 88, 16, 50  # three chunks, the last one shorter
 
 
 def inputs(dtype: torch.dtype, *, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
