@@ -21,6 +21,7 @@ from moe.config.sections import OptimizerConfig
 from moe.distributed.sharding import full_tensors, local_part, shard_like
 from moe.model.parts import parts
 from moe.routers.base import Role, Router
+from moe.training.process import full_precision
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024)
 CACHED = 2**20  # bytes of matrices that a CPU updates at a time, so that they stay in its cache from product to product
@@ -36,7 +37,8 @@ def orthogonalize(gradients: Float[Tensor, "N rows cols"], *, steps: int = 5) ->
     if gradients.is_cuda:
         return _orthogonalize(gradients.to(torch.bfloat16, copy=True), steps)
     parts = gradients.split(_number_in_cache(gradients.shape[-2:]))
-    return _concatenated([_orthogonalize(part.to(torch.float32), steps) for part in parts])
+    with full_precision():  # errors in the Gram matrices grow twelvefold per step
+        return _concatenated([_orthogonalize(part.to(torch.float32), steps) for part in parts])
 
 
 def _orthogonalize(x: Float[Tensor, "N rows cols"], steps: int) -> Float[Tensor, "N rows cols"]:

@@ -42,6 +42,17 @@ def configure(*, threads: int, matmul_precision: str = "highest") -> dict[str, o
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, whatever `matmul_precision` is."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def repeatable_gradients(device: torch.device) -> Iterator[None]:
     """Make backward passes on a GPU give bitwise the same gradients in each run.
 

@@ -83,6 +83,29 @@ def test_orthogonalize_agrees_with_its_definition_in_double_precision(shape: tup
     torch.testing.assert_close(one_at_a_time, orthogonalize(gradients), rtol=0, atol=1e-6)
 
 
+def test_a_cpu_orthogonalizes_in_full_fp32_whatever_the_precision_of_other_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `matmul_precision=medium` a processor with bf16 instructions would round, which Gram matrices amplify."""
+    iterate, found = optim._orthogonalize, []
+
+    def recorded(*arguments: Any) -> Tensor:
+        found.append(torch.get_float32_matmul_precision())
+        return iterate(*arguments)
+
+    gradients = torch.randn(2, 64, 128)
+    expected = orthogonalize(gradients)
+    monkeypatch.setattr(optim, "_orthogonalize", recorded)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = orthogonalize(gradients)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found == ["highest"]
+    assert torch.equal(result, expected)
+
+
 def test_orthogonalize_splits_what_exceeds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = torch.randn(7, 12, 20)
     whole = orthogonalize(stack)
