@@ -22,7 +22,7 @@ Stacks = tuple[Tensor | None, ...]
 # In bf16, a CPU compiles a kernel for each new number of rows, which takes ten times as long as the product of such a
 # group. Group sizes differ at every step, so they are rounded up to a multiple of ROWS, and small ones to one of FEW.
 ROWS, FEW = 32, 8
-PADDING = 2**22  # FLOPs that such a CPU spends on padding in the time that the call of one product takes
+PADDING = 2**24  # FLOPs that such a CPU spends on padding in the time that the call of one product takes
 
 
 class Experts(nn.Module):
@@ -140,7 +140,7 @@ def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[...,
 def _run_batch(x: Float[Tensor, "E R D"], stacks: Stacks, expert: Callable[..., Tensor]) -> Float[Tensor, "E R D"]:
     """Run all experts at once, each on R rows."""
     weights = (stack if stack is None or stack.ndim == 3 else stack[:, None] for stack in stacks)
-    return expert(x, lambda rows, stack: rows @ stack.mT, *weights)
+    return expert(x, _BatchedLinear.apply, *weights)
 
 
 def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
@@ -208,6 +208,25 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     least = 2 if dtype == torch.bfloat16 else 64
     return "grouped" if aligned and experts >= least and dtype in (torch.float32, torch.bfloat16) else "loop"
+
+
+class _BatchedLinear(torch.autograd.Function):
+    """`F.linear` of the rows of each expert (E, R, in) with its own matrix of a stack (E, out, in).
+
+    The gradient is written by hand because autograd makes that of the stack transposed, and copying it takes as long as
+    the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Tensor) -> Tensor:
+        ctx.save_for_backward(x, stack)
+        return x @ stack.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, stack = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return gradient @ stack if wanted[0] else None, gradient.mT @ x if wanted[1] else None
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.data.labels import IGNORED
-from moe.fused import fused
+from moe.fused import fused, uncompiled
 
 ROWS = 512  # of a chunk on a CPU: enough for products near full speed
 CACHED = 2**18  # logits at a time that a CPU differentiates, so that they stay in its cache from pass to pass
@@ -21,6 +21,7 @@ def cross_entropy(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> 
     return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+@uncompiled
 def linear_cross_entropy(
     x: Float[Tensor, "*B D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "*B"]
 ) -> Float[Tensor, ""]:

@@ -111,7 +111,7 @@ def facts(training: Training, clock: Clock, latest: dict[str, Any]) -> dict[str,
         "process": training.process | ({} if training.graphs is None else training.graphs.used()),
         "ranks": {"number": ranks.world_size(), "layout": parallel.layout(expert_parallel=config.expert_parallel)},
         "experts_kernel": model.experts_kernel(torch.bfloat16 if config.precision == "bf16" else torch.float32),
-        "loss_kernel": "whole" if config.compile else model.loss_kernel(),
+        "loss_kernel": model.loss_kernel(),
         "data": training.data.manifest,
     }
 

@@ -66,7 +66,7 @@ def forward_backward(training: Training, inputs: PassInput, weights: LossWeights
         told=inputs.told,
         knobs=Knobs(inputs.temperature, inputs.noise),
         load=inputs.load,
-        loss_only=not config.compile,  # a compiler joins these operations itself
+        loss_only=True,
         **layer_settings(config),
     )
     loss = total_loss(config, weights.routers, output, weight=weights.labels, beside_weights=weights.beside)
