@@ -849,6 +849,11 @@ def test_columns_that_are_the_same_in_every_row_are_said_once(tmp_path: Path) ->
     page = Page(tmp_path)
     assert "In every row, b is x, n is 3. No row has d." in page.text
     assert page.tags.count("th") == 2
+    sentences = table.assign(b="None of them differs.")
+    assert (
+        'In every row, b is "None of them differs", n is 3.'
+        in save_report("Title", [TableBlock(sentences)], tmp_path).read_text()
+    )
 
 
 def test_every_kind_of_block_is_in_the_markdown_and_in_the_html_report(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     same = {place: texts[0] for place, texts in enumerate(zip(*rows, strict=True)) if len(set(texts)) == 1}
     if len(same) == len(head):
         return table, ""
-    known = [f"{head[place]} is {text}" for place, text in same.items() if text not in ("", "–")]
+    told = {place: f'"{text[:-1]}"' if text.endswith(".") else text for place, text in same.items()}  # a sentence
+    known = [f"{head[place]} is {text}" for place, text in told.items() if text not in ("", "–")]
     empty = [head[place] for place, text in same.items() if text in ("", "–")]
     parts = [*([f"In every row, {', '.join(known)}."] if known else [])]
     parts += [f"No row has {', '.join(empty)}."] if empty else []
