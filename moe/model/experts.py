@@ -104,12 +104,12 @@ def _run_padded(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[...,
     padded = [largest if evenly else _rounded_up(size, FEW if size < ROWS else ROWS) for size in sizes]
     added = torch.tensor(padded) - counts
     place = torch.arange(len(x)) + (added.cumsum(0) - added).repeat_interleave(counts)
-    rows = _Spread.apply(x, place, sum(padded))
+    rows = x if padded == sizes else _Spread.apply(x, place, sum(padded))
     if evenly:
         outputs = _run_batch(rows.unflatten(0, (len(sizes), -1)), stacks, expert).flatten(0, 1)
     else:
         outputs = _run_groups(rows, torch.tensor(padded), stacks, expert)
-    return _Pick.apply(outputs, place)
+    return outputs if padded == sizes else _Pick.apply(outputs, place)
 
 
 def _run_groups(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
