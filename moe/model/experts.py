@@ -91,7 +91,7 @@ def _run_local(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., 
     """Return the outputs of the experts on this rank."""
     dtype = product_type(x)
     x, stacks = x.to(dtype), tuple(None if stack is None else stack.to(dtype) for stack in stacks)
-    padded = (x.device.type, dtype) == ("cpu", torch.bfloat16) and len(x) > ROWS
+    padded = (x.device.type, dtype) == ("cpu", torch.bfloat16) and len(x) >= ROWS
     return (_run_padded if padded else _run_groups)(x, counts, stacks, expert)
 
 
@@ -237,14 +237,20 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+        x = _in_order(x)
         ctx.save_for_backward(x, stack, ends)
         return F.grouped_mm(x, stack.mT, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, stack, ends = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        gradient = _in_order(gradient)
         wanted = ctx.needs_input_grad  # not of frozen experts, and not of the first layer below which nothing trains
         of_rows = F.grouped_mm(gradient, stack, offs=ends) if wanted[0] else None
         of_stack = F.grouped_mm(gradient.mT, x, offs=ends) if wanted[1] else None
         return of_rows, of_stack, None
+
+
+def _in_order(x: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+    """Return x with its rows one after another in memory, as `F.grouped_mm` wants them, also a single row."""
+    return x if x.stride() == (x.shape[1], 1) else x.new_empty(x.shape).copy_(x)

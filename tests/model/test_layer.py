@@ -92,6 +92,22 @@ def test_padded_groups_change_nothing(
         torch.testing.assert_close(one.float(), other, rtol=0, atol=0.02 * other.abs().max().item())
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_grouped_kernel_takes_rows_in_any_order_in_memory(rows: int) -> None:
+    experts = randomize(Experts(2, 16, hidden=24, kind="silu")).bfloat16()
+    counts = torch.tensor([rows, 0])
+    x = torch.linspace(-1, 1, rows * 16).view(rows, 16).bfloat16()
+    found = []
+    for each in (x, x.T.contiguous().T):
+        each.requires_grad_()
+        y = experts(each, counts)
+        y.backward(each.detach())
+        found.append((y, each.grad))
+    assert experts.kernel(x.dtype) == "grouped"
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_gradients_of_a_batch_lie_in_memory_as_the_weights_do() -> None:
     """Otherwise copying them takes as long as the products."""
     experts = randomize(Experts(E, D, hidden=16, kind="swiglu")).bfloat16()
