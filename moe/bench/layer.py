@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from moe.bench.questions import DTYPES, SHAPES, Shape
-from moe.bench.timing import UNCOUNTED, TimingTable, Variant, relative_table, time_in_turns, timed_device
+from moe.bench.timing import UNCOUNTED, TimingTable, Variant, relative_table, time_in_turns, timed_device, touch_memory
 from moe.model.experts import Experts
 from moe.model.layer import MoELayer
 from moe.routers.seeding import seed_all
@@ -22,6 +22,7 @@ RECORDED = ("dense", "experts alone, equal groups", "MoE", "Mixtral, grouped_mm"
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    touch_memory()
     for name, tokens, dtype in itertools.product(arguments.shapes, arguments.tokens, arguments.dtype):
         shape = SHAPES[name]._replace(tokens=tokens or SHAPES[name].tokens)
         sizes = ", ".join(f"{letter}={size}" for letter, size in shape._asdict().items())

@@ -73,6 +73,16 @@ def now() -> float:
     return time.perf_counter()
 
 
+def touch_memory() -> None:
+    """Use 2 GiB and free them. On a CPU, a process that keeps freed memory then has them for what follows.
+
+    Otherwise its heap grows for dozens of rounds. The variants that happen to need the fresh pages would take up to
+    twice as long as in a process that has run for longer.
+    """
+    if timed_device().type == "cpu":
+        torch.ones(2**31, dtype=torch.uint8)
+
+
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Return the median of the counted rounds of each variant."""
     return {name: median(values[UNCOUNTED:]) for name, values in seconds.items()}

@@ -30,7 +30,8 @@ class Choice(NamedTuple):
     ratio: float
 
     def reason(self) -> str:
-        return f"a pass in fp32 took {self.ratio:.2f} times as long as one in bf16; bf16 is chosen from {MARGIN} on"
+        took = f"a pass of the first run in this folder took {self.ratio:.2f} times as long in fp32 as in bf16"
+        return f"{took}; bf16 is chosen from {MARGIN} on"
 
 
 def choose(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:

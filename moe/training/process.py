@@ -36,7 +36,7 @@ def configure(*, threads: int, matmul_precision: str = "highest") -> dict[str, o
     kept = False
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 * 2**20))
+        options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 * 2**20))
         kept = sum(libc.mallopt(option, value) for option, value in options) == len(options)
     return {"threads": threads, "matmul_precision": matmul_precision, "keeps_freed_memory": kept}
 

@@ -57,7 +57,9 @@ def test_all_runs_of_a_sweep_and_every_resume_take_the_first_choice(
     with pytest.raises(Interrupted):
         run(auto, stop_after=3)
     facts = run(auto)
-    why = "a pass in fp32 took 1.50 times as long as one in bf16; bf16 is chosen from 1.1 on"
+    why = (
+        "a pass of the first run in this folder took 1.50 times as long in fp32 as in bf16; bf16 is chosen from 1.1 on"
+    )
     assert capsys.readouterr().out.splitlines().count(f"precision=auto: bf16, because {why}") == 2
     assert facts["process"]["precision"] == "bf16"
     assert untimed(auto.folder) == untimed(plain.folder)
