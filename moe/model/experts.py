@@ -102,17 +102,17 @@ def _run_padded(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[...,
     evenly = _batch_pays(sizes, last.shape)
     largest = _rounded_up(max(sizes), FEW)
     padded = [largest if evenly else _rounded_up(size, FEW if size < ROWS else ROWS) for size in sizes]
+    run = _run_batch if evenly else _run_groups
+    if padded == sizes:
+        return run(x, counts, stacks, expert)
     added = torch.tensor(padded) - counts
     place = torch.arange(len(x)) + (added.cumsum(0) - added).repeat_interleave(counts)
-    rows = x if padded == sizes else _Spread.apply(x, place, sum(padded))
-    if evenly:
-        outputs = _run_batch(rows.unflatten(0, (len(sizes), -1)), stacks, expert).flatten(0, 1)
-    else:
-        outputs = _run_groups(rows, torch.tensor(padded), stacks, expert)
-    return outputs if padded == sizes else _Pick.apply(outputs, place)
+    rows = _Spread.apply(x, place, sum(padded))
+    return _Pick.apply(run(rows, torch.tensor(padded), stacks, expert), place)
 
 
 def _run_groups(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    """Run all experts, each on its own number of rows, by the kernel that `choose_kernel` names."""
     if len(x) and choose_kernel(x.device.type, x.dtype, stacks[-1].shape) == "grouped":  # type: ignore[union-attr]
         return _run_grouped(x, counts, stacks, expert)
     return _run_loop(x, counts.tolist(), stacks, expert)
@@ -137,10 +137,10 @@ def _run_loop(x: Tensor, sizes: list[int], stacks: Stacks, expert: Callable[...,
     return torch.cat(outputs)
 
 
-def _run_batch(x: Float[Tensor, "E R D"], stacks: Stacks, expert: Callable[..., Tensor]) -> Float[Tensor, "E R D"]:
-    """Run all experts at once, each on R rows."""
+def _run_batch(x: Tensor, counts: Tensor, stacks: Stacks, expert: Callable[..., Tensor]) -> Tensor:
+    """Run all experts at once, on equal numbers of rows."""
     weights = (stack if stack is None or stack.ndim == 3 else stack[:, None] for stack in stacks)
-    return expert(x, _BatchedLinear.apply, *weights)
+    return expert(x.unflatten(0, (len(counts), -1)), _BatchedLinear.apply, *weights).flatten(0, 1)
 
 
 def _batch_pays(sizes: list[int], stack: tuple[int, ...]) -> bool:
