@@ -21,6 +21,7 @@ from moe.bench import profile
 from moe.bench.questions import MODEL, QUESTIONS, STEPS
 from moe.bench.timing import TimingTable, product_flops, time_in_turns, timed_device
 from moe.checks import first_line
+from moe.config.words import with_words
 from moe.launch.command_line import read_cells
 from moe.options import OneLineParser
 
@@ -29,7 +30,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
     """Measure part after part. A part that fails gives a row with its error, so that the others are not lost."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        run = [*made_up_text(Path(place), arguments.words), *MODEL, *arguments.overrides]
+        run = with_words([*made_up_text(Path(place), arguments.words), *MODEL], *arguments.overrides)
         read_cells([*run, f"out={place}"])  # raises ConfigError for overrides that cannot be used
         rounds = ["--rounds", str(arguments.rounds)]
         parts: dict[str, Callable[[], Iterator[TimingTable]]] = {
@@ -99,7 +100,9 @@ def steps(arguments: argparse.Namespace, run: list[str], place: Path) -> Iterato
     for number, name in enumerate(arguments.steps):
         found = None
         try:
-            found = profile.profile_step([*run, *STEPS[name]], rounds=arguments.rounds, folder=place / str(number))
+            found = profile.profile_step(
+                with_words(run, *STEPS[name]), rounds=arguments.rounds, folder=place / str(number)
+            )
         except Exception as error:
             traceback.print_exc()
             yield TimingTable(f"{name} failed", [{"error": f"{type(error).__name__}: {first_line(error)}"}])

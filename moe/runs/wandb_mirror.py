@@ -76,7 +76,12 @@ class WandbMirror(RunListener):
 
 
 def start_in(mode: str, start: Callable[[str], Any]) -> Any:
-    """Return the W&B run that `start(mode)` starts, offline if online fails; None if it is disabled or both fail."""
+    """Return the W&B run that `start(mode)` starts, offline if online fails; None if it is disabled or both fail.
+
+    Environment variables of W&B that are set but empty are removed, because W&B refuses them.
+    """
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
     for attempt in {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}[mode]:
         try:
             return start(attempt)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe.checks import ConfigError
 from moe.distributed import ranks
 from moe.distributed.sharding import full_state_dict, full_tensors, shard_like
 from moe.runs import checkpoint
@@ -90,26 +91,26 @@ def save_checkpoint(folder: Path, training: Training, step: int, clock: Clock) -
 def resume(folder: Path, training: Training) -> tuple[int, Clock]:
     """Load the newest intact checkpoint in `folder/checkpoints`; return the number of steps done and the clock.
 
-    Without a checkpoint, return 0 and a new clock. Raises ValueError if the checkpoint does not have exactly the fields
-    of `TrainState`, or if the text or the tokenizer has changed since.
+    Without a checkpoint, return 0 and a new clock. Raises ConfigError if the checkpoint does not have exactly the
+    fields of `TrainState`, or if the text, the tokenizer or the precision has changed since.
     """
     loaded = checkpoint.load(folder / "checkpoints")
     if loaded is None:
         return 0, Clock()
     saved_step, fields = loaded
     if differing := fields.keys() ^ set(TrainState._fields):
-        raise ValueError(
+        raise ConfigError(
             f"{folder}: the checkpoint of step {saved_step} was written by another version of this program "
             f"(different fields: {', '.join(sorted(differing))}); resume with that version, or choose another out=DIR"
         )
     step, model, optimizers, elapsed, train_seconds, data, watch, flops, precision = TrainState(**fields)
     if data != training.data.digests:
-        raise ValueError(
+        raise ConfigError(
             f"{folder}: the text or the tokenizer of data.* has changed since step {step}; "
             "restore the old data, or choose another out=DIR"
         )
     if precision != training.config.precision:
-        raise ValueError(
+        raise ConfigError(
             f"{folder}: trained with precision={precision} until step {step}, not {training.config.precision}; "
             f"restore {folder.parent / 'precision.json'}, or choose another out=DIR"
         )

@@ -189,6 +189,18 @@ def test_the_environment_and_a_login_decide_the_mode_as_in_wandb(
     assert mode_of_environment() == mode
 
 
+def test_an_empty_variable_of_wandb_loses_no_copy(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_API_KEY", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    arguments = [*[s for s in small if not s.startswith("logger")], "logger.mode=auto", "steps=1", f"out={tmp_path}"]
+    done = run_script(TRAIN, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("offline-run-*"))
+
+
 def test_a_run_that_copies_nothing_to_wandb_does_not_import_its_library(small: list[str], tmp_path: Path) -> None:
     code = "import sys; from moe.launch.train import main; print(main(), *{'torch', 'wandb'} & {*sys.modules})"
     command = [sys.executable, "-c", code, *small, "logger.mode=auto", "steps=1", f"out={tmp_path}"]

@@ -10,6 +10,7 @@ import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from small_runs import run, untimed
 
+from moe.checks import ConfigError
 from moe.config.options import options
 from moe.data.blocks import batch as read_batch
 from moe.files import sha256
@@ -72,7 +73,7 @@ def test_a_run_is_not_resumed_with_changed_text(cell: Any, corpus: Path, tmp_pat
     with pytest.raises(Interrupted):
         run(one, stop_after=3)
     text.write_text("".join(line + "\n" for line in corpus.read_text().splitlines()[5:]))
-    with pytest.raises(ValueError, match=r"the text or the tokenizer of data\.\* has changed since step 3"):
+    with pytest.raises(ConfigError, match=r"the text or the tokenizer of data\.\* has changed since step 3"):
         run(one)
     text.write_text(corpus.read_text())
     run(one)

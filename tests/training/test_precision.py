@@ -76,7 +76,7 @@ def test_a_resume_in_another_precision_is_refused(cell: Any, monkeypatch: pytest
     with pytest.raises(Interrupted):
         run(one, stop_after=3)
     (one.folder.parent / "precision.json").unlink()
-    with pytest.raises(ValueError, match="trained with precision=bf16 until step 3, not fp32; restore"):
+    with pytest.raises(ConfigError, match="trained with precision=bf16 until step 3, not fp32; restore"):
         run(one)
 
 

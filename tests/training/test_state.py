@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from small_runs import run
 
+from moe.checks import ConfigError
 from moe.runs import checkpoint
 from moe.runs.events import RunListener, read_events
 from moe.runs.signals import Interrupted, Signals
@@ -27,7 +28,7 @@ def test_a_checkpoint_without_a_field_or_with_an_unknown_one_is_refused(cell: An
     ):
         checkpoint.save(one.folder / "checkpoints", step, changed)
         with pytest.raises(
-            ValueError, match=rf"step 3 was written by another version of this program \(different fields: {name}\);"
+            ConfigError, match=rf"step 3 was written by another version of this program \(different fields: {name}\);"
         ):
             run(one)
     checkpoint.save(one.folder / "checkpoints", step, fields)
