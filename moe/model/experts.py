@@ -199,14 +199,14 @@ def choose_kernel(device: str, dtype: torch.dtype, stack: tuple[int, ...]) -> st
     loop: one matrix product per expert, one after another.
     grouped: one `F.grouped_mm` for all experts. On CUDA in bf16 it starts one kernel instead of E and does not wait for
         group sizes. Otherwise it is a loop too (on CUDA, it waits), but one without Python calls and copies, which
-        pays in bf16, and in fp32 from about 64 experts. Rows must be multiples of 16 bytes.
+        pays in bf16, and in fp32 from 16 experts. Rows must be multiples of 16 bytes.
 
     On a CPU in bf16, both pad groups with rows of zeros, so that few sizes occur. One batched product for all experts
     takes their place where loads are about even, see `_batch_pays`.
     """
     experts, *sizes = stack
     aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    least = 2 if dtype == torch.bfloat16 else 64
+    least = 2 if dtype == torch.bfloat16 else 16
     return "grouped" if aligned and experts >= least and dtype in (torch.float32, torch.bfloat16) else "loop"
 
 
