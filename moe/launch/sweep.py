@@ -250,6 +250,8 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
         print(f"\n{table}\n\ntable: {shown(sweep / 'results.csv')}; {_next_stage(cells) or next_step(sweep)}")
     elif tables and single and set(after) == {"finished"}:
         print(next_step(cells[0].folder))
+    if tables and (command := _upload(cells)):
+        print(f"W&B copies are offline; after `wandb login` this command uploads them: {command}")
     unfinished = [cell for cell, state in zip(cells, after, strict=True) if state != "finished"]
     return 2 if unfinished and all(map(_was_given_bad_input, unfinished)) else min(len(unfinished), 1)
 
@@ -270,6 +272,18 @@ def next_step(folder: Path) -> str:
     caller = "moe" if typed == USUAL else typed.removesuffix(" train")
     analyze = f"python {shlex.quote(script)}" if in_checkout else f"{caller} analyze"
     return f"next: {analyze} {shlex.quote(str(shown(folder)))}"
+
+
+def _upload(cells: list[Cell]) -> str:
+    """Return the command that uploads the offline W&B runs of these cells; an empty text if there are none to upload.
+
+    W&B puts a file `*.wandb.synced` beside the `*.wandb` file of a run that has been uploaded.
+    """
+    runs = [run for cell in cells for run in cell.folder.glob("wandb/offline-run-*")]
+    if not any(list(run.glob("*.wandb")) and not list(run.glob("*.wandb.synced")) for run in runs):
+        return ""
+    folder = shlex.quote(str(shown(cells[0].folder if len(cells) == 1 else cells[0].folder.parent)))
+    return f"wandb sync {folder}{'' if len(cells) == 1 else '/*'}/wandb/offline-run-*"
 
 
 def _was_given_bad_input(cell: Cell) -> bool:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import shlex
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -82,6 +83,27 @@ def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(
         assert outcome("failed", error) == (status, ["", f"failed      {cell.folder.name}: {error}"])
     folder = shlex.quote(str(cell.folder))
     assert outcome("finished") == (0, [f"next: moe analyze {folder}"])
+
+
+@pytest.mark.parametrize(("number", "places"), [(1, ""), (2, "/*")])
+def test_the_command_that_uploads_offline_wandb_runs_is_told_until_they_are_uploaded(
+    cells: list[Cell], capsys: pytest.CaptureFixture, number: int, places: str
+) -> None:
+    written = cells[number - 1].folder / "wandb" / "offline-run-20261129_120000-a1" / "run-a1.wandb"
+
+    def told() -> list[str]:
+        carry_out(cells[:number], lambda: [leave_record(cell, "finished") for cell in cells[:number]] and None)
+        return [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+
+    assert told() == []
+    written.parent.mkdir(parents=True)
+    written.touch()
+    [line] = told()
+    folder = cells[0].folder if number == 1 else cells[0].folder.parent
+    assert line.endswith(f": wandb sync {shlex.quote(str(folder))}{places}/wandb/offline-run-*")
+    assert subprocess.run(f"ls {line.partition('wandb sync ')[2]}", shell=True).returncode == 0
+    written.with_name("run-a1.wandb.synced").touch()
+    assert told() == []
 
 
 def test_a_sweep_waits_for_cells_that_other_processes_train(
