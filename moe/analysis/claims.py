@@ -44,7 +44,7 @@ from moe.checks import parse, plain
 from moe.config.claim import OURS, ClaimConfig
 from moe.metrics.catalog import is_quality, span
 from moe.results.conditions import (
-    NAMED_ROUTERS,
+    MARKED,
     readable_level,
     with_causality,
     without_causality,
@@ -394,10 +394,10 @@ def _about(claim: ClaimConfig, contrast: pd.Series) -> bool:
 
 
 def _label(claim: ClaimConfig, runs: pd.DataFrame, side: Any) -> str:
-    """Return a level as the report shows it: the name of a router or arm is followed by its causality."""
-    if claim.factor not in NAMED_ROUTERS or claim.factor not in runs:
+    """Return a level as the report shows it: the name of a router, arm or drop policy is followed by its causality."""
+    if claim.factor not in MARKED or claim.factor not in runs:
         return str(readable_level(claim.factor, side))
-    return " / ".join(with_causality(runs[runs[claim.factor] == side])[claim.factor].unique()) or str(side)
+    return " / ".join(with_causality(runs).loc[runs[claim.factor] == side, claim.factor].unique()) or str(side)
 
 
 def _listed(items: Any) -> str:

@@ -36,7 +36,7 @@ NOT_RECORDED = """\
 they are older than the record of training FLOPs, and their evaluation does not tell these FLOPs: a token may have had \
 another number of experts in training, or a capacity limit may have dropped assignments"""
 TOO_FEW = ": a run ends before the first evaluation of another"
-OFTEN_ENOUGH = "train with eval_every={every} or less"
+OFTEN_ENOUGH = "train with eval_every={every}"
 STEEPEST = 2.0  # see `bounds_at_cost`; docs/statistics.md says how curves of real runs compare with it
 BUDGET = "variant"  # the arms budget_... change the number of steps
 SCALES = ("steps", "batch_size", "grad_accum")  # factors that change the length of a run

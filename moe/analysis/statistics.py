@@ -36,7 +36,7 @@ CONFIDENCE = 0.95
 EXACT_SEEDS = 16  # up to this number of seeds, a sign-flip test tries all patterns of signs
 RANDOM_PATTERNS = 9_999  # for more seeds, it tries this many random patterns
 CLEAR = 0.01  # the largest p of the test against zero with which a mean is clear of it
-NOT_CLEAR = f"the claimed amount is a share of a mean not told from zero with p <= {CLEAR:g}; more seeds may tell it"
+NOT_CLEAR = f"a percentage needs a mean that is told from zero with p <= {CLEAR:g}; more seeds may tell it"
 
 # What a comparison reads beside factors and a metric.
 SIDES = ("level", "reference")

@@ -129,6 +129,8 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "seeds_in", lambda experiment, *, _root_: seeds_in(results_of(experiment, _root_)), replace=True
 )
+# Unlike `oc.env`, a variable that is empty counts as one that is not set.
+OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
 OmegaConf.register_new_resolver("twice", lambda number: 2 * number, replace=True)
 OmegaConf.register_new_resolver("equal_flops", lambda ffn, *, _root_: equal_flops(ffn, _root_), replace=True)
 OmegaConf.register_new_resolver("steps_of", lambda flops, *, _root_: steps_of(flops, _root_), replace=True)

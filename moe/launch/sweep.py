@@ -30,7 +30,7 @@ from moe.runs.folder import (
     stored_record,
     user,
 )
-from moe.runs.record import CommandsRecord, RecordError, SweepRecord
+from moe.runs.record import CommandsRecord, MetricsRecord, RecordError, SweepRecord
 
 USUAL = "train.py"  # how a user starts training in a checkout
 SAID = ("out", "tune", "tune_seeds")  # free keys that the place of the runs and their grid say
@@ -232,7 +232,7 @@ def _report(cells: list[Cell], before: list[str], refusal: str | None = None, *,
 
     refusal: why no jobs were submitted, if that is so.
     """
-    after = [_state(cell) for cell in cells]
+    after = ["unreadable" if _lost_metrics(cell) else _state(cell) for cell in cells]
     sweep = cells[0].folder.parent
     single = len(cells) == 1
     if not single or set(before) == {"finished"} or set(after) != {"finished"}:
@@ -310,4 +310,17 @@ def _reason(cell: Cell, state: str) -> str:
         record = stored_record(cell)
     except RecordError as error:
         return f": {error}"
+    if state == "unreadable":
+        return f": {_lost_metrics(cell)}"
     return f": {record.error}" if record is not None and record.error else ""
+
+
+def _lost_metrics(cell: Cell) -> str:
+    """Return why the metrics of a finished run cannot be read; an empty text if they can, and for other runs."""
+    try:
+        if status(cell) == "finished":
+            MetricsRecord.read(cell.folder / MetricsRecord.FILE)
+    except RecordError as error:
+        advice = MetricsRecord.ADVICE
+        return str(error) if advice in str(error) else f"{error}; {advice}"
+    return ""

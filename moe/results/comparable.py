@@ -11,7 +11,7 @@ from moe.metrics.metric import Metric
 from moe.results.conditions import varied_factors
 
 NOT_COMPARABLE = "not comparable"
-LATER_TOKENS = "the routers of one side alone may see later tokens"
+LATER_TOKENS = "one side alone may use later tokens of the text"
 TOKENIZER = "data.tokenizer_sha256"
 # What determines the validation text, and the test text.
 TEXT = ("data.corpus_sha256", "data.val_percent", "data.max_val_blocks")

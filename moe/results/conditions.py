@@ -150,6 +150,7 @@ def spread_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 BY_LAYER = (layer_routers.KEY, layer_experts.KEY)  # columns whose levels are entries for layers
 NAMED_ROUTERS = ("router", "variant")  # columns whose levels say how tokens are routed
+MARKED = (*NAMED_ROUTERS, "drop")  # columns whose levels `with_causality` marks
 
 
 def two_levels(runs: pd.DataFrame, factor: str, pair: tuple[Any, Any], others: list[str]) -> pd.DataFrame:
@@ -177,7 +178,8 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the same runs with a mark after the name of every router and arm that is not causal.
 
     The mark is `CAUSALITY_UNKNOWN` if no run of the name has the information, and `CAUSAL_BY_SETTING` if the runs of
-    one name differ, as with drop=position,score. In this way each name stays one level of its factor.
+    one name differ, as with drop=position,score. In this way each name stays one level of its factor. A level of `drop`
+    other than `position` gets the first mark if no run that has it is causal.
     """
     words = runs["causal"].map({True: "", False: NOT_CAUSAL})
     known_columns = [column for column in NAMED_ROUTERS if column in runs]
@@ -186,6 +188,10 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
         by_name = words.groupby(runs[column])
         mark = by_name.transform("first").where(by_name.transform("nunique") < 2, CAUSAL_BY_SETTING)
         runs = runs.assign(**{column: (runs[column] + mark.fillna(CAUSALITY_UNKNOWN)).where(runs[column].notna())})
+    if "drop" in runs:
+        causal = (runs["causal"] != False).groupby(runs["drop"]).transform("any")  # noqa: E712 (it may be unknown)
+        marked = runs["drop"].notna() & (runs["drop"] != "position") & ~causal.fillna(True).astype(bool)
+        runs = runs.assign(drop=runs["drop"].where(~marked, runs["drop"].astype(str) + NOT_CAUSAL))
     return runs
 
 

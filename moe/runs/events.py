@@ -1,6 +1,7 @@
 """The event log of a run, events.jsonl: it holds every training step and every evaluation, one event per line."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
@@ -45,6 +46,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [event for event in iterate_events(path) if event is not None] if path.exists() else []
 
 
+def lost_event(path: Path, step: int, *, eval_every: int) -> str:
+    """Return the first event up to `step` that a log lacks, such as "train event of step 3"; "" if it has them all."""
+    found = {(event["kind"], event["step"]) for event in read_events(path)}
+    expected = [("train", number) for number in range(1, step + 1)]
+    expected += [("eval", number) for number in range(0, step + 1, eval_every)]
+    return next((f"{kind} event of step {number}" for kind, number in expected if (kind, number) not in found), "")
+
+
 class EventLog:
     """Log to which each event is appended as one line, at once. "step" is the number of optimizer steps done.
 
@@ -60,6 +69,10 @@ class EventLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+    def secure(self) -> None:
+        """Wait until all events are on the disk, so that no checkpoint is newer than the log."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "EventLog":
         return self

@@ -86,7 +86,9 @@ def start_in(mode: str, start: Callable[[str], Any]) -> Any:
         try:
             return start(attempt)
         except Exception as error:  # the errors of W&B have no other common class
-            log.warning("W&B cannot start in %s mode: %s", attempt, first_line(error))
+            log.warning(
+                "W&B cannot start in %s mode: %s", attempt, " ".join(str(error).split())[:300] or first_line(error)
+            )
     return None
 
 

@@ -80,6 +80,7 @@ def train(
             # Ranks receive a signal at different times, but must stop after the same step.
             stop = ranks.all_reduce_max(signals.received or 0)
             if done < config.steps and (done % config.save_every == 0 or stop):
+                events.secure()
                 save_checkpoint(folder, training, done, clock)
                 if stop:
                     raise Interrupted(stop, done)

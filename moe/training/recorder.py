@@ -35,6 +35,11 @@ class Recorder:
                 listener.log(step, values)
         return values
 
+    def secure(self) -> None:
+        """See `EventLog.secure`."""
+        if self._events is not None:
+            self._events.secure()
+
     def __enter__(self) -> "Recorder":
         return self
 

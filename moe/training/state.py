@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.checks import ConfigError
 from moe.distributed import ranks
 from moe.distributed.sharding import full_state_dict, full_tensors, shard_like
-from moe.runs import checkpoint
+from moe.runs import checkpoint, events
 from moe.training.setup import Training
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
     """Load the newest intact checkpoint in `folder/checkpoints`; return the number of steps done and the clock.
 
     Without a checkpoint, return 0 and a new clock. Raises ConfigError if the checkpoint does not have exactly the
-    fields of `TrainState`, or if the text, the tokenizer or the precision has changed since.
+    fields of `TrainState`, if the text, the tokenizer or the precision has changed since, or if an event is missing.
     """
     loaded = checkpoint.load(folder / "checkpoints")
     if loaded is None:
@@ -113,6 +113,11 @@ def resume(folder: Path, training: Training) -> tuple[int, Clock]:
         raise ConfigError(
             f"{folder}: trained with precision={precision} until step {step}, not {training.config.precision}; "
             f"restore {folder.parent / 'precision.json'}, or choose another out=DIR"
+        )
+    if lost := events.lost_event(folder / events.FILE, step, eval_every=training.config.eval_every):
+        raise ConfigError(
+            f"{folder / events.FILE}: the {lost} is missing, but the checkpoint is that of step {step}; "
+            "restore the file, or delete the folder to train the run again"
         )
     current = training.model.state_dict()
     training.model.load_state_dict({name: shard_like(value, current[name]) for name, value in model.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from run_folders import FACTS
+from run_folders import FACTS, write_metrics
 
 from moe.checks import ConfigError, parse
 from moe.config.cell import Cell
@@ -35,6 +35,8 @@ def leave_record(cell: Cell, status: str, error: str | None = None) -> None:
     """Write the run record that a worker leaves in the folder of its cell."""
     (cell.folder / "model").mkdir(parents=True, exist_ok=True)
     write_run_record(cell, status, parse(RunFacts, FACTS) if status == "finished" else None, error=error)
+    if status == "finished":
+        write_metrics(cell.folder, {})
 
 
 def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
@@ -61,6 +63,25 @@ def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], 
         f"killed      {killed.folder.name}: its process ended without a message",
         f"missing     {missing.folder.name}",
     ]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_finished_run_without_its_metrics_is_not_taken_as_one(
+    cells: list[Cell], capsys: pytest.CaptureFixture, number: int, content: str | None
+) -> None:
+    first, *_ = chosen = cells[:number]
+    for cell in chosen:
+        leave_record(cell, "finished")
+    path = first.folder / "metrics.json"
+    path.unlink()
+    if content:
+        path.write_text(content)
+    assert carry_out(chosen, lambda: pytest.fail("a cell was trained")) == 1
+    said = capsys.readouterr().out
+    assert f"unreadable  {first.folder.name}: {first.folder}" in said
+    assert "delete the folder" in said
+    assert said.count("unreadable  ") == 1
 
 
 def test_the_only_cell_of_a_sweep_is_told_unless_it_finishes(

@@ -1,5 +1,6 @@
 """Tests that a checkpoint has exactly the fields of TrainState, and that listeners receive the events of a run."""
 
+import json
 from typing import Any
 
 import pytest
@@ -33,6 +34,29 @@ def test_a_checkpoint_without_a_field_or_with_an_unknown_one_is_refused(cell: An
             run(one)
     checkpoint.save(one.folder / "checkpoints", step, fields)
     assert run(one)["train_seconds"] > fields["train_seconds"]
+
+
+@pytest.mark.parametrize(
+    "lost", [{"kind": "train", "step": 1}, {"kind": "train", "step": 3}, {"kind": "eval", "step": 2}]
+)
+def test_a_run_whose_log_lacks_an_event_is_not_resumed(cell: Any, lost: dict[str, Any]) -> None:
+    one = cell("eval_every=2")
+    with pytest.raises(Interrupted):
+        run(one, stop_after=3)
+    path = one.folder / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not lost.items() <= json.loads(line).items()]
+    path.write_text("".join(kept))
+    with pytest.raises(
+        ConfigError, match=rf"events.jsonl: the {lost['kind']} event of step {lost['step']} is missing, .* step 3"
+    ):
+        run(one)
+    assert path.read_text() == "".join(kept)
+    path.unlink()
+    with pytest.raises(ConfigError, match="the train event of step 1 is missing"):
+        run(one)
+    path.write_text("".join(lines))
+    assert run(one)
 
 
 def test_every_listener_receives_the_events_of_the_file_in_the_same_order(cell: Any) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe.analysis.figures.marks import with_hover
-from moe.analysis.figures.style import RC, axis_label, line_style, panel_height, plain_log_labels, shared_legend
+from moe.analysis.figures.style import RC, line_style, panel_height, plain_log_labels, shared_legend, y_label
 from moe.metrics.catalog import select
 from moe.results.conditions import levels, narrowed
 
@@ -32,7 +32,7 @@ def learning_curves(events: pd.DataFrame, by: str) -> Figure:
     for axes in (all_steps, second_half):
         draw_curves(axes, events, "val/loss", by)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(axis_label("val/loss"))
+        axes.set_ylabel(y_label("val/loss"))
     if late:
         second_half.set(xlim=(half, None), ylim=late, title="second half of training")
     else:

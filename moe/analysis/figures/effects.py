@@ -24,6 +24,7 @@ from moe.analysis.figures.style import (
     line_style,
     panel_height,
     shared_legend,
+    y_label,
 )
 from moe.analysis.tuned import Arm
 from moe.results.conditions import by_seed, conditions, levels
@@ -83,7 +84,7 @@ def _draw_levels(axes: Axes, runs: pd.DataFrame, factor: str, hue: str, metric: 
         [means] = axes.plot(x, seeds.mean(), label=label, color=style["color"], **mean)
         with_hover(means, [f"mean over {n} seeds" for n in seeds.count()])
     _label_levels(axes, axis)
-    axes.set_ylabel(axis_label(metric))
+    axes.set_ylabel(y_label(metric))
     begin_at_zero(axes, metric)
 
 
@@ -133,6 +134,6 @@ def tuning_curves(arms: list[Arm], key: str, metric: str) -> Figure:
             [ring] = axes.plot(*zip(*best, strict=True), "o", markersize=12, fillstyle="none", color=style["color"])
             in_group(ring, arm.name)
         _label_levels(axes, axis)
-        axes.set_ylabel(axis_label(metric))
+        axes.set_ylabel(y_label(metric))
     shared_legend(figure, "mean and 95 % t interval over the seeds for tuning; circle: the chosen value")
     return figure

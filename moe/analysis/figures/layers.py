@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from moe.analysis.figures.style import (
     RC,
-    axis_label,
     begin_at_zero,
     interval_reach,
     label_layers,
     line_style,
     shared_legend,
+    y_label,
 )
 from moe.analysis.statistics import with_intervals
 from moe.metrics.catalog import select
@@ -110,7 +110,7 @@ def drop_by_position(runs: pd.DataFrame) -> Figure:
     axes.set(
         xticks=range(1, DECILES + 1),
         xlabel="decile of the position in the sequence",
-        ylabel=axis_label(DROP_RATE),
+        ylabel=y_label(DROP_RATE),
     )
     axes.set_ylim(bottom=0)
     shared_legend(figure, "small: one seed; large: mean over n seeds and its 95 % t interval")

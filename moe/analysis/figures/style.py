@@ -1,6 +1,7 @@
 """Colors, sizes and labels of all figures."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,11 @@ def axis_label(column: str) -> str:
     """Return the label of a metric, with its unit, or of a factor; the column's own name if neither is known."""
     metric = lookup(column)
     return metric.axis if metric else OTHER_LABELS.get(column, column)
+
+
+def y_label(column: str) -> str:
+    """Return `axis_label` in lines that fit beside a panel."""
+    return textwrap.fill(axis_label(column), 40)
 
 
 def line_style(index: int) -> dict[str, str]:

@@ -15,7 +15,6 @@ from moe.analysis.tuned import is_judged
 from moe.metrics.catalog import select
 from moe.results.comparable import search_goal, several_tokenizers, with_every_run
 from moe.results.conditions import (
-    NAMED_ROUTERS,
     levels,
     present,
     readable_level,
@@ -193,8 +192,7 @@ def full_names(inputs: ReportInputs, references: dict[str, Any]) -> dict[str, An
     found = {}
     for factor, wanted in references.items():
         for name in levels(inputs.runs[factor]) if factor in inputs.factors else []:
-            same = factor in NAMED_ROUTERS and without_causality(name) == wanted
-            if name == readable_level(factor, level(wanted)) or same:
+            if name == readable_level(factor, level(wanted)) or without_causality(name) == wanted:
                 found[factor] = name
     return found
 

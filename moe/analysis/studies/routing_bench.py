@@ -13,13 +13,14 @@ from moe.analysis.figures.style import (
     MARKER_SHAPES,
     PALETTE,
     RC,
-    axis_label,
     interval_reach,
     panel_height,
     shared_legend,
+    y_label,
 )
 from moe.analysis.report.blocks import ReportBlock, figure_section
 from moe.analysis.report.inputs import ReportInputs
+from moe.analysis.report.sections.cost import about_speeds
 from moe.analysis.statistics import with_intervals
 from moe.results.conditions import conditions, levels, summary, varied_factors
 from moe.results.frontier import pareto_front, stem, with_training_means
@@ -86,7 +87,7 @@ def overlay(events: pd.DataFrame, by: str) -> Figure:
     quarter = events["step"].max() / 4
     for axes, column in zip(panels, ("train/loss", "val/loss", "val/perplexity"), strict=True):
         draw_curves(axes, events, column, by)
-        axes.set(ylabel=axis_label(column), xlim=(quarter, None), ylim=range_since(events, column, quarter))
+        axes.set(ylabel=y_label(column), xlim=(quarter, None), ylim=range_since(events, column, quarter))
     panels[-1].set_xlabel("optimizer step, without the first quarter")
     shared_legend(figure, CURVES_TITLE)
     return figure
@@ -112,7 +113,7 @@ def capacity_lines(rows: pd.DataFrame, column: str) -> Figure:
             label=f"E={e}, K={k}",
         )
     axes.set_xlabel("capacity factor")
-    axes.set_ylabel(axis_label(column))
+    axes.set_ylabel(y_label(column))
     axes.set_ylim(bottom=0)
     shared_legend(figure, f"random routing of {rows['num_tokens'].iloc[0]:,} tokens, {rows['device'].iloc[0]}")
     return figure
@@ -150,7 +151,7 @@ def _frontier_drawings(runs: pd.DataFrame, past: EventTables, begin: str) -> Ite
             result = _missing(table)
         else:
             result = frontier(table, x)
-        yield drawing(name, f"Perplexity against {SPEED[x].split(' (')[0]}.", result)
+        yield drawing(name, f"Perplexity against {SPEED[x].split(' (')[0]}. {about_speeds(runs)}".rstrip(), result)
 
 
 def _missing(table: pd.DataFrame) -> str:

@@ -222,7 +222,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if several_tokenizers(runs):
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."
     if (runs["causal"] == False).any() and (runs["causal"] == True).any():  # noqa: E712
-        yield "Routers marked (not causal) see later tokens. Their losses are not comparable with those of the others."
+        yield "Settings marked (not causal) see later tokens. Their losses are not comparable with those of the others."
     yield from about_same_settings(inputs)
     followers: dict[str, list[str]] = {}
     for key, leader in inputs.tied.items():

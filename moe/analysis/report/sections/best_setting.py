@@ -255,7 +255,7 @@ def _left_out(found: Ranking) -> Iterator[str]:
         seeds = ", ".join(map(str, found.dropped))
         yield f"Ranked by the seeds that all settings have; without seed {seeds}."
     reasons = (
-        (found.acausal, "their routers see later tokens, so their losses are not comparable"),
+        (found.acausal, "they see later tokens, so their losses are not comparable"),
         (found.without_value, f"no finished run has a finite {noun(found.metric)}"),
     )
     for names, reason in reasons:

@@ -71,7 +71,7 @@ runs must have ended at the level's compute or at less with its loss or a lower 
 change. Otherwise the difference is not shown, and `doubts` says why. It is not shown either if runs of the
 reference ended at the level's compute, but too few seeds have them for a point of the curve, or if their losses
 contradict it. Budgets that differ by at most 2 % are one. There is no
-verdict if the routers of one side alone may see later tokens: their losses are not comparable."""
+verdict if one side alone may see later tokens: its losses are not comparable."""
 SPEED_EXPLAINED = """\
 How many times as much training compute (FLOPs) the reference level needs for the loss that the level has. Both sides
 have one size, and the same seeds at a budget. A curve L_inf + A C^-alpha is fitted through the reference's runs, and
@@ -229,7 +229,11 @@ def equal_flops(inputs: ReportInputs, curves: pd.DataFrame) -> pd.DataFrame:
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:
     names = {FLOPS: "training FLOPs"}
     same = [names.get(cost, cost) for cost, differs in differ.items() if not differs]
-    return [f"All runs have the same {' and the same '.join(same)}: equal steps are equal cost there."] if same else []
+    return (
+        [f"All runs have the same {' and the same '.join(same)}: equal steps are equal cost in that respect."]
+        if same
+        else []
+    )
 
 
 def _about_seconds(seconds: float | str | None) -> str:

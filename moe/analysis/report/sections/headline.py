@@ -23,9 +23,9 @@ from moe.metrics.catalog import is_quality
 from moe.results.comparable import NOT_COMPARABLE, other_causality
 from moe.results.conditions import by_seed, without_causality
 
-LATER_TOKENS = "routers that see later tokens have losses that are not comparable with those of the others"
+LATER_TOKENS = "settings that see later tokens have losses that are not comparable with those of the others"
 NO_COMPARISON = """\
-not comparable, because one of the routers may use later tokens of the text: this compares the numbers as they are, \
+not comparable, because one of the settings may use later tokens of the text: this compares the numbers as they are, \
 and does not say which model predicts better"""
 MOST_NAMED = 5  # levels that a sentence names
 
@@ -91,9 +91,10 @@ def later_tokens(metric: str, compared: str, inputs: ReportInputs) -> str:
     return NO_COMPARISON if other_causality(members[0], members[-1]) else ""
 
 
-def _rank(judged: Judgment) -> tuple[bool, float]:
-    """Sort what shows a difference before what shows that there is none, and then by p."""
-    return judged.within or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
+def _rank(judged: Judgment) -> tuple[bool, bool, float]:
+    """Sort what shows a difference before what shows that there is none, and then by p; equal results come last."""
+    same = judged.deterministic and not judged.difference
+    return same, judged.within or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
 
 
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:

@@ -105,8 +105,8 @@ TERMS = [
     ),
     Term(
         "(not causal)",
-        "a router whose choice for a token depends on later tokens; its loss cannot be compared with that of causal "
-        "routers, and it cannot generate text in the same way",
+        "a router, or a rule for drops, whose choice for a token depends on later tokens; its loss cannot be compared "
+        "with that of causal ones, and it cannot generate text in the same way",
         r"\(not causal\)",
     ),
 ]

@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 
 from moe.analysis.figures.curves import draw_runs
 from moe.analysis.figures.marks import with_hover
-from moe.analysis.figures.style import axis_label, begin_at_zero, line_style
+from moe.analysis.figures.style import axis_label, begin_at_zero, line_style, y_label
 from moe.analysis.studies.temperature.data import TEMPERATURE, seed_means
 
 Style = dict[Any, dict[str, Any]]
@@ -70,7 +70,7 @@ def draw_curves(
             marker="." if len(means) < 5 else "",
             label=f"{line['label']} (n={n})",
         )
-    axes.set(xlabel="optimizer step", ylabel=axis_label(column))
+    axes.set(xlabel="optimizer step", ylabel=y_label(column))
 
 
 def draw_against_temperature(axes: Axes, runs: pd.DataFrame, metrics: dict[str, str]) -> None:
