@@ -152,6 +152,7 @@ def test_a_command_in_the_background_keeps_ignoring_a_signal(monkeypatch: pytest
             "bench dispatch --experts 4,8 --k 1,9",
             "moe bench: --k=9: must be at most 4, the smallest of --experts\n",
         ),
+        ("bench step steps=0", "moe bench: steps=0: must be left out, because the benchmark sets it\n"),
         ("bench step noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),
         ("bench profile noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),
         ("bench sweep noise=-1", "moe bench: noise=-1.0: must be a finite number >= 0\n"),

@@ -28,10 +28,10 @@ from moe.bench.timing import (
     time_call,
     timed_device,
 )
-from moe.checks import require
+from moe.checks import ConfigError, require
 from moe.config import layer_experts
 from moe.config.schema import Config
-from moe.config.words import with_words
+from moe.config.words import key_of, with_words
 from moe.launch.command_line import read_cells
 from moe.model.causal_lm import MoEForCausalLM
 from moe.model.cost import flops_per_token
@@ -48,10 +48,13 @@ from moe.training.precision import choose
 from moe.training.setup import build_model, prepare_data, tell_text
 
 SWIGLU = ("logger.mode=disabled", "model.expert=swiglu")
+BEYOND_END = ("steps", "eval_every", "save_every")  # none of these happens while the steps are timed
 IN_TRAINING = "MoE in training: Accelerate, clipping, metrics, event log"
 
 
 def answer(arguments: argparse.Namespace) -> Iterator[TimingTable]:
+    if given := [word for word in arguments.overrides if key_of(word) in (*BEYOND_END, "out")]:
+        raise ConfigError(f"{given[0]}: must be left out, because the benchmark sets it")
     with tempfile.TemporaryDirectory() as folder:
         seconds, tokens, flops, dtype = measure_steps(arguments.overrides, rounds=arguments.rounds, folder=Path(folder))
     parts = {name: seconds.pop(name) for name in list(seconds) if name.startswith("part: ")}
@@ -89,7 +92,7 @@ def measure_steps(overrides: list[str], *, rounds: int, folder: Path) -> StepTim
     counted as steps.
     """
     steps = rounds + UNCOUNTED
-    beyond_end = [f"{key}={100 * steps}" for key in ("steps", "eval_every", "save_every")]
+    beyond_end = [f"{key}={100 * steps}" for key in BEYOND_END]
     cells = read_cells(with_words(with_words(SWIGLU, *overrides), *beyond_end, f"out={folder}"))
     assert cells is not None, overrides
     by_layer, allowed = (

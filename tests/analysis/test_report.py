@@ -1052,7 +1052,11 @@ def test_drop_rates_are_drawn_by_decile_of_the_position() -> None:
         for drop, nan_or_zero in (("position", 0.0), ("score", math.nan))
         for seed in (0, 2)
     ]
-    (axes,) = drop_by_position(pd.DataFrame(rows)).axes
+    figure = drop_by_position(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    label = axes.yaxis.label.get_window_extent()
+    assert 0 <= label.y0 < label.y1 <= figure.bbox.height, "the label of the axis is cut off"
     assert axes.get_legend_handles_labels()[1] == ["position (n=2)"], "a condition without the metric draws no line"
     (mean,) = [line for line in axes.lines if line.get_markersize() == 5]
     assert mean.get_ydata() == pytest.approx([(i + 1) / 100 for i in range(10)])
@@ -1102,7 +1106,7 @@ def test_every_router_is_labeled_causal_or_not(tmp_path: Path) -> None:
     assert "| expert_choice (not causal) | 3 | 3 |" in text
     assert "| capacity | null |" in text
     assert "router expert_choice (not causal) vs topk: -0.2 validation perplexity" in text
-    doubt = "; not comparable, because one of the routers may use later tokens of the text: this compares"
+    doubt = "; not comparable, because one of the settings may use later tokens of the text: this compares"
     assert text.count(doubt) == 2, "a card, and a sentence"
     assert "factors_routing_load_cv_pooled: not drawn, no run has routing/load_cv/pooled" in text
     assert (tmp_path / "out" / "factors_val_perplexity.png").stat().st_size > 5_000
@@ -1185,6 +1189,11 @@ WOULD_DECIDE = "+0.333 validation perplexity, +0.3%); about 41 more seeds would 
             "noise 0.5 instead of 0.0 changes the validation perplexity by less than the margin of 5 (+0.03%, 95 % ",
         ),
         (
+            {0.0: [0, 1, 2], 0.1: [0, 1, 2], 0.5: [0, 1, 2.1]},
+            [],
+            "The comparison of validation perplexity is not decided with 3 seeds; ",
+        ),
+        (
             {0.0: [0, 0], 0.5: [1, 1]},
             [HIGHER | {"kind": "equivalent", "margin": "5%"}],
             "The planned claim could not be tested; the largest difference that was seen is that of noise 0.5 ",
@@ -1240,7 +1249,7 @@ def test_the_answer_says_how_a_difference_relates_to_the_margin(tmp_path: Path) 
 
 def test_the_answer_compares_no_losses_of_routers_that_see_later_tokens_with_others(tmp_path: Path) -> None:
     """It gives the largest difference among the others and the reason; a metric that is no loss is compared."""
-    why = "left out of this answer, because routers that see later tokens have losses that are not comparable with"
+    why = "left out of this answer, because settings that see later tokens have losses that are not comparable with"
     for seed, causal in product((1, 2), (True, False)):
         values = {"val/perplexity": 50.0 + 50 * causal, "routing/load_cv/pooled": 0.5 * causal + 1e-5 * causal * seed}
         write_run(tmp_path / f"{causal},{seed}", values, causal=causal, seed=seed, noise=0)
@@ -1290,7 +1299,7 @@ def test_the_best_setting_says_what_it_leaves_out(tmp_path: Path) -> None:
         "judges it on validation text, as there is no test text. On average, the validation perplexity of the chosen "
         "setting is then 0.5 below the mean" in luck
     )
-    acausal = "Left out: router=expert_choice (not causal), noise=0.0 (their routers see later tokens"
+    acausal = "Left out: router=expert_choice (not causal), noise=0.0 (they see later tokens"
     assert acausal in text
     assert "Left out: router=topk, noise=0.2 (no finished run has a finite validation perplexity)." in text
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = "slurmctld slurmd slurm-client munge"  # of Debian
@@ -50,6 +51,8 @@ def missing() -> str | None:
         return "Slurm is started by root only"
     if not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch", "munged"))):
         return f"Slurm is not installed: apt-get install {PACKAGES}"
+    if find_spec("submitit") is None:
+        return "submitit is not installed: pip install -e '.[slurm]'"
     return None
 
 

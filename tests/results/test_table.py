@@ -24,6 +24,7 @@ from moe.results.conditions import (
     varied_factors,
     with_causality,
     with_readable_levels,
+    without_causality,
 )
 from moe.results.sweep_tables import console_table, write_sweep_tables
 from moe.results.table import as_csv, load_runs, read_event_tables
@@ -302,6 +303,8 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
         change_record(folder, causal=drop == "position")
     runs = with_causality(load_runs([tmp_path]))
     assert runs["router"].unique().tolist() == ["topk (causal by setting)"]
+    assert sorted(runs["drop"].unique()) == ["position", "score (not causal)"]
+    assert without_causality("score (not causal)") == "score"
     assert varied_factors(runs) == ["drop", "seed"]
 
 

@@ -192,7 +192,7 @@ def test_the_environment_and_a_login_decide_the_mode_as_in_wandb(
 def test_an_empty_variable_of_wandb_loses_no_copy(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_API_KEY", "WANDB_SILENT"):
+    for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_API_KEY", "WANDB_SILENT", "WANDB_PROJECT", "WANDB_ENTITY"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     arguments = [*[s for s in small if not s.startswith("logger")], "logger.mode=auto", "steps=1", f"out={tmp_path}"]
@@ -207,6 +207,18 @@ def test_a_run_that_copies_nothing_to_wandb_does_not_import_its_library(small: l
     environment = {**os.environ, "WANDB_MODE": "disabled"}
     done = subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 torch"
+
+
+def test_the_message_about_a_variable_that_wandb_refuses_names_it(
+    cell: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise ValueError("1 validation error for Settings\nquiet\n  Input should be a valid boolean")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    WandbMirror(cell("logger.mode=offline")).finish({})
+    said = "W&B cannot start in offline mode: 1 validation error for Settings quiet Input should be a valid boolean"
+    assert caplog.messages == [said]
 
 
 def test_project_and_entity_come_from_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

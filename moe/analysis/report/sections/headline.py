@@ -65,7 +65,8 @@ def _of_observed(inputs: ReportInputs) -> str:
 
 
 def _of_judgments(inputs: ReportInputs, judged: list[Judgment]) -> str:
-    """Return the answer that these judgments give."""
+    """Return the answer that these judgments give. That two names of one setting have equal results is no answer."""
+    judged = [each for each in judged if each.planned or not _same(each)] or judged
     decided = [each for each in judged if each.decided]
     if decided:
         return _of_decided(min(decided, key=_rank), judged)
@@ -91,10 +92,15 @@ def later_tokens(metric: str, compared: str, inputs: ReportInputs) -> str:
     return NO_COMPARISON if other_causality(members[0], members[-1]) else ""
 
 
+def _same(judged: Judgment) -> bool:
+    """Return whether both sides have the same result in every seed."""
+    return bool(judged.deterministic and not judged.difference)
+
+
 def _rank(judged: Judgment) -> tuple[bool, bool, float]:
     """Sort what shows a difference before what shows that there is none, and then by p; equal results come last."""
-    same = judged.deterministic and not judged.difference
-    return same, judged.within or not judged.difference, judged.p if math.isfinite(judged.p) else 0.0
+    none = judged.within or not judged.difference
+    return _same(judged), none, judged.p if math.isfinite(judged.p) else 0.0
 
 
 def _of_decided(first: Judgment, judged: list[Judgment]) -> str:
