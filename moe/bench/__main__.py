@@ -52,6 +52,7 @@ def _read(typed: str, words: list[str]) -> argparse.Namespace:
 
 def _answer(arguments: argparse.Namespace) -> None:
     """Print the tables that answer a question."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise PyTorch's profiler writes lines about its stages
     import torch
     import transformers
 

@@ -11,9 +11,10 @@ from moe.runs.collapse import is_too_short
 from moe.runs.evaluated import IN_EVALUATION, collapse_lines
 
 MEANING = """\
-Few experts are at most half of all, and at most a quarter of the way from the fewest that the number of experts per
-token allows to those of an even load. A run tells it when it has held for 20 steps and the warm-up of the learning rate
-is over. The last evaluation is a single look at the validation text; it tells nothing about a run that ended before."""
+“Few” depends on the number of experts per token: with 8 experts it is up to 2 for one expert per token, and up to 3 for
+two. The page `docs/routing.md` of the project has the rule. A run tells it when it has held for 20 steps and the
+warm-up of the learning rate is over. The last evaluation is a single look at the validation text; it tells nothing
+about a run that ended before."""
 NONE = """\
 The last evaluation of each finished run that is long enough shows no layer in which few experts take 90 % of the
 assignments, and no expert without tokens."""
