@@ -28,7 +28,8 @@ LONGEST_NAME = 90  # characters of a kernel's name; C++ templates have hundreds
 class Profile(NamedTuple):
     """What a training step costs.
 
-    summary: one row of totals.
+    summary: one row of totals. On a CPU, the profiler adds to the time of each of its operators ("kernels"), so they
+        can take longer together than the step without it.
     kernels: a row for each kernel (on a CPU: each operator), the longest first.
     waits: a row for each line of the program in which the host waits for a GPU.
     """
@@ -78,7 +79,7 @@ def profile_step(overrides: list[str], *, rounds: int, folder: Path, steps: int 
         "parameters": count_parameters(training.model).total,
         "ms / step": 1e3 * median(seconds),
         "tokens / s": tokens / median(seconds),
-        "ms in kernels": sum(row["ms / step"] for row in kernels),
+        "ms in kernels, profiled": sum(row["ms / step"] for row in kernels),
         "kernels / step": sum(row["calls / step"] for row in kernels),
         "waits / step": sum(waits.values()),
         "peak GB": peak,
