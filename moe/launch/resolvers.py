@@ -26,13 +26,15 @@ SHIPPED = "runs.csv.gz"  # as `moe.results.shipped.RUNS`, which imports pandas
 MISSING = "run that experiment first, or name the folder above its own by results=DIR"
 STUDIES = CONF.parent / "docs" / "studies"  # as `moe.results.shipped.STUDIES`
 LONGEST_NAME = 150  # bytes in the name of a run folder; file systems allow 255
+OF_ROUTING = re.compile(r"(router|schedule|noise|lb|capacity|drop|seed|variant)[.\w]*=")  # what most sweeps vary
 
 
 def run_name(overrides: str) -> str:
     """Return the folder name of a run from its sorted overrides: never empty, one level deep, safe on any file system.
 
-    A name that had to be changed or cut ends in a checksum. It is cut at a comma, so every value in it is whole. Of
-    the path of a checkpoint, it has the last two parts.
+    A name that had to be changed or cut ends in a checksum. It is cut at a comma, so every value in it is whole, and
+    settings of routing and the seed stand first, so that they stay. Of the path of a checkpoint, it has the last two
+    parts.
     """
     overrides = re.sub(r"(^|,)\+\+", r"\1", overrides)  # marks of added keys
     short = re.sub(r"(^|,)(model\.checkpoint)=[^,]*/([^,/]+/[^,/]+)", r"\1\2=\3", overrides)
@@ -41,6 +43,8 @@ def run_name(overrides: str) -> str:
         return name
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
     if len(name) > LONGEST_NAME:
+        pairs = re.split(r",(?=[\w.]+=)", name)
+        name = ",".join(sorted(pairs, key=lambda pair: OF_ROUTING.match(pair) is None))
         name = name[: LONGEST_NAME + 1].rpartition(",")[0] or name[:LONGEST_NAME]
     return f"{name}-{digest}" if overrides else name
 

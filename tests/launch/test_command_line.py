@@ -932,6 +932,9 @@ def test_run_names_are_safe_short_and_distinct() -> None:
     assert len(set(names)) == len(names)
     pairs = [f"model.factor{number}={number}.12345" for number in range(20)]
     kept = run_name(",".join(pairs)).rpartition("-")[0].split(",")
+    assert run_name(",".join([*pairs, "router=topk", "router.temp=1.5", "seed=3"])).startswith(
+        "router=topk,router.temp=1.5,seed=3,"
+    )
     assert kept == pairs[: len(kept)], "no value is cut"
     assert all("/" not in name and len(name.encode()) < 200 and name not in (".", "..") for name in names)
 
