@@ -31,8 +31,8 @@ from moe.runs.record import MetricsRecord, RunRecord
 log = logging.getLogger(__name__)
 
 LATER_TOKENS = """\
-{some} of {all} runs, such as {name}, have routers that may use later tokens of the text: their losses are not \
-comparable with those of the others. A claim or table that compares them does not say which model predicts better"""
+{some} of {all} runs, such as {name}, may use later tokens of the text, perhaps in training alone: their losses are \
+not comparable with those of the others. A claim or table that compares them does not say which model predicts better"""
 KEPT = "{runs} claims of an earlier command, which differ: each claim is judged by the runs that recorded it"
 
 

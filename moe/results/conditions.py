@@ -179,7 +179,7 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
 
     The mark is `CAUSALITY_UNKNOWN` if no run of the name has the information, and `CAUSAL_BY_SETTING` if the runs of
     one name differ, as with drop=position,score. In this way each name stays one level of its factor. A level of `drop`
-    other than `position` gets the first mark if no run that has it is causal.
+    other than `position` and `ABSENT` gets the first mark if no run that has it is causal.
     """
     words = runs["causal"].map({True: "", False: NOT_CAUSAL})
     known_columns = [column for column in NAMED_ROUTERS if column in runs]
@@ -190,7 +190,8 @@ def with_causality(runs: pd.DataFrame) -> pd.DataFrame:
         runs = runs.assign(**{column: (runs[column] + mark.fillna(CAUSALITY_UNKNOWN)).where(runs[column].notna())})
     if "drop" in runs:
         causal = (runs["causal"] != False).groupby(runs["drop"]).transform("any")  # noqa: E712 (it may be unknown)
-        marked = runs["drop"].notna() & (runs["drop"] != "position") & ~causal.fillna(True).astype(bool)
+        policy = runs["drop"].notna() & ~runs["drop"].isin(["position", ABSENT])
+        marked = policy & ~causal.fillna(True).astype(bool)
         runs = runs.assign(drop=runs["drop"].where(~marked, runs["drop"].astype(str) + NOT_CAUSAL))
     return runs
 

@@ -27,7 +27,7 @@ from moe.results.conditions import (
     without_causality,
 )
 from moe.results.sweep_tables import console_table, write_sweep_tables
-from moe.results.table import as_csv, load_runs, read_event_tables
+from moe.results.table import ABSENT, as_csv, load_runs, read_event_tables
 from moe.runs import record
 from moe.runs.record import MetricsRecord
 
@@ -306,6 +306,17 @@ def test_a_router_that_is_causal_under_some_settings_stays_one_level(tmp_path: P
     assert sorted(runs["drop"].unique()) == ["position", "score (not causal)"]
     assert without_causality("score (not causal)") == "score"
     assert varied_factors(runs) == ["drop", "seed"]
+
+
+def test_an_absent_drop_policy_is_not_marked_as_not_causal(tmp_path: Path) -> None:
+    """Expert choice ignores `drop`. Its level must stay `ABSENT`, so that it is compared with routers that have one."""
+    for router, seed in product(("topk", "expert_choice"), (1, 2)):
+        folder = write_run(tmp_path / "x" / f"router={router},seed={seed}", router=router, seed=seed)
+        change_record(folder, causal=router == "topk")
+    runs = load_runs([tmp_path])
+    runs["drop"] = runs["router"].map({"topk": "position", "expert_choice": ABSENT})
+    assert with_causality(runs)["drop"].tolist() == runs["drop"].tolist()
+    assert varied_factors(with_causality(runs)) == varied_factors(runs)
 
 
 def test_experiments_with_equal_cells_are_not_mixed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import FACTS
+from run_folders import FACTS, write_metrics
 
 from moe.analysis.figures.specialization import specialization_drawings
 from moe.checks import ConfigError, parse
@@ -81,6 +81,7 @@ def test_a_finished_run_that_lacks_a_saved_model_says_so_when_it_is_skipped(
     one = cell("save_model=none", "steps=2")
     one.folder.mkdir(parents=True)
     write_run_record(one, "finished", parse(RunFacts, FACTS))
+    write_metrics(one.folder, {})
     one.config.save_model = asked
     assert carry_out([one], lambda: pytest.fail("it was trained")) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]

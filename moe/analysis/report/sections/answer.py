@@ -57,6 +57,9 @@ Pairs in brackets are 95 % intervals over the validation documents: how much oth
 number. What is counted is corrected for the number of layers, of experts, or of numbers of experts (tokens excepted).
 Layers and experts are counted from 0."""
 UNIGRAM = "A unigram model only knows how often each token occurs. What counts is the mean over the seeds of a setting."
+NOT_CAUSAL = """\
+Settings marked (not causal) may use later tokens of the text, perhaps in training alone. Their losses are not \
+comparable with those of the others."""
 ONE_SEED = "With one seed nothing tells a difference from chance. Train three or more: `seed=42,43,44`"
 INCOMPLETE = """\
 **Some settings lack seeds that others have** (runs that are missing: {runs}; {seeds}). These seeds come
@@ -222,7 +225,7 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     if several_tokenizers(runs):
         yield "The runs have different tokenizers, so only bits per byte are comparable between them."
     if (runs["causal"] == False).any() and (runs["causal"] == True).any():  # noqa: E712
-        yield "Settings marked (not causal) see later tokens. Their losses are not comparable with those of the others."
+        yield NOT_CAUSAL
     yield from about_same_settings(inputs)
     followers: dict[str, list[str]] = {}
     for key, leader in inputs.tied.items():

@@ -324,7 +324,7 @@ def _speed_up_figure(rows: list[Row]) -> Figure | str:
     if len(rows) > MOST_ROWS:
         return f"{len(rows)} speed-ups are too many"
     marks = "line: interval, 95 % for all together; orange: saves compute, blue: costs more, open: neither"
-    return forest(rows, "compute that the reference needs, as a multiple of the level's", marks, zero=1.0)
+    return forest(rows, "compute that the reference needs,\nas a multiple of the level's", marks, zero=1.0)
 
 
 def _drawn_speed_up(name: str, found: SpeedUp, budgets: int) -> Row:

@@ -25,8 +25,8 @@ from moe.results.conditions import by_seed, without_causality
 
 LATER_TOKENS = "settings that see later tokens have losses that are not comparable with those of the others"
 NO_COMPARISON = """\
-not comparable, because one of the settings may use later tokens of the text: this compares the numbers as they are, \
-and does not say which model predicts better"""
+not comparable, because one of the settings may use later tokens of the text, perhaps in training alone: this compares \
+the numbers as they are, and does not say which model predicts better"""
 MOST_NAMED = 5  # levels that a sentence names
 
 
