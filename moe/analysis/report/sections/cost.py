@@ -228,12 +228,8 @@ def equal_flops(inputs: ReportInputs, curves: pd.DataFrame) -> pd.DataFrame:
 
 def _equal_anyway(differ: dict[str, bool]) -> list[str]:
     names = {FLOPS: "training FLOPs"}
-    same = [names.get(cost, cost) for cost, differs in differ.items() if not differs]
-    return (
-        [f"All runs have the same {' and the same '.join(same)}: equal steps are equal cost in that respect."]
-        if same
-        else []
-    )
+    same = " and the same ".join(names.get(cost, cost) for cost, differs in differ.items() if not differs)
+    return [f"All runs have the same {same}: equal steps are equal cost in that respect."] if same else []
 
 
 def _about_seconds(seconds: float | str | None) -> str:
