@@ -34,9 +34,9 @@ def cells(small: list[str], tmp_path: Path) -> list[Cell]:
 def leave_record(cell: Cell, status: str, error: str | None = None) -> None:
     """Write the run record that a worker leaves in the folder of its cell."""
     (cell.folder / "model").mkdir(parents=True, exist_ok=True)
-    write_run_record(cell, status, parse(RunFacts, FACTS) if status == "finished" else None, error=error)
     if status == "finished":
-        write_metrics(cell.folder, {})
+        write_metrics(cell.folder, {})  # before the record, as training does
+    write_run_record(cell, status, parse(RunFacts, FACTS) if status == "finished" else None, error=error)
 
 
 def test_the_outcome_of_each_cell_is_printed_with_its_reason(cells: list[Cell], capsys: pytest.CaptureFixture) -> None:
